@@ -1,0 +1,68 @@
+"""Errors that users meet. Each says what is wrong, where, what was expected, what was found, and what to do next."""
+
+from __future__ import annotations
+
+
+class VitaCacheError(ValueError):
+    """Base of every error caused by input (files, settings, weights), never by a bug.
+
+    The command line prints it as one line plus a hint and exits with status 2.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: object = None,
+        expected: object = None,
+        got: object = None,
+        hint: str | None = None,
+    ) -> None:
+        """Compose the message `where: what (expected ..., got ...). hint`."""
+        text = f"{where}: {what}" if where is not None else what
+        if expected is not None and got is not None:
+            text += f" (expected {expected}, got {got})"
+        elif expected is not None:
+            text += f" (expected {expected})"
+        elif got is not None:
+            text += f" (got {got})"
+        if hint is not None:
+            text += f"\n  hint: {hint}"
+        super().__init__(text)
+        self.what, self.where, self.hint = what, where, hint
+
+
+class ConfigError(VitaCacheError):
+    """A setting is unknown, of the wrong type or impossible."""
+
+
+class AnnotationError(VitaCacheError):
+    """A label file or a prediction file breaks its schema."""
+
+
+class FrameError(VitaCacheError):
+    """A frame is missing, unreadable or of the wrong size."""
+
+
+class WeightsError(VitaCacheError):
+    """A weight file is unreadable, unsafe, or does not fit the model."""
+
+
+class CacheError(VitaCacheError):
+    """Base of the errors of reading or writing a feature cache."""
+
+
+class FormatVersionError(CacheError):
+    """The cache was written by another version of the format."""
+
+
+class FingerprintMismatch(CacheError):
+    """Cache, settings and checkpoint do not belong together."""
+
+
+class IncompleteVideo(CacheError):
+    """A video has no commit marker: its extraction did not finish."""
+
+
+class CorruptData(CacheError):
+    """Stored bytes fail their checksum, are missing, or have the wrong shape."""
