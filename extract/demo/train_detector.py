@@ -1,0 +1,180 @@
+"""Train the demo's detector, a small but real Mask2Former, on still images only.
+
+It plays the COCO-pretrained detector of the paper: `make demo-detector` retrains it (about an hour on 2 cores),
+resuming from its last checkpoint, and writes a Hugging Face folder (float16 safetensors) that `extract` reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
+
+from extract.demo.shapes import DETECTOR_CATEGORIES
+from extract.demo.stills import make_still
+
+DEMO_DETECTOR = Path(__file__).parent / "detector"
+PIXEL_MEAN = torch.tensor([123.675, 116.280, 103.530]).view(3, 1, 1)
+PIXEL_STD = torch.tensor([58.395, 57.120, 57.375]).view(3, 1, 1)
+IMAGE_SIZES = ((90, 160), (96, 120))  # the two aspect ratios of the demo's videos
+NUM_HELD_OUT = 64
+_HELD_OUT_OFFSET = 10_000_000
+
+Batch = dict[str, Any]
+
+
+def build_model() -> Mask2FormerForUniversalSegmentation:
+    """Build the demo's Mask2Former: 2.5 M parameters, ResNet of basic blocks, 6 decoder layers, 20 queries."""
+    backbone = ResNetConfig(
+        embedding_size=32,
+        hidden_sizes=[32, 64, 128, 192],
+        depths=[1, 1, 2, 2],
+        layer_type="basic",
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    config = Mask2FormerConfig(
+        backbone_config=backbone,
+        feature_size=64,
+        mask_feature_size=64,
+        hidden_dim=64,
+        encoder_layers=3,
+        encoder_feedforward_dim=256,
+        dim_feedforward=256,
+        decoder_layers=7,
+        num_attention_heads=8,
+        num_queries=20,
+        train_num_points=1024,
+        id2label=dict(enumerate(DETECTOR_CATEGORIES)),
+        label2id={name: index for index, name in enumerate(DETECTOR_CATEGORIES)},
+    )
+    return Mask2FormerForUniversalSegmentation(config)
+
+
+class StillBatches(Dataset[Batch]):
+    """Batch number i of the endless stream of stills; sizes alternate so that no batch is padded twice."""
+
+    def __init__(self, num_batches: int, batch_size: int, first_seed: int = 0) -> None:
+        self.num_batches, self.batch_size, self.first_seed = num_batches, batch_size, first_seed
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> Batch:
+        size = IMAGE_SIZES[index % len(IMAGE_SIZES)]
+        seeds = range(self.first_seed + index * self.batch_size, self.first_seed + (index + 1) * self.batch_size)
+        stills = [make_still(seed, size) for seed in seeds]
+        pixels = torch.from_numpy(np.stack([s.image for s in stills])).permute(0, 3, 1, 2).float()
+        return {
+            "pixel_values": _pad((pixels - PIXEL_MEAN) / PIXEL_STD),
+            "mask_labels": [_pad(torch.from_numpy(s.masks).float()) for s in stills],
+            "class_labels": [torch.from_numpy(s.classes) for s in stills],
+        }
+
+
+def _pad(images: Tensor, divisor: int = 32) -> Tensor:
+    height, width = images.shape[-2:]
+    return nn.functional.pad(images, (0, -width % divisor, 0, -height % divisor))
+
+
+def train(output: Path, iterations: int, batch_size: int, learning_rate: float, seed: int) -> None:
+    """Train and write the detector folder; the checkpoint beside it is removed when training is done."""
+    torch.manual_seed(seed)
+    model = build_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.02)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, learning_rate, total_steps=iterations + 1, pct_start=0.05, div_factor=20, final_div_factor=100
+    )
+    checkpoint = output / "training.pt"
+    step = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        step = state["step"]
+    output.mkdir(parents=True, exist_ok=True)
+    stream = StillBatches(iterations - step, batch_size, first_seed=step * batch_size)
+    progress = tqdm(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=8), mininterval=5)
+    for batch in progress:
+        torch.manual_seed(seed + step)  # the loss draws its points from the global generator
+        loss = model(**batch).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        step += 1
+        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
+        if step % 500 == 0 or step == iterations:
+            _save_checkpoint(checkpoint, model, optimizer, schedule, step)
+            print(json.dumps({"step": step, "time": round(time.time()), **held_out_quality(model)}), flush=True)
+            model.train()
+    model.half().save_pretrained(output, safe_serialization=True)
+    checkpoint.unlink()
+
+
+def _save_checkpoint(path: Path, model: nn.Module, optimizer: Any, schedule: Any, step: int) -> None:
+    temporary = path.with_suffix(".tmp")
+    state = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "schedule": schedule.state_dict(),
+        "step": step,
+    }
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def held_out_quality(model: nn.Module) -> dict[str, float]:
+    """Measure on stills that training never sees.
+
+    Returns, over objects: mean IoU of the best query, recall at IoU 0.5, accuracy of that query's class.
+    """
+    model.eval()
+    ious: list[float] = []
+    correct: list[bool] = []
+    for batch in StillBatches(NUM_HELD_OUT // 16, 16, _HELD_OUT_OFFSET):
+        output = model(pixel_values=batch["pixel_values"])
+        size = batch["pixel_values"].shape[-2:]
+        predicted = nn.functional.interpolate(output.masks_queries_logits, size, mode="bilinear") > 0
+        classes = output.class_queries_logits[..., :-1].argmax(-1)
+        for masks, truth, labels, row in zip(
+            predicted, batch["mask_labels"], batch["class_labels"], classes, strict=True
+        ):
+            overlap = torch.einsum("qhw,nhw->nq", masks.float(), truth)
+            union = masks.sum((1, 2))[None] + truth.sum((1, 2))[:, None] - overlap
+            best, query = (overlap / union.clamp(min=1)).max(1)
+            ious += best.tolist()
+            correct += (row[query] == labels).tolist()
+    return {
+        "iou": float(np.mean(ious)),
+        "recall50": float(np.mean(np.array(ious) > 0.5)),
+        "accuracy": float(np.mean(correct)),
+    }
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(prog="python -m extract.demo.train_detector", description=__doc__)
+    parser.add_argument("--output", type=Path, default=DEMO_DETECTOR)
+    parser.add_argument("--iterations", type=int, default=6000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train(arguments.output, arguments.iterations, arguments.batch_size, arguments.learning_rate, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
