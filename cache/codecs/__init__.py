@@ -1,0 +1,63 @@
+"""How mask features are stored: one codec per file, chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.codecs.float16 import Float16
+from cache.errors import CacheError
+
+
+class Codec(Protocol):
+    """A linear code of the mask features, fixed for a whole cache.
+
+    `parameters` (JSON values) and `arrays` are all that `load` needs to rebuild it. Being linear, it never
+    has to be undone: `fold` moves it into the mask embeddings instead (REFERENCE section 3, last line).
+    """
+
+    name: ClassVar[str]
+    dtype: ClassVar[np.dtype[Any]]
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """Settings, stored in the root's attributes."""
+        ...
+
+    @property
+    def arrays(self) -> Mapping[str, NDArray[Any]]:
+        """Fitted arrays, stored in the group `codec`."""
+        ...
+
+    def stored_channels(self, num_channels: int) -> int:
+        """R, the number of stored channels, of C detector channels."""
+        ...
+
+    def encode(self, mask_features_TCHW: NDArray[np.floating[Any]]) -> NDArray[Any]:
+        """(T, C, H, W) -> (T, R, H, W) of `dtype`."""
+        ...
+
+    def decode(self, stored_TRHW: NDArray[Any]) -> NDArray[np.float32]:
+        """(T, R, H, W) of `dtype` -> (T, C, H, W)."""
+        ...
+
+    def fold(
+        self, mask_embeddings: NDArray[np.floating[Any]]
+    ) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]] | None]:
+        """Mask embeddings (..., C) -> ((..., R), constant (...) or None): the same logits on stored maps."""
+        ...
+
+
+CODECS: dict[str, type[Float16]] = {"float16": Float16}
+
+
+def select_codec(
+    name: str, parameters: Mapping[str, Any] | None = None, arrays: Mapping[str, NDArray[Any]] | None = None
+) -> Codec:
+    """The codec of this name, with a cache's settings and fitted arrays. Raises CacheError for unknown names."""
+    if name not in CODECS:
+        raise CacheError("unknown codec", got=repr(name), expected=" or ".join(CODECS))
+    return CODECS[name].load(parameters or {}, arrays or {})

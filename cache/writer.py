@@ -1,0 +1,217 @@
+"""Writing a cache: one folder per video, whole shards, the commit marker last."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cache.codecs import Codec
+from cache.errors import AnnotationError, CacheError, FingerprintMismatch
+from cache.fingerprint import Fingerprint, Provenance, source_digest
+from cache.heads import DetectorHeads
+from cache.layout import (
+    ANNOTATIONS,
+    CODEC,
+    DETECTOR,
+    FORMAT_NAME,
+    METADATA,
+    VIDEOS,
+    VideoAttributes,
+    checked_name,
+    group_metadata,
+    read_group_attributes,
+    sync_to_disk,
+    write_file_atomically,
+)
+from cache.reader import FeatureCache, Root, video_groups
+from cache.sink import VideoSink, write_array
+
+
+class CacheWriter:
+    """Creates a cache or continues one. Several processes may write different videos of it at a time."""
+
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: Fingerprint,
+        codec: Codec,
+        sources: Mapping[str, str],
+        provenance: Provenance,
+    ) -> None:
+        self.path, self.fingerprint, self.codec = path, fingerprint, codec
+        self._sources, self._provenance, self._recorded = sources, provenance, False
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        fingerprint: Fingerprint,
+        heads: DetectorHeads,
+        codec: Codec,
+        labels_json: bytes | None,
+        provenance: Provenance | None = None,
+    ) -> CacheWriter:
+        """Create the cache at `path`, or continue the one that is there, and store the labels' bytes in it.
+
+        `labels_json`: the data set's label file, None to keep what is there. `provenance`: of this
+        session, gathered here if not given. A continued cache keeps its heads and its codec (with the arrays
+        fitted at first).
+
+        Raises FingerprintMismatch where the cache there holds other features, or where the labels mean other
+        frames by the name of a video already extracted; CacheError where `path` is something else.
+        """
+        path = Path(path)
+        if codec.name != fingerprint.codec:
+            raise CacheError("codec differs from the fingerprint", expected=fingerprint.codec, got=codec.name)
+        sources = {} if labels_json is None else video_sources(labels_json)
+        path.mkdir(parents=True, exist_ok=True)
+        with _locked(path, wait=True):
+            if (path / METADATA).exists():
+                _check_continuation(path, fingerprint, sources)
+                codec = FeatureCache.open(path).codec
+            else:
+                _create(path, fingerprint, heads, codec)
+            if labels_json is not None and _read(path / ANNOTATIONS) != labels_json:
+                write_file_atomically(path / ANNOTATIONS, labels_json)
+        return cls(path, fingerprint, codec, sources, provenance or Provenance.gather())
+
+    def pending(self, names: Iterable[str]) -> list[str]:
+        """Those of the video group names that are not complete in the cache, in the order given."""
+        complete = {name for name, is_complete in video_groups(self.path) if is_complete}
+        return [name for name in names if checked_name(name) not in complete]
+
+    @contextmanager
+    def video(self, name: str, attributes: VideoAttributes) -> Iterator[VideoSink]:
+        """Write one video: append frames to the sink; leaving the block without an error commits the video.
+
+        An incomplete leftover of the same video is removed first. On an error nothing is committed.
+        Raises CacheError where the video is complete already, where another process is writing it, and where
+        the frames that arrived are not the number declared.
+        """
+        folder = self.path / VIDEOS / checked_name(name)
+        if name.partition("@")[2] != attributes.view.name:
+            raise CacheError(
+                "name and view differ", where=f"video {name!r}", expected=f"@{attributes.view.name}"
+            )
+        folder.mkdir(exist_ok=True)
+        with _locked(folder, wait=False):
+            _remove_leftover(folder)
+            self._record_session()
+            stored = {**attributes.to_json(), "source": self._sources.get(name.partition("@")[0])}
+            write_file_atomically(folder / METADATA, group_metadata({"complete": False, **stored}))
+            sink = VideoSink(folder, attributes, self.codec, self.fingerprint.num_layers)
+            yield sink
+            sink.finish()
+            _sync_tree(folder)
+            write_file_atomically(folder / METADATA, group_metadata({"complete": True, **stored}))
+            sync_to_disk(folder.parent)
+
+    def _record_session(self) -> None:
+        """Add this process to the provenance, once, and only when it writes features."""
+        if self._recorded:
+            return
+        with _locked(self.path, wait=True):
+            root = Root.read(self.path)
+            _write_root(self.path, self.fingerprint, self.codec, [*root.sessions, asdict(self._provenance)])
+        self._recorded = True
+
+
+def video_sources(labels_json: bytes) -> dict[str, str]:
+    """The digest of every video's frames in a YTVIS label file, by video id. Raises AnnotationError."""
+    try:
+        videos = json.loads(labels_json)["videos"]
+        return {str(v["id"]): source_digest(v["file_names"], v["height"], v["width"]) for v in videos}
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"the label file is not YTVIS JSON: {error!r}"
+        raise AnnotationError(what, hint="each of `videos` needs id, file_names, height, width") from error
+
+
+def _check_continuation(path: Path, fingerprint: Fingerprint, sources: Mapping[str, str]) -> None:
+    hint = "extract into another path, set the old values again, or delete this cache"
+    Root.read(path).fingerprint.require(fingerprint, where=path, hint=hint)
+    for name, complete in video_groups(path):
+        stored = (read_group_attributes(path / VIDEOS / name) or {}).get("source")
+        wanted = sources.get(name.partition("@")[0], stored)
+        if complete and stored is not None and stored != wanted:
+            raise FingerprintMismatch(
+                "the label file lists other frames (names, order, size) than were extracted under this name",
+                where=f"{path}: video {name!r}",
+                hint=f"another data set needs another path; for a replaced video delete {VIDEOS}/{name}",
+            )
+
+
+def _create(path: Path, fingerprint: Fingerprint, heads: DetectorHeads, codec: Codec) -> None:
+    """Write all but the videos. The root's zarr.json comes last: without it there is no cache yet."""
+    own = {DETECTOR, CODEC, VIDEOS, ANNOTATIONS}
+    names = [entry.name for entry in path.iterdir()]
+    foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
+    if foreign:
+        what = f"the folder is no cache and holds other things, such as {foreign[0]!r}"
+        raise CacheError(what, where=path, hint="choose a new folder")
+    for group, arrays in ((DETECTOR, heads.arrays), (CODEC, codec.arrays), (VIDEOS, {})):
+        attributes = {"category_names": list(heads.category_names)} if group == DETECTOR else {}
+        (path / group).mkdir(exist_ok=True)
+        for name, array in arrays.items():
+            write_array(path / group / name, array)
+        write_file_atomically(path / group / METADATA, group_metadata(attributes))
+        _sync_tree(path / group)
+    _write_root(path, fingerprint, codec, [])
+
+
+def _write_root(path: Path, fingerprint: Fingerprint, codec: Codec, sessions: list[dict[str, Any]]) -> None:
+    attributes = {
+        "format": FORMAT_NAME,
+        "format_version": fingerprint.format_version,
+        "fingerprint": fingerprint.to_json(),
+        "fingerprint_sha256": fingerprint.digest(),
+        "codec": {"name": codec.name, "parameters": dict(codec.parameters)},
+        "provenance": sessions,
+    }
+    write_file_atomically(path / METADATA, group_metadata(attributes))
+
+
+def _remove_leftover(folder: Path) -> None:
+    """Empty the folder of an incomplete video (the folder itself carries the lock)."""
+    if (read_group_attributes(folder) or {}).get("complete") is True:
+        raise CacheError(
+            "the video is complete already", where=folder, hint="write only what `pending` names"
+        )
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder, topdown=False):
+        for file in files:
+            sync_to_disk(Path(parent, file))
+        sync_to_disk(Path(parent))
+
+
+def _read(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
+    """Hold the folder's advisory lock, which the kernel drops when the process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            hint = "let the other extraction finish; it does not need this one"
+            raise CacheError("another process is writing this video", where=folder, hint=hint) from error
+        yield
+    finally:
+        os.close(descriptor)
