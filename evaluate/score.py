@@ -1,0 +1,59 @@
+"""`python -m evaluate score`: AP and AR of anybody's result file on anybody's label file, without a config."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from cache.annotations import load_labels
+from evaluate.metrics import VideoMetrics, evaluate_tracks
+from evaluate.results import load_results
+
+HEADLINE = ("AP", "AP50", "AP75", "AR1", "AR10")
+BREAKDOWN = ("APs", "APm", "APl", "AR100", "ARs", "ARm", "ARl")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    parser.add_argument("--annotations", type=Path, required=True, help="labels in YTVIS JSON")
+    parser.add_argument(
+        "--predictions", type=Path, required=True, help="results.json, or the zip that holds it"
+    )
+    parser.add_argument("--output", type=Path, help="write the metrics here too (JSON, fractions in [0, 1])")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score and print the tables; the exit status."""
+    print(format_table(score(args.annotations, args.predictions, args.output)))
+    return 0
+
+
+def score(annotations: Path, predictions: Path, output: Path | None = None) -> VideoMetrics:
+    """Score a result file; `output`, where given, gets the metrics as JSON. AnnotationError for broken files."""
+    labels = load_labels(annotations)
+    metrics = evaluate_tracks(labels, load_results(predictions, labels))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        draft = output.with_name(output.name + ".tmp")
+        draft.write_text(json.dumps(metrics.to_json(), indent=2) + "\n", encoding="utf-8")
+        draft.replace(output)
+    return metrics
+
+
+def format_table(metrics: VideoMetrics) -> str:
+    """The numbers x 100 with one decimal, `-` where undefined; then the AP of each category."""
+    values = metrics.to_json()
+    lines = []
+    for names in (HEADLINE, BREAKDOWN):
+        lines.append("".join(f"{name:>8}" for name in names))
+        lines.append("".join(f"{_percent(values[name]):>8}" for name in names))
+        lines.append("")
+    width = max(len(name) for name in ("category", *metrics.per_category)) + 2
+    lines.append(f"{'category':<{width}}{'AP':>6}")
+    lines += [f"{name:<{width}}{_percent(value):>6}" for name, value in metrics.per_category.items()]
+    return "\n".join(lines)
+
+
+def _percent(value: object) -> str:
+    return f"{100 * value:.1f}" if isinstance(value, float) else "-"
