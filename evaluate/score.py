@@ -1,4 +1,4 @@
-"""`python -m evaluate score`: AP and AR of anybody's result file on anybody's label file, without a config."""
+"""`python -m evaluate score`: AP and AR of any result file on any YTVIS label file, without a config."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def score(annotations: Path, predictions: Path, output: Path | None = None) -> VideoMetrics:
-    """Score a result file; `output`, where given, gets the metrics as JSON. AnnotationError for broken files."""
+    """Score a result file; `output`, where given, gets the metrics as JSON. Raises AnnotationError."""
     labels = load_labels(annotations)
     metrics = evaluate_tracks(labels, load_results(predictions, labels))
     if output is not None:
