@@ -1,0 +1,198 @@
+"""Losses of the head (VITA §3.3; REFERENCE §4).
+
+Shapes: B clips, T frames, M matched objects of a clip and layer, V video queries, L detector layers, D decoder
+layers, P points, R stored channels, K categories.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train_head.head import HeadOutputs
+from train_head.mask_folding import MaskWeights
+from train_head.matcher import ClipMatch, CostWeights, match_clips
+from train_head.points import PaddedArea, PointSource, sample_logits, sample_masks, sampling_area
+from train_head.similarity import num_similarity_pairs, similarity_loss
+from train_head.targets import ClipTargets
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the loss terms, and of "no object" among the classes."""
+
+    label: float = 2.0
+    mask: float = 5.0
+    dice: float = 5.0
+    similarity: float = 0.5
+    no_object: float = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossNormalisers:
+    """What the sums are divided by. Average `stacked` over processes to train as with one large batch."""
+
+    num_masks: Tensor
+    class_weight: Tensor
+    similarity_pairs: Tensor
+
+    @classmethod
+    def of_batch(
+        cls, targets: Sequence[ClipTargets], num_layers: int, num_queries: int, no_object: float = 0.1
+    ) -> LossNormalisers:
+        """Normalisers of a batch: objects × L, class weights of all queries, pairs of the similarity loss."""
+        matched = [min(num_queries, target.num_objects) for target in targets]
+        class_weight = sum(count + no_object * (num_queries - count) for count in matched)
+        pairs = num_similarity_pairs(targets, num_queries)
+        return cls(
+            num_masks=pairs.new_tensor(float(num_layers * sum(target.num_objects for target in targets))),
+            class_weight=pairs.new_tensor(num_layers * class_weight),
+            similarity_pairs=pairs,
+        )
+
+    def stacked(self) -> Tensor:
+        """All three as one tensor (3), for one reduction."""
+        return torch.stack([self.num_masks, self.class_weight, self.similarity_pairs])
+
+    @classmethod
+    def from_stacked(cls, values_3: Tensor) -> LossNormalisers:
+        """Inverse of `stacked`."""
+        num_masks, class_weight, pairs = values_3.unbind()
+        return cls(num_masks=num_masks, class_weight=class_weight, similarity_pairs=pairs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitaLosses:
+    """Unweighted terms per decoder layer (the last is the final output) and the weighted total."""
+
+    class_D: Tensor
+    mask_D: Tensor
+    dice_D: Tensor
+    similarity: Tensor
+    total: Tensor
+    matches: tuple[ClipMatch, ...]
+
+    def named(self) -> dict[str, Tensor]:
+        """The unweighted terms under the release's names (`loss_vita_ce`, `loss_vita_mask_0` …)."""
+        terms = {"loss_vita_sim": self.similarity}
+        for name, values_D in (("ce", self.class_D), ("mask", self.mask_D), ("dice", self.dice_D)):
+            terms[f"loss_vita_{name}"] = values_D[-1]
+            terms |= {f"loss_vita_{name}_{layer}": value for layer, value in enumerate(values_D[:-1])}
+        return terms
+
+
+@dataclass(frozen=True, kw_only=True)
+class VitaCriterion:
+    """Matches the outputs of all layers with the objects, then computes every loss term in float32."""
+
+    weights: LossWeights = LossWeights()
+    cost_weights: CostWeights = CostWeights()
+    padded_area: PaddedArea = "ignore"
+
+    def __call__(
+        self,
+        outputs: HeadOutputs,
+        mask_weights: MaskWeights,
+        maps: Sequence[Tensor],
+        targets: Sequence[ClipTargets],
+        points: PointSource,
+        normalisers: LossNormalisers,
+    ) -> VitaLosses:
+        """Losses of B clips. `mask_weights`: the folded `outputs.mask_embed_DLBVC`; `maps`: (T, R, H, W) each.
+
+        Raises FloatingPointError if an output is not finite, AnnotationError if frame matches are missing.
+        """
+        with torch.autocast(mask_weights.weights_R.device.type, enabled=False):
+            matches = match_clips(
+                outputs.class_logits_DLBVK,
+                mask_weights,
+                maps,
+                targets,
+                points,
+                cost_weights=self.cost_weights,
+                padded_area=self.padded_area,
+            )
+            class_D = self._class_loss(outputs.class_logits_DLBVK, targets, matches) / normalisers.class_weight
+            mask_D, dice_D = (
+                summed_D / normalisers.num_masks.clamp(min=1)
+                for summed_D in self._mask_losses(mask_weights, maps, targets, matches, points)
+            )
+            similarity = class_D.new_zeros(())
+            if outputs.frame_similarity_LBTQC is not None and outputs.clip_similarity_LBVC is not None:
+                similarity = similarity_loss(
+                    outputs.frame_similarity_LBTQC,
+                    outputs.clip_similarity_LBVC,
+                    targets,
+                    matches,
+                    normalisers.similarity_pairs,
+                )
+            weights = self.weights
+            layers_D = weights.label * class_D + weights.mask * mask_D + weights.dice * dice_D
+            total = layers_D.sum() + weights.similarity * similarity
+        return VitaLosses(
+            class_D=class_D, mask_D=mask_D, dice_D=dice_D, similarity=similarity, total=total, matches=matches
+        )
+
+    def _class_loss(
+        self, logits_DLBVK: Tensor, targets: Sequence[ClipTargets], matches: Sequence[ClipMatch]
+    ) -> Tensor:
+        """Sums (D) of the weighted cross-entropy; unmatched queries are "no object"."""
+        D, _, _, _, num_labels = logits_DLBVK.shape
+        wanted_DLBV = torch.full_like(logits_DLBVK[..., 0], num_labels - 1, dtype=torch.int64)
+        for clip, (target, match) in enumerate(zip(targets, matches, strict=True)):
+            wanted_DLBV[:, :, clip].scatter_(2, match.query_DLM, target.labels_N[match.object_DLM])
+        class_weights = logits_DLBVK.new_ones(num_labels, dtype=torch.float32)
+        class_weights[-1] = self.weights.no_object
+        losses = F.cross_entropy(
+            logits_DLBVK.float().flatten(0, 3), wanted_DLBV.flatten(), class_weights, reduction="none"
+        )
+        return losses.view(D, -1).sum(dim=1)
+
+    def _mask_losses(
+        self,
+        mask_weights: MaskWeights,
+        maps: Sequence[Tensor],
+        targets: Sequence[ClipTargets],
+        matches: Sequence[ClipMatch],
+        points: PointSource,
+    ) -> tuple[Tensor, Tensor]:
+        """Sums (D) of mask cross-entropy and dice over the matched queries, the only ones with a logit map."""
+        D = len(mask_weights.weights_R)
+        mask_D = dice_D = mask_weights.weights_R.new_zeros(D)
+        for clip, (map_TRHW, target, match) in enumerate(zip(maps, targets, matches, strict=True)):
+            matched = _take_matched(mask_weights, clip, match)
+            logits_TMHW = matched.logits(map_TRHW)
+            T, M, H, W = logits_TMHW.shape
+            area_hw = sampling_area(target.image_hw, (H, W), self.padded_area)
+            logits_GHW = logits_TMHW.flatten(0, 1)
+            points_GP2 = points.loss_points(logits_GHW.detach(), area_hw)
+            frame_T1 = torch.arange(T, device=map_TRHW.device)[:, None]
+            index_G = (match.object_DLM.flatten() * T + frame_T1).flatten()
+            labels_GP = sample_masks(target.masks_NThw.flatten(0, 1), index_G, points_GP2, area_hw)
+            logits_GP = sample_logits(logits_GHW, points_GP2, area_hw)
+            mask_M, dice_M = _point_losses(logits_GP.unflatten(0, (T, M)), labels_GP.unflatten(0, (T, M)))
+            mask_D = mask_D + mask_M.view(D, -1).sum(dim=1)
+            dice_D = dice_D + dice_M.view(D, -1).sum(dim=1)
+        return mask_D, dice_D
+
+
+def _take_matched(mask_weights: MaskWeights, clip: int, match: ClipMatch) -> MaskWeights:
+    """The folded embeddings of a clip's matched queries, layers flattened: (D·L·M, R)."""
+    weights_DLMR = torch.take_along_dim(
+        mask_weights.weights_R[:, :, clip], match.query_DLM[..., None], dim=2
+    )
+    const_DLM = torch.take_along_dim(mask_weights.const[:, :, clip], match.query_DLM, dim=2)
+    return MaskWeights(weights_R=weights_DLMR.flatten(0, 2), const=const_DLM.flatten())
+
+
+def _point_losses(logits_TMP: Tensor, labels_TMP: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, mean over T·P points, and dice over all points of the clip: both (M)."""
+    mask_M = F.binary_cross_entropy_with_logits(logits_TMP, labels_TMP, reduction="none").mean(dim=(0, 2))
+    probability_TMP = logits_TMP.sigmoid()
+    overlap_M = (probability_TMP * labels_TMP).sum(dim=(0, 2))
+    area_M = (probability_TMP + labels_TMP).sum(dim=(0, 2))
+    return mask_M, 1 - (2 * overlap_M + 1) / (area_M + 1)

@@ -1,0 +1,174 @@
+"""The VITA head: associates the frame queries of a whole clip or video (VITA §3; REFERENCE §3).
+
+Shapes: B clips, T frames, Q frame queries, V video queries, C channels, L detector layers, D decoder layers,
+K categories, N independent passes (L·B in training, 1 in inference). Frame queries are the detector's, after
+its `decoder_norm`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cache.errors import ConfigError
+from train_head.layers import (
+    CrossAttentionLayer,
+    FeedForwardLayer,
+    Perceptron,
+    SelfAttentionLayer,
+    window_runs,
+)
+from train_head.mask_folding import MapDecoding, MaskWeights, fold_mask_embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Sizes of the head. The paper has 3 encoder and 6 decoder layers, the release 6 and 3."""
+
+    num_classes: int
+    num_frame_queries: int = 100
+    num_queries: int = 100
+    hidden_dim: int = 256
+    num_heads: int = 8
+    ffn_dim: int = 2048
+    enc_layers: int = 3
+    dec_layers: int = 6
+    window: int = 6  # frames that see each other in one encoder layer; 0 = all
+    mask_dim: int = 256
+    detector_dim: int = 256  # channels of the frame queries
+    map_dim: int = 256  # channels of the detector's FPN map
+    shift_in_training: bool = False  # VITA: the release shifts windows in inference only
+    use_sim: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be built."""
+        if self.hidden_dim % self.num_heads:
+            raise ConfigError(
+                "hidden_dim is not a multiple of num_heads",
+                where="head",
+                got=f"hidden_dim {self.hidden_dim}, num_heads {self.num_heads}",
+                hint="set head.num_heads to a divisor of head.hidden_dim",
+            )
+        if self.window < 0 or self.dec_layers < 1:
+            raise ConfigError(
+                "needs window >= 0 (0 = full attention) and at least one decoder layer",
+                where="head",
+                got=f"window {self.window}, dec_layers {self.dec_layers}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOutputs:
+    """What the head says about B clips, for every detector layer and (where D stands) every decoder layer."""
+
+    class_logits_DLBVK: Tensor  # K + 1 entries, the last is "no object"
+    mask_embed_DLBVC: Tensor
+    video_queries_DLBVC: Tensor  # after decoder_norm
+    clip_similarity_LBVC: Tensor | None  # of the last decoder layer, the only one that the loss uses
+    frame_similarity_LBTQC: Tensor | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOutputs:
+    """What the head says about one video: the last decoder layer's class logits and mask embeddings."""
+
+    class_logits_VK: Tensor
+    mask_embed_VC: Tensor
+
+
+class VitaHead(nn.Module):
+    """Encoder over frame queries, decoder of video queries, class / mask / similarity heads."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, heads, ffn = config.hidden_dim, config.num_heads, config.ffn_dim
+        depth = range(config.dec_layers)
+        self.enc_self_attn = nn.ModuleList(SelfAttentionLayer(dim, heads) for _ in range(config.enc_layers))
+        self.enc_ffn = nn.ModuleList(FeedForwardLayer(dim, ffn) for _ in range(config.enc_layers))
+        self.transformer_self_attention_layers = nn.ModuleList(SelfAttentionLayer(dim, heads) for _ in depth)
+        self.transformer_cross_attention_layers = nn.ModuleList(CrossAttentionLayer(dim, heads) for _ in depth)
+        self.transformer_ffn_layers = nn.ModuleList(FeedForwardLayer(dim, ffn) for _ in depth)
+        self.vita_mask_features = nn.Conv2d(config.map_dim, config.mask_dim, kernel_size=1)
+        nn.init.kaiming_uniform_(self.vita_mask_features.weight, a=1)
+        assert self.vita_mask_features.bias is not None
+        nn.init.zeros_(self.vita_mask_features.bias)
+        self.decoder_norm = nn.LayerNorm(dim)
+        self.query_feat = nn.Embedding(config.num_queries, dim)
+        self.query_embed = nn.Embedding(config.num_queries, dim)
+        self.fq_pos = nn.Embedding(config.num_frame_queries, dim)
+        self.input_proj_dec = nn.Linear(config.detector_dim, dim)
+        self.class_embed = nn.Linear(dim, config.num_classes + 1)
+        self.mask_embed = Perceptron((dim, dim, dim, config.mask_dim))
+        if config.use_sim:
+            self.sim_embed_frame = nn.Linear(dim, dim)
+            self.sim_embed_clip = nn.Linear(dim, dim)
+
+    def forward(self, frame_queries_LBTQC: Tensor, shift: bool) -> HeadOutputs:
+        """Training outputs of B clips; every detector layer is an independent pass."""
+        L, B = frame_queries_LBTQC.shape[:2]
+        encoded_NTQC = self.encode(frame_queries_LBTQC.flatten(0, 1), shift)
+        queries_DLBVC = torch.stack(self.decode(encoded_NTQC)).unflatten(1, (L, B))
+        queries_DLBVC = self.decoder_norm(queries_DLBVC)
+        similar = self.config.use_sim
+        return HeadOutputs(
+            class_logits_DLBVK=self.class_embed(queries_DLBVC),
+            mask_embed_DLBVC=self.mask_embed(queries_DLBVC),
+            video_queries_DLBVC=queries_DLBVC,
+            clip_similarity_LBVC=self.sim_embed_clip(queries_DLBVC[-1]) if similar else None,
+            frame_similarity_LBTQC=self.sim_embed_frame(encoded_NTQC).unflatten(0, (L, B)) if similar else None,
+        )
+
+    def predict(self, frame_queries_TQC: Tensor) -> VideoOutputs:
+        """Whole-video outputs: shifted windows, last layers only (REFERENCE §5)."""
+        encoded_NTQC = self.encode(frame_queries_TQC[None], shift=True)
+        queries_VC = self.decoder_norm(self.decode(encoded_NTQC)[-1][0])
+        return VideoOutputs(class_logits_VK=self.class_embed(queries_VC), mask_embed_VC=self.mask_embed(queries_VC))
+
+    def encode(self, frame_queries_NTQC: Tensor, shift: bool) -> Tensor:
+        """Window attention among frame queries: (N, T, Q, C). With `shift`, odd layers shift their windows."""
+        encoded = self.input_proj_dec(frame_queries_NTQC)
+        num_frames, window = encoded.shape[1], self.config.window
+        for index, (attention, ffn) in enumerate(zip(self.enc_self_attn, self.enc_ffn, strict=True)):
+            assert isinstance(attention, SelfAttentionLayer)
+            runs = window_runs(num_frames, window, shifted=shift and index % 2 == 1)
+            encoded = ffn(attention.forward_runs(encoded, runs))
+        return encoded
+
+    def decode(self, encoded_NTQC: Tensor) -> list[Tensor]:
+        """Video queries (N, V, C) after each of the D decoder layers, before `decoder_norm`."""
+        values_NMC = encoded_NTQC.flatten(1, 2)
+        keys_NMC = (encoded_NTQC + self.fq_pos.weight).flatten(1, 2)
+        position_VC = self.query_embed.weight
+        queries_NVC = self.query_feat.weight.expand(len(encoded_NTQC), -1, -1)
+        outputs = []
+        for cross, own, ffn in zip(
+            self.transformer_cross_attention_layers,
+            self.transformer_self_attention_layers,
+            self.transformer_ffn_layers,
+            strict=True,
+        ):
+            queries_NVC = ffn(own(cross(queries_NVC, position_VC, keys_NMC, values_NMC), position_VC))
+            outputs.append(queries_NVC)
+        return outputs
+
+    def fold_masks(self, mask_embed: Tensor, decoding: MapDecoding) -> MaskWeights:
+        """Weights that turn stored map channels into mask logits, for embeddings (..., mask_dim)."""
+        conv = self.vita_mask_features
+        assert conv.bias is not None
+        return fold_mask_embeddings(mask_embed, conv.weight.flatten(1), conv.bias, decoding)
+
+
+RELEASE_PREFIX = "vita_module."
+
+
+def strip_release_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keep the head's entries of a released checkpoint, under the names of `VitaHead.state_dict`."""
+    return {
+        name.removeprefix(RELEASE_PREFIX): tensor
+        for name, tensor in state.items()
+        if name.startswith(RELEASE_PREFIX)
+    }

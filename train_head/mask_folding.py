@@ -1,0 +1,73 @@
+"""Mask logits straight from the stored map, without decompressing it (REFERENCE §3, "linear in the mask features").
+
+Shapes: C map channels, R stored channels, E mask embedding size. A stored map z stands for the FPN map
+m = decode · z + mean; a 1×1 convolution (A, b) and an embedding e give the logit
+
+    e · (A m + b) = (decodeᵀ Aᵀ e) · z + e · (A mean + b)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.codecs import Codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapDecoding:
+    """How stored channels stand for map channels; None is the identity and zero (an uncompressed map)."""
+
+    matrix_CR: Tensor | None = None
+    mean_C: Tensor | None = None
+
+    @classmethod
+    def of_codec(cls, codec: Codec, num_channels: int) -> MapDecoding:
+        """What a cache's codec does, found by folding the C unit vectors."""
+        matrix_CR, mean_C = codec.fold(np.eye(num_channels, dtype=np.float32))
+        identity = matrix_CR.shape == (num_channels, num_channels) and np.array_equal(matrix_CR, np.eye(num_channels))
+        return cls(
+            matrix_CR=None if identity else torch.from_numpy(matrix_CR.astype(np.float32)),
+            mean_C=None if mean_C is None else torch.from_numpy(mean_C.astype(np.float32)),
+        )
+
+    def to(self, device: torch.device) -> MapDecoding:
+        """Copy to a device."""
+        return MapDecoding(
+            matrix_CR=None if self.matrix_CR is None else self.matrix_CR.to(device),
+            mean_C=None if self.mean_C is None else self.mean_C.to(device),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskWeights:
+    """Linear maps from stored channels to logits: logit = weights · z + const, float32."""
+
+    weights_R: Tensor  # (..., R)
+    const: Tensor  # (...)
+
+    def stacked(self) -> Tensor:
+        """The weights with the constant as one more channel: (..., R + 1)."""
+        return torch.cat([self.weights_R, self.const[..., None]], dim=-1)
+
+    def logits(self, map_TRHW: Tensor) -> Tensor:
+        """Dense logits (T, M, H, W) of M weights (M, R) on a stored map of any number type."""
+        channels_TRS = map_TRHW.to(self.weights_R.dtype).flatten(2)
+        logits_TMS = self.weights_R @ channels_TRS + self.const[:, None]
+        return logits_TMS.unflatten(-1, map_TRHW.shape[2:])
+
+
+def fold_mask_embeddings(
+    mask_embed: Tensor, conv_weight_EC: Tensor, conv_bias_E: Tensor, decoding: MapDecoding
+) -> MaskWeights:
+    """Fold the convolution and the codec into embeddings (..., E). Always float32, also under autocast."""
+    with torch.autocast(mask_embed.device.type, enabled=False):
+        embed, matrix, bias = mask_embed.float(), conv_weight_EC.float(), conv_bias_E.float()
+        if decoding.mean_C is not None:
+            bias = bias + matrix @ decoding.mean_C.float()
+        if decoding.matrix_CR is not None:
+            matrix = matrix @ decoding.matrix_CR.float()
+        return MaskWeights(weights_R=embed @ matrix, const=embed @ bias)

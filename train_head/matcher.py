@@ -1,0 +1,140 @@
+"""Bipartite matching of video queries with objects (VITA §3.3, Mask2Former §3.3; REFERENCE §4).
+
+Shapes: B clips, T frames, N objects, V video queries, G = D·L·V queries of all layers, S = T·P sampled points,
+R stored channels. Costs: 2 · (−probability of the class) + 5 · mask cross-entropy + 5 · dice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+from torch.nn import functional as F
+
+from train_head.mask_folding import MaskWeights
+from train_head.points import PaddedArea, PointSource, sample_map, sample_masks, sampling_area
+from train_head.targets import ClipTargets
+
+
+@dataclass(frozen=True, kw_only=True)
+class CostWeights:
+    """Weights of the three matching costs."""
+
+    label: float = 2.0
+    mask: float = 5.0
+    dice: float = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipMatch:
+    """The matches of one clip for every detector and decoder layer; M = min(V, N) pairs each."""
+
+    query_DLM: Tensor  # int64, ascending
+    object_DLM: Tensor  # int64
+
+
+_CHUNK_LOGITS = 1 << 20  # logits alive at once: small enough for a CPU's cache, large enough for its matmul
+_CHUNK_LOGITS_CUDA = 1 << 27
+
+
+def point_costs(weights_XGR: Tensor, channels_XRS: Tensor, targets_XNS: Tensor, weights: CostWeights) -> Tensor:
+    """Mask and dice costs (X, G, N) of X problems from their sampled channels.
+
+    `weights_XGR` and `channels_XRS` carry the constant and the coverage as their last channel.
+    With x the logits and t the targets at a point, cross-entropy is softplus(x) − x·t: its second part is
+    linear in the channels, so that only sums over softplus and sigmoid have to visit every logit.
+    """
+    X, G, _ = weights_XGR.shape
+    S = channels_XRS.shape[-1]
+    ones_X1S = targets_XNS.new_ones(X, 1, S)
+    columns_XSN = torch.cat([targets_XNS, ones_X1S], dim=1).transpose(1, 2)
+    softplus_XG1 = weights_XGR.new_zeros(X, G, 1)
+    overlap_XGN = weights_XGR.new_zeros(X, G, columns_XSN.shape[-1])
+    limit = _CHUNK_LOGITS_CUDA if weights_XGR.is_cuda else _CHUNK_LOGITS
+    step = max(64, limit // max(1, X * G))
+    for start in range(0, S, step):
+        part = slice(start, start + step)
+        logits_XGS = weights_XGR @ channels_XRS[..., part]
+        softplus_XG1 += F.softplus(logits_XGS).sum(dim=-1, keepdim=True)
+        overlap_XGN += logits_XGS.sigmoid_() @ columns_XSN[:, part]
+    linear_XGN = weights_XGR @ (channels_XRS @ columns_XSN[..., :-1])
+    mask_XGN = (softplus_XG1 - linear_XGN) / S
+    overlap_XGN, area_XG1 = overlap_XGN[..., :-1], overlap_XGN[..., -1:]
+    dice_XGN = 1 - (2 * overlap_XGN + 1) / (area_XG1 + targets_XNS.sum(dim=-1)[:, None] + 1)
+    return weights.mask * mask_XGN + weights.dice * dice_XGN
+
+
+@torch.no_grad()
+def match_clips(
+    class_logits_DLBVK: Tensor,
+    mask_weights: MaskWeights,
+    maps: Sequence[Tensor],
+    targets: Sequence[ClipTargets],
+    points: PointSource,
+    *,
+    cost_weights: CostWeights,
+    padded_area: PaddedArea,
+) -> tuple[ClipMatch, ...]:
+    """Match every clip for every layer. `maps`: B stored maps (T, R, H, W), of any sizes.
+
+    Only the features are sampled, once per clip for all D·L·V queries; labels are read at the points.
+    VITA: the release draws points for every (layer, clip) problem anew; here the layers of a clip share them.
+    """
+    D, L, _, V, _ = class_logits_DLBVK.shape
+    probabilities_DLBVK = class_logits_DLBVK.float().softmax(dim=-1)
+    stacked_DLBVR = mask_weights.stacked()
+    costs = []
+    for clip, (map_TRHW, target) in enumerate(zip(maps, targets, strict=True)):
+        if target.num_objects == 0:
+            costs.append(probabilities_DLBVK.new_empty(D, L, V, 0))
+            continue
+        area_hw = sampling_area(target.image_hw, (map_TRHW.shape[2], map_TRHW.shape[3]), padded_area)
+        points_1P2 = points.matching_points(map_TRHW.device)[None]
+        channels_TRP = sample_map(map_TRHW, points_1P2, area_hw)
+        targets_NS = _masks_at(target, points_1P2, area_hw)
+        cost_GN = point_costs(
+            stacked_DLBVR[:, :, clip].flatten(0, 2)[None],
+            channels_TRP.transpose(0, 1).flatten(1)[None],
+            targets_NS[None],
+            cost_weights,
+        )[0]
+        class_DLVN = probabilities_DLBVK[:, :, clip][..., target.labels_N]
+        costs.append(cost_GN.view(D, L, V, -1) - cost_weights.label * class_DLVN)
+    return tuple(ClipMatch(query_DLM=query, object_DLM=chosen) for query, chosen in assign(costs))
+
+
+def _masks_at(target: ClipTargets, points_1P2: Tensor, area_hw: tuple[int, int]) -> Tensor:
+    """Label values at points shared by all frames: (N, T·P)."""
+    masks_Ghw = target.masks_NThw.flatten(0, 1)
+    every = torch.arange(len(masks_Ghw), device=masks_Ghw.device)
+    return sample_masks(masks_Ghw, every, points_1P2, area_hw).view(target.num_objects, -1)
+
+
+def assign(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Solve stacks of assignment problems (..., V, N) with one copy to the host and one back.
+
+    Returns per stack the matched rows, ascending, and columns: both (..., min(V, N)) on the costs' device.
+    Raises FloatingPointError where a cost is not finite (the index says which stack, that is which clip).
+    """
+    flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
+    solved: list[NDArray[np.int64]] = []
+    start = 0
+    for index, cost in enumerate(costs):
+        V, N = cost.shape[-2:]
+        problems = flat[start : start + cost.numel()].reshape(cost.shape[:-2].numel(), V, N)
+        start += cost.numel()
+        if not np.isfinite(problems).all():
+            raise FloatingPointError(f"matching costs of clip {index} of the batch are not finite")
+        pairs = [linear_sum_assignment(problem) for problem in problems]
+        solved.append(np.array(pairs, dtype=np.int64).reshape(*cost.shape[:-2], 2, min(V, N)))
+    back = torch.from_numpy(np.concatenate([pairs.reshape(-1) for pairs in solved])).to(costs[0].device)
+    results = []
+    for pairs, numbers in zip(solved, back.split([pairs.size for pairs in solved]), strict=True):
+        rows, columns = numbers.view(pairs.shape).unbind(-2)
+        results.append((rows, columns))
+    return results
