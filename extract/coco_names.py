@@ -1,0 +1,25 @@
+"""The 80 categories of COCO instances: label-file id -> name, in the order of the class logits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+_NAMES = (
+    """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
+parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove,
+skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple,
+sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining
+table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink,
+refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush
+""".replace("\n", " ")
+    .strip()
+    .split(", ")
+)
+
+# Label files number 1..90 and skip the ten stuff-like ids that were never released.
+_UNUSED_IDS = frozenset({12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+_IDS = [i for i in range(1, 91) if i not in _UNUSED_IDS]
+
+COCO_CATEGORIES: Mapping[int, str] = dict(zip(_IDS, _NAMES, strict=True))
