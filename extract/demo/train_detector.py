@@ -144,7 +144,8 @@ def held_out_quality(model: nn.Module) -> dict[str, float]:
     model.eval()
     ious: list[float] = []
     correct: list[bool] = []
-    for batch in StillBatches(NUM_HELD_OUT // 16, 16, _HELD_OUT_OFFSET):
+    held_out = StillBatches(NUM_HELD_OUT // 16, 16, _HELD_OUT_OFFSET)
+    for batch in (held_out[index] for index in range(len(held_out))):
         output = model(pixel_values=batch["pixel_values"])
         size = batch["pixel_values"].shape[-2:]
         predicted = nn.functional.interpolate(output.masks_queries_logits, size, mode="bilinear") > 0

@@ -1,0 +1,58 @@
+# Thin lines over `python -m extract|train_head|evaluate VERB CONFIG [key=value ...]`.
+# Settings go on the command line: make train CONFIG=configs/ytvis2019_r50.yaml data.root=/data/ytvis_2019
+CONFIG ?= configs/demo.yaml
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+OVERRIDES := $(filter-out CONFIG=% PYTHON=% VENV=%,$(MAKEOVERRIDES))
+.DEFAULT_GOAL := help
+
+# The demo needs nothing but itself, so each of its stages makes sure of the one before.
+ifeq ($(CONFIG),configs/demo.yaml)
+extract: demo-data
+train: extract
+evaluate: train
+report: evaluate
+endif
+
+.PHONY: help demo demo-data demo-detector extract train evaluate report test lint install
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+install: $(STAMP)  ## make .venv and install everything into it
+
+$(STAMP): pyproject.toml
+	@if command -v uv >/dev/null 2>&1; then uv venv -q --allow-existing --seed $(VENV); else $(PYTHON) -m venv $(VENV); fi
+	@echo "installing into $(VENV) (PyTorch is large: minutes, 5 GB)"
+	@if command -v uv >/dev/null 2>&1; then uv pip install -q --python $(PY) -e '.[dev]'; else $(PY) -m pip install -q -e '.[dev]'; fi
+	@touch $@
+
+demo: demo-data extract train evaluate report  ## the whole pipeline on generated videos, under 6 minutes
+
+demo-data: $(STAMP)  ## generate the demo's videos
+	@$(PY) -m extract demo-data $(CONFIG) $(OVERRIDES)
+
+demo-detector: $(STAMP)  ## retrain the demo's detector from nothing
+	$(PY) -m extract.demo.train_detector
+
+extract: $(STAMP)  ## stage one: frozen detector -> feature cache
+	@$(PY) -m extract run $(CONFIG) $(OVERRIDES)
+
+train: $(STAMP)  ## stage two: train the head from the cache
+	@$(PY) -m train_head train $(CONFIG) $(OVERRIDES)
+
+evaluate: $(STAMP)  ## AP of the trained head and of the training-free baseline
+	@$(PY) -m evaluate run $(CONFIG) $(OVERRIDES)
+
+report: $(STAMP)  ## one self-contained HTML page of a run
+	@$(PY) -m evaluate report $(CONFIG) $(OVERRIDES)
+
+test: $(STAMP)  ## the test suite, CPU only
+	$(PY) -m pytest -m "not slow"
+
+lint: $(STAMP)  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy

@@ -1,0 +1,160 @@
+"""Read a YAML and `key=value` overrides into `Settings`, refusing what cannot be meant."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from cache.errors import ConfigError
+from configs.schema import Settings
+
+CONFIG_FOLDER = Path(__file__).parent
+
+
+def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
+    """Read a config by path or short name (`demo`, `ytvis2019_r50`) and apply `key=value` overrides.
+
+    Raises ConfigError for an unknown key (with the nearest match), a wrong type or an impossible value.
+    """
+    path = find_config(config)
+    schema = OmegaConf.structured(Settings)
+    try:
+        parts = [(str(path), OmegaConf.load(path)), ("command line", _parse_overrides(overrides))]
+        for where, part in parts:
+            if not isinstance(part, DictConfig):
+                raise ConfigError("not a mapping of settings", where=where)
+            _refuse_unknown_keys(part, schema, where)
+        merged = OmegaConf.merge(schema, *(part for _, part in parts))
+        settings = cast(Settings, OmegaConf.to_object(merged))
+    except YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=path) from error
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(reason, where=f"{path}, setting {error.full_key or '?'}") from error
+    validate(settings, str(path))
+    return settings
+
+
+def find_config(config: str) -> Path:
+    """Resolve a path or short name to an existing YAML file."""
+    for path in (Path(config), CONFIG_FOLDER / f"{config}.yaml"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
+    close = difflib.get_close_matches(Path(config).stem, known, n=1)
+    meant = f"did you mean {close[0]}? " if close else ""
+    raise ConfigError("no such config", where=config, hint=f"{meant}known: {', '.join(known)}")
+
+
+def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"'{override}' is not key=value", where="command line")
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def _refuse_unknown_keys(given: DictConfig, schema: DictConfig, where: str, prefix: str = "") -> None:
+    known = _all_keys(schema)
+    for key, value in given.items_ex(resolve=False):
+        name = f"{prefix}{key}"
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
+                candidate for candidate in known if candidate.split(".")[-1] == str(key)
+            ]
+            hint = f"did you mean {close[0]}?" if close else "configs/schema.py lists every setting"
+            raise ConfigError(f"unknown setting '{name}'", where=where, hint=hint)
+        if isinstance(value, DictConfig):
+            _refuse_unknown_keys(value, schema, where, f"{name}.")
+
+
+def _all_keys(schema: DictConfig, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for key, value in schema.items_ex(resolve=False):
+        keys.append(f"{prefix}{key}")
+        if isinstance(value, DictConfig):
+            keys += _all_keys(value, f"{prefix}{key}.")
+    return keys
+
+
+def validate(settings: Settings, where: str) -> None:
+    """Refuse values that no run could work with; raises ConfigError naming the setting."""
+    s = settings
+    positive: dict[str, float] = {
+        "detector.num_layers": s.detector.num_layers,
+        "detector.batch_frames": s.detector.batch_frames,
+        "head.hidden_dim": s.head.hidden_dim,
+        "head.mask_dim": s.head.mask_dim,
+        "head.num_queries": s.head.num_queries,
+        "head.num_heads": s.head.num_heads,
+        "head.ffn_dim": s.head.ffn_dim,
+        "head.dec_layers": s.head.dec_layers,
+        "loss.num_points": s.loss.num_points,
+        "train.iterations": s.train.iterations,
+        "train.batch_clips": s.train.batch_clips,
+        "train.num_frames": s.train.num_frames,
+        "train.frame_range": s.train.frame_range,
+        "train.learning_rate": s.train.learning_rate,
+        "train.clip_norm": s.train.clip_norm,
+        "train.decay_factor": s.train.decay_factor,
+        "train.log_every": s.train.log_every,
+        "train.checkpoint_every": s.train.checkpoint_every,
+        "evaluate.top_k": s.evaluate.top_k,
+        "evaluate.chunk_frames": s.evaluate.chunk_frames,
+    }
+    not_negative: dict[str, float] = {
+        "seed": s.seed,
+        "head.enc_layers": s.head.enc_layers,
+        "head.window": s.head.window,
+        "train.weight_decay": s.train.weight_decay,
+        "train.warmup": s.train.warmup,
+        "train.workers": s.train.workers,
+        "evaluate.report_videos": s.evaluate.report_videos,
+        "loss.class_weight": s.loss.class_weight,
+        "loss.mask_weight": s.loss.mask_weight,
+        "loss.dice_weight": s.loss.dice_weight,
+        "loss.sim_weight": s.loss.sim_weight,
+        "loss.no_object_weight": s.loss.no_object_weight,
+    }
+    _require({k: v > 0 for k, v in positive.items()}, positive, "more than 0", where)
+    _require({k: v >= 0 for k, v in not_negative.items()}, not_negative, "0 or more", where)
+    _validate_relations(settings, where)
+
+
+def _require(holds: dict[str, bool], values: dict[str, Any], expected: str, where: str) -> None:
+    for key, ok in holds.items():
+        if not ok:
+            raise ConfigError(f"impossible value of {key}", where=where, expected=expected, got=values[key])
+
+
+def _validate_relations(s: Settings, where: str) -> None:
+    heads = s.head.hidden_dim % s.head.num_heads
+    edge = s.detector.short_edge
+    checks: dict[str, tuple[bool, object, str]] = {
+        "head.num_heads": (heads == 0, s.head.num_heads, f"a divisor of head.hidden_dim {s.head.hidden_dim}"),
+        "data.holdout": (0 <= s.data.holdout < 1, s.data.holdout, "a share of the videos, 0 <= x < 1"),
+        "detector.short_edge": (edge is None or 32 <= edge <= 1333, edge, "32 to 1333 pixels, or null"),
+        "train.decay_steps": (
+            s.train.decay_steps == sorted(s.train.decay_steps),
+            s.train.decay_steps,
+            "increasing steps",
+        ),
+        "data.valid_frames": (
+            (s.data.valid_labels is None) == (s.data.valid_frames is None),
+            s.data.valid_frames,
+            "both valid_labels and valid_frames, or neither",
+        ),
+        "name": (
+            bool(s.name) and Path(s.name).name == s.name and s.name not in (".", ".."),
+            s.name,
+            "a folder name: runs go to <runs>/<name>",
+        ),
+    }
+    for key, (holds, got, expected) in checks.items():
+        if not holds:
+            raise ConfigError(f"impossible value of {key}", where=where, expected=expected, got=got)

@@ -1,0 +1,149 @@
+"""Every setting with its type, default and meaning; a YAML in this folder states only what differs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Device(Enum):
+    """Where to compute; auto takes CUDA where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(Enum):
+    """Arithmetic of the forward pass; auto is bfloat16 autocast on CUDA and float32 on CPU."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class FrameMatching(Enum):
+    """How a frozen detector's predictions are matched to a frame's objects for the similarity loss."""
+
+    category_map = "category_map"  # class costs where a category exists in both worlds, masks elsewhere
+    mask_only = "mask_only"
+    release = "release"  # the detector has the data set's own classes
+
+
+class Split(Enum):
+    """Which videos to evaluate; auto is the labelled validation set, or else the hold-out."""
+
+    auto = "auto"
+    train = "train"
+    valid = "valid"
+    holdout = "holdout"
+
+
+@dataclass
+class DataSettings:
+    """A data set in YouTube-VIS layout; label and frame paths are relative to `root`."""
+
+    root: str = "datasets/demo"
+    train_labels: str = "train.json"
+    train_frames: str = "train/JPEGImages"
+    valid_labels: str | None = "valid.json"
+    valid_frames: str | None = "valid/JPEGImages"
+    holdout: float = 0.0  # share of the train videos kept out of training to evaluate on
+    holdout_seed: int = 0
+
+
+@dataclass
+class DetectorSettings:
+    """The frozen Mask2Former of stage one."""
+
+    weights: str = "extract/demo/detector"  # Hugging Face folder, or official .pkl / .pth
+    architecture: str | None = None  # r50, r101, swin-l; null reads it from the weights
+    num_layers: int = 3  # cached decoder layers, the last ones: training uses all, inference the last
+    short_edge: int | None = 360  # pixels; null keeps the native size
+    batch_frames: int = 8
+    precision: Precision = Precision.auto
+
+
+@dataclass
+class CacheSettings:
+    """Where the features lie: one cache per split, `<path>/train` and `<path>/valid`."""
+
+    path: str = "caches/demo"
+    codec: str = "float16"
+    preload: bool = False  # keep every video read in memory: for sets that fit
+
+
+@dataclass
+class HeadSettings:
+    """Sizes of the VITA head; the release's are 6 + 3 layers, the paper's 3 + 6."""
+
+    hidden_dim: int = 256
+    mask_dim: int = 256
+    num_queries: int = 100
+    num_heads: int = 8
+    ffn_dim: int = 2048
+    enc_layers: int = 6
+    dec_layers: int = 3
+    window: int = 6  # frames per encoder window; 0 attends to all
+    shift_in_training: bool = False
+
+
+@dataclass
+class LossSettings:
+    """Weights of the loss terms and number of sampled points."""
+
+    class_weight: float = 2.0
+    mask_weight: float = 5.0
+    dice_weight: float = 5.0
+    sim_weight: float = 0.5
+    no_object_weight: float = 0.1
+    num_points: int = 12544
+    frame_matching: FrameMatching = FrameMatching.category_map
+
+
+@dataclass
+class TrainSettings:
+    """The training run."""
+
+    iterations: int = 130_000
+    batch_clips: int = 8
+    num_frames: int = 5  # per clip
+    frame_range: int = 20  # clip frames lie within this many frames of the reference frame
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.05
+    warmup: int = 10
+    decay_steps: list[int] = field(default_factory=lambda: [75_000])
+    decay_factor: float = 0.1
+    clip_norm: float = 0.01
+    precision: Precision = Precision.auto
+    workers: int = 2
+    log_every: int = 20
+    checkpoint_every: int = 1000
+
+
+@dataclass
+class EvaluateSettings:
+    """Whole-video inference and scoring."""
+
+    split: Split = Split.auto
+    top_k: int = 10  # tracks per video: 10 for YouTube-VIS, 20 for OVIS
+    chunk_frames: int = 16  # frames whose masks are decoded at once
+    report_videos: int = 6
+
+
+@dataclass
+class Settings:
+    """One experiment."""
+
+    name: str = "demo"
+    seed: int = 0
+    device: Device = Device.auto
+    runs: str = "runs"
+    data: DataSettings = field(default_factory=DataSettings)
+    detector: DetectorSettings = field(default_factory=DetectorSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    head: HeadSettings = field(default_factory=HeadSettings)
+    loss: LossSettings = field(default_factory=LossSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)

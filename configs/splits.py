@@ -1,0 +1,45 @@
+"""Where a config's splits lie: labels and frames on disk, features in the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from configs.schema import Settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitPaths:
+    """One label file with its frames and its cache."""
+
+    name: str
+    labels: Path
+    frames: Path
+    features: Path
+
+
+def train_split(settings: Settings) -> SplitPaths:
+    """Return the paths of the train split (which also holds the hold-out videos)."""
+    data = settings.data
+    return _split(settings, "train", data.train_labels, data.train_frames)
+
+
+def valid_split(settings: Settings) -> SplitPaths | None:
+    """Return the paths of the validation split, or None where the config names none."""
+    data = settings.data
+    if data.valid_labels is None or data.valid_frames is None:
+        return None
+    return _split(settings, "valid", data.valid_labels, data.valid_frames)
+
+
+def all_splits(settings: Settings) -> list[SplitPaths]:
+    """Return every split that the config names."""
+    valid = valid_split(settings)
+    return [train_split(settings)] + ([] if valid is None else [valid])
+
+
+def _split(settings: Settings, name: str, labels: str, frames: str) -> SplitPaths:
+    root = Path(settings.data.root)
+    return SplitPaths(
+        name=name, labels=root / labels, frames=root / frames, features=Path(settings.cache.path) / name
+    )

@@ -1,0 +1,40 @@
+"""Stage one on the command line: `python -m extract run CONFIG [key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from configs.command import run_command
+from configs.load import load_settings
+
+
+def main() -> int:
+    """Parse the command line and run one verb."""
+    parser = argparse.ArgumentParser(prog="python -m extract", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run", help="run the frozen detector over every video not yet in the cache")
+    data = verbs.add_parser("demo-data", help="generate the demo's videos where the config expects them")
+    for verb in (run, data):
+        verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
+        verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    arguments = parser.parse_args()
+    return run_command(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    settings = load_settings(arguments.config, arguments.overrides)
+    if arguments.verb == "demo-data":
+        from extract.demo.videos import write_demo_data
+
+        write_demo_data(Path(settings.data.root))
+    else:
+        from extract.stage import extract
+
+        extract(settings)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,95 @@
+"""Reading the frames of a data set: found, decoded, checked against the labels, resized as the original does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from cache.annotations import Video
+from cache.errors import FrameError
+
+MAX_EDGE = 1333  # detectron2's cap on the longer edge of a test image
+_AHEAD = 4  # decoded batches that may wait for the detector
+_MAX_REPORTED = 5
+
+
+def require_frames(videos: Sequence[Video], folder: Path) -> None:
+    """Check that every frame file exists, before any work; raises FrameError naming the first few missing."""
+    if not folder.is_dir():
+        raise FrameError("no such folder of frames", where=folder, hint="check data.root and data.*_frames")
+    missing = [name for video in videos for name in video.file_names if not (folder / name).is_file()]
+    if missing:
+        listed = ", ".join(missing[:_MAX_REPORTED]) + (", ..." if len(missing) > _MAX_REPORTED else "")
+        raise FrameError(
+            f"{len(missing)} frames named by the labels are not there: {listed}",
+            where=folder,
+            hint="check data.root and data.*_frames, or fetch the missing files",
+        )
+
+
+def read_frame(path: Path, expected_hw: tuple[int, int]) -> Image.Image:
+    """Decode one frame as RGB, EXIF orientation applied.
+
+    Raises FrameError if the file is missing, not an image, truncated, or not of the labelled (height, width).
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened).convert("RGB")
+    except FileNotFoundError as error:
+        raise FrameError("no such frame", where=path) from error
+    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        reason = " ".join(str(error).split())
+        raise FrameError(
+            f"not a readable image: {reason}", where=path, hint="fetch this file again, then run the same command"
+        ) from error
+    if (image.height, image.width) != expected_hw:
+        raise FrameError(
+            "the frame's size differs from the labels'",
+            where=path,
+            expected=f"{expected_hw[1]}x{expected_hw[0]}",
+            got=f"{image.width}x{image.height}",
+        )
+    return image
+
+
+def network_size(original_hw: tuple[int, int], short_edge: int | None) -> tuple[int, int]:
+    """Return the (height, width) that the detector sees: detectron2's ResizeShortestEdge, rounding included."""
+    if short_edge is None:
+        return original_hw
+    height, width = original_hw
+    scale = short_edge / min(height, width)
+    new_height, new_width = (short_edge, scale * width) if height < width else (scale * height, short_edge)
+    if max(new_height, new_width) > MAX_EDGE:
+        shrink = MAX_EDGE / max(new_height, new_width)
+        new_height, new_width = new_height * shrink, new_width * shrink
+    return int(new_height + 0.5), int(new_width + 0.5)
+
+
+def load_frame(path: Path, original_hw: tuple[int, int], image_hw: tuple[int, int]) -> Tensor:
+    """Read one frame and resize it (Pillow bilinear, as detectron2) to a (3, H, W) uint8 tensor."""
+    image = read_frame(path, original_hw)
+    if image_hw != original_hw:
+        image = image.resize((image_hw[1], image_hw[0]), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def frame_batches(
+    video: Video, folder: Path, image_hw: tuple[int, int], batch_frames: int, pool: ThreadPoolExecutor
+) -> Iterator[Tensor]:
+    """Yield a video's frames in order as (b, 3, H, W) uint8, decoded ahead in the pool's threads."""
+    original_hw = (video.height, video.width)
+    waiting: list[Future[Tensor]] = []
+    paths = [folder / name for name in video.file_names]
+    submitted = 0
+    for start in range(0, len(paths), batch_frames):
+        while submitted < min(len(paths), start + _AHEAD * batch_frames):
+            waiting.append(pool.submit(load_frame, paths[submitted], original_hw, image_hw))
+            submitted += 1
+        batch, waiting = waiting[:batch_frames], waiting[batch_frames:]
+        yield torch.stack([future.result() for future in batch])
