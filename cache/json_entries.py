@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from cache.errors import AnnotationError
+
+_LARGEST = sys.float_info.max
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,7 +44,8 @@ class Entry:
     def number(self, name: str) -> float:
         """A field that must be a finite number."""
         value = self.field(name, "a finite number")
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        # The comparison is false for NaN and for infinities, and exact for integers of hundreds of digits.
+        if isinstance(value, bool) or not (isinstance(value, int | float) and -_LARGEST <= value <= _LARGEST):
             self.fail(f"field {name!r} is wrong", expected="a finite number", got=show(value))
         return float(value)
 

@@ -113,7 +113,9 @@ def run_lengths(texts: Sequence[str]) -> tuple[IntArray, IntArray]:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     if not all(texts):
         raise ValueError("no run lengths")
-    codes = np.frombuffer("".join(texts).encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - ord("0")
+    codes = np.frombuffer("".join(texts).encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - ord(
+        "0"
+    )
     if codes.min() < 0 or codes.max() > 0b111111:
         raise ValueError("a character that compressed run lengths cannot hold")
     text_ends = np.cumsum([len(text) for text in texts])

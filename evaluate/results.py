@@ -6,7 +6,9 @@ One entry per predicted track: video_id, category_id, score, and one compressed 
 from __future__ import annotations
 
 import json
+import lzma
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ from cache.masks import Rle
 
 RESULTS_NAME = "results.json"
 _MAX_UNZIPPED_BYTES = 4 * 2**30  # Run lengths of a whole benchmark take some 100 MB: more is a zip bomb.
+# What a damaged, encrypted or exotic archive raises.
+_UNZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)
 _ZIP_TIME = (1980, 1, 1, 0, 0, 0)  # The same predictions give the same bytes.
 
 
@@ -94,6 +98,7 @@ def _read_zipped(path: Path) -> object:
                 raise AnnotationError(
                     "too large when unpacked", where=where, expected=limit, got=f"{size} bytes"
                 )
-            return parse_json(archive.read(RESULTS_NAME), where)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
+            data = archive.read(RESULTS_NAME)
+    except _UNZIP_ERRORS as error:
         raise AnnotationError("the archive cannot be read", where=path, got=str(error)) from error
+    return parse_json(data, where)

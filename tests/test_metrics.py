@@ -1,0 +1,304 @@
+"""Video AP/AR against the original evaluator's numbers and against a naive per-pixel implementation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from cache import masks
+from cache.annotations import Category, Labels, Track, Video, load_labels
+from cache.errors import AnnotationError
+from evaluate import score
+from evaluate.metrics import VideoEvaluation, VideoMetrics, evaluate_tracks, video_ious
+from evaluate.results import TrackPrediction, load_results, write_results
+from tests.naive_video_ap import Object, iou, naive_metrics
+
+GOLDEN = Path(__file__).parent / "golden" / "ytvis_eval"
+CATEGORIES = [3, 8]
+Cells = NDArray[np.bool_]
+
+
+@pytest.fixture(scope="module")
+def golden() -> VideoEvaluation:
+    labels = load_labels(GOLDEN / "gt.json")
+    return VideoEvaluation(labels, load_results(GOLDEN / "results.json", labels))
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, dict[str, object]]:
+    content: dict[str, dict[str, object]] = json.loads((GOLDEN / "expected.json").read_text())
+    return content
+
+
+def test_golden_stats(golden: VideoEvaluation, expected: dict[str, dict[str, float]]) -> None:
+    measured = golden.metrics().to_json()
+    assert len(expected["stats"]) == 12
+    for name, value in expected["stats"].items():
+        assert measured[name] == (None if value == -1 else pytest.approx(value, rel=0, abs=1e-9)), name
+    per_category = {f"c{number}": value for number, value in expected["AP_per_category"].items()}
+    assert measured["per_category"] == pytest.approx(per_category, rel=0, abs=1e-9)
+
+
+def test_golden_video_ious(
+    golden: VideoEvaluation, expected: dict[str, dict[str, list[list[float]]]]
+) -> None:
+    assert {key for key, ious in golden.ious.items() if ious.size} == {
+        tuple(map(int, key.split(","))) for key, rows in expected["ious"].items() if np.size(rows)
+    }
+    for key, rows in expected["ious"].items():
+        video, category = map(int, key.split(","))
+        if np.size(rows):
+            np.testing.assert_allclose(golden.ious[video, category], rows, rtol=0, atol=1e-9)
+
+
+@st.composite
+def scenes(draw: st.DrawFn) -> tuple[list[int], list[Object]]:
+    """Videos of different lengths and sizes; labels and predictions that overlap, tie and go missing.
+
+    A cell is 1 pixel, or 128 so that areas fall on and around the limits of small, medium and large.
+    """
+    videos = [2, 5, 9, 14][: draw(st.integers(1, 4))]
+    scale = draw(st.sampled_from([1, 128]))
+    objects: list[Object] = []
+    for video in videos:
+        shape = (draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 4)))
+        size = int(np.prod(shape))
+        bits = st.just(0) | st.just(2**size - 1) | st.integers(0, 2**size - 1)
+        pool = draw(st.lists(bits, min_size=1, max_size=3))  # Shared masks: exact hits and tied overlaps.
+        for is_label in draw(st.lists(st.booleans(), max_size=7)):
+            value = draw(st.sampled_from(pool) | bits)
+            flat = [(value >> position) % 2 == 1 for position in range(size)]
+            objects.append(
+                Object(
+                    video=video,
+                    category=draw(st.sampled_from(CATEGORIES)),
+                    cells=np.array(flat).reshape(shape),
+                    scale=scale,
+                    crowd=is_label and draw(st.integers(0, 3)) == 0,
+                    score=None if is_label else draw(st.sampled_from([0.25, 0.5, 0.75])),
+                )
+            )
+        if draw(st.booleans()):
+            # So that every video has a size, an object never seen.
+            objects.append(Object(video=video, category=3, cells=np.zeros(shape, bool), scale=scale))
+    return videos, objects
+
+
+def _segmentations(item: Object) -> tuple[masks.Rle | None, ...]:
+    """Empty frames as None and as an empty mask in turn: they mean the same."""
+    pixels = item.cells.repeat(item.scale, axis=1).repeat(item.scale, axis=2)
+    return tuple(
+        None if t % 2 == 0 and not frame.any() else masks.encode(frame) for t, frame in enumerate(pixels)
+    )
+
+
+def _as_files_have_it(videos: list[int], objects: list[Object]) -> tuple[Labels, list[TrackPrediction]]:
+    tracks, predictions, sizes = [], [], {}
+    for number, item in enumerate(objects):
+        sizes[item.video] = (len(item.cells), *(edge * item.scale for edge in item.cells.shape[1:]))
+        fields = {"video_id": item.video, "category_id": item.category, "segmentations": _segmentations(item)}
+        if item.score is None:
+            areas = tuple(float(frame.sum()) * item.scale**2 for frame in item.cells)
+            tracks.append(Track(id=number, iscrowd=item.crowd, areas=areas, **fields))  # type: ignore[arg-type]
+        else:
+            predictions.append(TrackPrediction(score=item.score, **fields))  # type: ignore[arg-type]
+    labels = Labels(
+        categories=tuple(Category(id=number, name=f"c{number}") for number in CATEGORIES),
+        videos=tuple(_video(video, *sizes.get(video, (1, 1, 1))) for video in videos),
+        tracks=tuple(tracks),
+        has_tracks=True,
+    )
+    return labels, predictions
+
+
+def _video(video_id: int, length: int, height: int, width: int) -> Video:
+    names = tuple(f"v{video_id}/{frame}.jpg" for frame in range(length))
+    return Video(id=video_id, width=width, height=height, length=length, file_names=names)
+
+
+def _assert_equal(metrics: VideoMetrics, naive: dict[str, float | None]) -> None:
+    measured = metrics.to_json()
+    per_category = measured.pop("per_category")
+    assert isinstance(per_category, dict)
+    measured |= {f"AP of {name[1:]}": value for name, value in per_category.items()}
+    assert measured.keys() == naive.keys()
+    for name, value in naive.items():
+        assert measured[name] == (None if value is None else pytest.approx(value, rel=0, abs=1e-9)), name
+
+
+@given(scenes(), st.integers(1, 3))
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_metrics_equal_the_naive_ones(scene: tuple[list[int], list[Object]], frames_per_chunk: int) -> None:
+    videos, objects = scene
+    labels, predictions = _as_files_have_it(videos, objects)
+    largest = max(video.height * video.width for video in labels.videos)
+    with pytest.MonkeyPatch.context() as patch:
+        # Videos too long for one mask are cut in chunks of frames.
+        patch.setattr(masks, "MAX_PIXELS", frames_per_chunk * largest)
+        evaluation = VideoEvaluation(labels, predictions)
+    _assert_equal(evaluation.metrics(), naive_metrics(videos, CATEGORIES, objects))
+    for (video, category), ious in evaluation.ious.items():
+        here = [item for item in objects if (item.video, item.category) == (video, category)]
+        found = sorted((item for item in here if item.score is not None), key=lambda item: -(item.score or 0))
+        pairs = [[iou(item, label) for label in here if label.score is None] for item in found]
+        assert ious.tolist() == (pairs if ious.size else ious.tolist())
+        assert ious.size == sum(map(len, pairs))
+
+
+@given(scenes(), st.data())
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_draw_of_videos_counts_each_as_often_as_drawn(
+    scene: tuple[list[int], list[Object]], data: st.DataObject
+) -> None:
+    videos, objects = scene
+    evaluation = VideoEvaluation(*_as_files_have_it(videos, objects))
+    drawn = data.draw(st.lists(st.sampled_from(videos), min_size=1, max_size=5))
+    copies = [
+        Object(video=number, category=o.category, cells=o.cells, scale=o.scale, crowd=o.crowd, score=o.score)
+        for number, video in enumerate(drawn)
+        for o in objects
+        if o.video == video
+    ]
+    naive = naive_metrics(list(range(len(drawn))), CATEGORIES, copies)["AP"]
+    assert evaluation.average_precision(drawn) == (None if naive is None else pytest.approx(naive, abs=1e-9))
+
+
+def test_hand_worked_ap() -> None:
+    # Two frames of 1 x 4. Prediction 1: 3 of 4 pixels in frame 0, nothing in frame 1, where the object has 2:
+    # IoU 3/6 = 0.5, a hit at the threshold 0.50 alone. A worse one with a lower score changes nothing.
+    label = np.array([[[1, 1, 1, 1]], [[1, 1, 0, 0]]], dtype=bool)
+    first = np.array([[[1, 1, 1, 0]], [[0, 0, 0, 0]]], dtype=bool)
+    objects = [
+        Object(video=2, category=3, cells=label, scale=1),
+        Object(video=2, category=3, cells=first, scale=1, score=0.9),
+        Object(video=2, category=3, cells=~label, scale=1, score=0.1),
+    ]
+    labels, predictions = _as_files_have_it([2], objects)
+    metrics = evaluate_tracks(labels, predictions)
+    assert video_ious(labels, predictions)[2, 3].tolist() == [[0.5], [0.0]]
+    numbers = [metrics.AP, metrics.AP50, metrics.AP75, metrics.AR1]
+    assert numbers == pytest.approx([0.1, 1.0, 0.0, 0.1])
+    assert metrics.APl is None
+    assert metrics.per_category == {"c3": pytest.approx(0.1), "c8": None}
+
+
+def test_no_predictions_score_zero_and_no_labels_are_undefined() -> None:
+    cells = np.ones((1, 1, 1), dtype=bool)
+    labelled, nothing = _as_files_have_it([2], [Object(video=2, category=3, cells=cells, scale=1)])
+    assert evaluate_tracks(labelled, nothing).AP == 0.0
+    empty, predictions = _as_files_have_it(
+        [2], [Object(video=2, category=3, cells=cells, scale=1, score=0.5)]
+    )
+    assert evaluate_tracks(empty, predictions).AP is None
+    assert evaluate_tracks(empty.subset([]), []).AP is None
+
+
+def test_a_split_without_labels_cannot_be_scored(tmp_path: Path) -> None:
+    data = json.loads((GOLDEN / "gt.json").read_text())
+    (tmp_path / "valid.json").write_text(json.dumps({**data, "annotations": None}))
+    with pytest.raises(AnnotationError, match="no annotations to score against"):
+        score.score(tmp_path / "valid.json", GOLDEN / "results.json")
+
+
+def test_tracks_that_fit_no_video_are_refused() -> None:
+    labels = load_labels(GOLDEN / "gt.json")
+    good = load_results(GOLDEN / "results.json", labels)[0]
+    other_size = masks.encode(np.ones((3, 3), dtype=bool))
+    for changes, reason in [
+        ({"video_id": 999}, "video 999"),
+        ({"category_id": 77}, "category 77"),
+        ({"segmentations": good.segmentations[1:]}, "10 masks of 120 x 96, got 9 masks"),
+        ({"segmentations": (other_size,) * 10}, r"10 masks of \[\(3, 3\)\]"),
+        ({"score": float("nan")}, "nan"),
+    ]:
+        fields = {name: getattr(good, name) for name in ("video_id", "category_id", "score", "segmentations")}
+        with pytest.raises(AnnotationError, match=reason):
+            evaluate_tracks(labels, [TrackPrediction(**{**fields, **changes})])
+
+
+def test_results_round_trip_and_repeat_byte_for_byte(tmp_path: Path) -> None:
+    labels = load_labels(GOLDEN / "gt.json")
+    predictions = load_results(GOLDEN / "results.json", labels)
+    zip_path = write_results(tmp_path / "a" / "results.json", predictions)
+    assert zip_path == tmp_path / "a" / "results.zip"
+    assert load_results(tmp_path / "a" / "results.json", labels) == predictions
+    assert load_results(zip_path, labels) == predictions
+    again = write_results(tmp_path / "b" / "results.json", iter(predictions))
+    assert again.read_bytes() == zip_path.read_bytes()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["results.json", "results.zip"]
+    with zipfile.ZipFile(zip_path) as archive:
+        assert archive.namelist() == ["results.json"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"video_id": 999}, r"results\.json\[0\]: video 999 is unknown"),
+        ({"category_id": 9}, r"\[0\] of video 1 \(v0000\): category 9 is unknown"),
+        ({"segmentations": [None] * 9}, r"video 1 \(v0000\): .*10 items, one per frame, got 9 items"),
+        ({"segmentations": [{"size": [96, 120], "counts": "1"}] + [None] * 9}, r"video 1 .*\[120, 96\]"),
+        ({"segmentations": [{"size": [120, 96], "counts": "1"}] + [None] * 9}, r"video 1 .*add up to 1"),
+        ({"score": float("nan")}, r"video 1 .*'score' is wrong \(expected a finite number, got nan\)"),
+        ({"score": float("inf")}, "got inf"),
+        ({"score": 10**400}, "got 1000"),
+        ({"score": "0.5"}, "'score' is wrong"),
+        ({"score": None}, "got null"),
+    ],
+)
+def test_broken_results_name_the_entry_and_the_video(
+    tmp_path: Path, changes: dict[str, object], reason: str
+) -> None:
+    entries = json.loads((GOLDEN / "results.json").read_text())
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([{**entries[0], **changes}, *entries[1:]]))
+    with pytest.raises(AnnotationError, match=reason):
+        load_results(path, load_labels(GOLDEN / "gt.json"))
+
+
+def test_broken_archives_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = load_labels(GOLDEN / "gt.json")
+    path = tmp_path / "r.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("other.json", "[]")
+    with pytest.raises(AnnotationError, match=r"no results\.json in the archive \(got other\.json\)"):
+        load_results(path, labels)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("results.json", "[" + " " * 5000 + "]")
+    monkeypatch.setattr("evaluate.results._MAX_UNZIPPED_BYTES", 5001)
+    with pytest.raises(AnnotationError, match=r"too large when unpacked .*got 5002 bytes"):
+        load_results(path, labels)
+    monkeypatch.setattr("evaluate.results._MAX_UNZIPPED_BYTES", 5002)
+    assert load_results(path, labels) == []
+    damaged = bytearray(path.read_bytes())
+    damaged[45] ^= 0xFF
+    path.write_bytes(damaged)
+    with pytest.raises(AnnotationError, match="the archive cannot be read"):
+        load_results(path, labels)
+    path.write_text("{}")
+    with pytest.raises(AnnotationError, match="expected a list of tracks"):
+        load_results(path, labels)
+
+
+def test_score_command_writes_fractions_and_prints_percent(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], expected: dict[str, dict[str, float]]
+) -> None:
+    parser = argparse.ArgumentParser()
+    score.add_arguments(parser)
+    output = tmp_path / "deep" / "metrics.json"
+    files = ["--annotations", str(GOLDEN / "gt.json"), "--predictions", str(GOLDEN / "results.json")]
+    assert score.run(parser.parse_args([*files, "--output", str(output)])) == 0
+    written = json.loads(output.read_text())
+    assert written["AP"] == pytest.approx(expected["stats"]["AP"], abs=1e-9)
+    assert written["APl"] is None
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert printed[:2] == [["AP", "AP50", "AP75", "AR1", "AR10"], ["24.8", "47.1", "20.4", "28.6", "44.7"]]
+    assert ["c4", "8.9"] in printed
+    assert [path.name for path in output.parent.iterdir()] == ["metrics.json"]
