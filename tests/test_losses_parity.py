@@ -74,7 +74,14 @@ def recorded() -> tuple[VitaHead, Tensor, Tensor, VitaLosses]:
     queries = torch.from_numpy(golden["frame_queries"]).requires_grad_()
     maps = torch.from_numpy(golden["raw_mask_features"]).requires_grad_()
     points = FixedPoints(torch.from_numpy(np.load(GOLDEN / "targets.npz")["points"]))
-    losses = step(head, queries.unflatten(1, (2, 5)), maps.unflatten(0, (2, 5)).unbind(), golden_targets(), points)
+    losses = step(
+        head,
+        queries.unflatten(1, (2, 5)),
+        maps.unflatten(0, (2, 5)).unbind(),
+        golden_targets(),
+        points,
+        VitaCriterion(padded_area="background"),
+    )
     losses.total.backward()
     return head, queries, maps, losses
 
@@ -85,7 +92,7 @@ def step(
     maps: Sequence[Tensor],
     targets: Sequence[ClipTargets],
     points: FixedPoints | RandomPoints,
-    criterion: VitaCriterion = VitaCriterion(padded_area="background"),
+    criterion: VitaCriterion,
 ) -> VitaLosses:
     outputs = head(queries_LBTQC, shift=False)
     weights = head.fold_masks(outputs.mask_embed_DLBVC, MapDecoding())
@@ -151,7 +158,9 @@ def test_target_preparation() -> None:
 
 
 def test_uncertain_points() -> None:
-    golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "uncertain_points.npz").items()}
+    golden = {
+        name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "uncertain_points.npz").items()
+    }
     H, W = golden["logits"].shape[-2:]
     chosen = keep_uncertain(
         golden["logits"][:, 0], golden["rand_first"], golden["rand_second"], (4 * H, 4 * W), keep=84
@@ -172,7 +181,7 @@ def test_random_points_depend_on_seed_and_step_only() -> None:
 
 
 def test_points_of_maps_and_masks_equal_dense_sampling() -> None:
-    """A map over the image and two more rows, uint8 masks of the image alone: as if all were padded floats."""
+    """A map over the image and two more rows, masks of the image alone: as if all were padded floats."""
     generator = torch.Generator().manual_seed(1)
     map_TRHW = torch.randn(2, 3, 8, 8, generator=generator)  # a canvas of 32 × 32 pixels
     masks_Ghw = torch.rand(4, 21, 30, generator=generator) > 0.5
@@ -190,7 +199,10 @@ def test_points_of_maps_and_masks_equal_dense_sampling() -> None:
 
 def test_point_costs_equal_the_pairwise_definition() -> None:
     generator = torch.Generator().manual_seed(2)
-    weights, channels = torch.randn(1, 4, 3, generator=generator), 9 * torch.randn(1, 3, 130, generator=generator)
+    weights, channels = (
+        torch.randn(1, 4, 3, generator=generator),
+        9 * torch.randn(1, 3, 130, generator=generator),
+    )
     targets = torch.rand(1, 2, 130, generator=generator)
     costs = point_costs(weights, channels, targets, CostWeights(label=0.0, mask=5.0, dice=5.0))
     logits = (weights @ channels)[0]
@@ -203,7 +215,9 @@ def test_point_costs_equal_the_pairwise_definition() -> None:
 
 
 def test_assignment_is_optimal_and_refuses_nan() -> None:
-    costs = [torch.tensor(np.random.default_rng(3).random(shape)) for shape in ((2, 4, 2), (2, 2, 3), (2, 4, 0))]
+    costs = [
+        torch.tensor(np.random.default_rng(3).random(shape)) for shape in ((2, 4, 2), (2, 2, 3), (2, 4, 0))
+    ]
     for cost, (rows, columns) in zip(costs, assign(costs), strict=True):
         for problem, row, column in zip(cost, rows, columns, strict=True):
             V, N = problem.shape
@@ -217,9 +231,13 @@ def test_assignment_is_optimal_and_refuses_nan() -> None:
         assign([costs[0], torch.full((1, 2, 2), float("nan"))])
 
 
-def random_clip(generator: torch.Generator, num_objects: int, num_frames: int, hw: tuple[int, int]) -> ClipTargets:
+def random_clip(
+    generator: torch.Generator, num_objects: int, num_frames: int, hw: tuple[int, int]
+) -> ClipTargets:
     masks = torch.rand(num_objects, num_frames, *hw, generator=generator) > 0.4
-    target = clip_targets(torch.randint(0, 5, (num_objects,), generator=generator), torch.arange(num_objects), masks)
+    target = clip_targets(
+        torch.randint(0, 5, (num_objects,), generator=generator), torch.arange(num_objects), masks
+    )
     queries = torch.randint(0, 20, (3, num_frames, num_objects), generator=generator)
     return replace(target, frame_queries_LTN=queries)
 
@@ -246,7 +264,9 @@ def test_a_batch_equals_its_clips_one_by_one() -> None:
     for name in ("class_D", "mask_D", "dice_D", "similarity"):
         divisor = {"class_D": "class_weight", "similarity": "similarity_pairs"}.get(name, "num_masks")
         sums = [getattr(one, name) * getattr(n, divisor) for one, n in zip(single, norm, strict=True)]
-        torch.testing.assert_close(getattr(batch, name) * getattr(whole, divisor), sum(sums), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            getattr(batch, name) * getattr(whole, divisor), sum(sums), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(("num_frames", "num_objects"), [(1, 2), (2, 0), (1, 18)])
@@ -269,7 +289,11 @@ def test_missing_frame_matches_and_mixed_clips_are_refused() -> None:
     generator = torch.Generator().manual_seed(6)
     target = random_clip(generator, 2, 2, (20, 20))
     points = RandomPoints(PointConfig(matching=30, loss=16), generator)
-    inputs = torch.randn(3, 1, 2, 20, 64), [torch.rand(2, 64, 6, 6)], [replace(target, frame_queries_LTN=None)]
+    inputs = (
+        torch.randn(3, 1, 2, 20, 64),
+        [torch.rand(2, 64, 6, 6)],
+        [replace(target, frame_queries_LTN=None)],
+    )
     with pytest.raises(AnnotationError, match="use_sim"):
         step(golden_head(), *inputs, points, VitaCriterion(weights=LossWeights()))
     with pytest.raises(AnnotationError, match="2 objects in 2 frames"):

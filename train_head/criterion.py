@@ -1,13 +1,13 @@
 """Losses of the head (VITA §3.3; REFERENCE §4).
 
-Shapes: B clips, T frames, M matched objects of a clip and layer, V video queries, L detector layers, D decoder
-layers, P points, R stored channels, K categories.
+Shapes: B clips, T frames, M matched objects of a clip and layer, V video queries, L detector layers,
+D decoder layers, P points, R stored channels, K categories.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -89,8 +89,8 @@ class VitaLosses:
 class VitaCriterion:
     """Matches the outputs of all layers with the objects, then computes every loss term in float32."""
 
-    weights: LossWeights = LossWeights()
-    cost_weights: CostWeights = CostWeights()
+    weights: LossWeights = field(default_factory=LossWeights)
+    cost_weights: CostWeights = field(default_factory=CostWeights)
     padded_area: PaddedArea = "ignore"
 
     def __call__(
@@ -102,7 +102,7 @@ class VitaCriterion:
         points: PointSource,
         normalisers: LossNormalisers,
     ) -> VitaLosses:
-        """Losses of B clips. `mask_weights`: the folded `outputs.mask_embed_DLBVC`; `maps`: (T, R, H, W) each.
+        """Losses of B clips. `mask_weights`: the folded `mask_embed_DLBVC`; `maps`: B of (T, R, H, W).
 
         Raises FloatingPointError if an output is not finite, AnnotationError if frame matches are missing.
         """
@@ -116,7 +116,9 @@ class VitaCriterion:
                 cost_weights=self.cost_weights,
                 padded_area=self.padded_area,
             )
-            class_D = self._class_loss(outputs.class_logits_DLBVK, targets, matches) / normalisers.class_weight
+            class_D = (
+                self._class_loss(outputs.class_logits_DLBVK, targets, matches) / normalisers.class_weight
+            )
             mask_D, dice_D = (
                 summed_D / normalisers.num_masks.clamp(min=1)
                 for summed_D in self._mask_losses(mask_weights, maps, targets, matches, points)
@@ -160,7 +162,7 @@ class VitaCriterion:
         matches: Sequence[ClipMatch],
         points: PointSource,
     ) -> tuple[Tensor, Tensor]:
-        """Sums (D) of mask cross-entropy and dice over the matched queries, the only ones with a logit map."""
+        """Sums (D) of mask cross-entropy and dice over matched queries, the only ones with a logit map."""
         D = len(mask_weights.weights_R)
         mask_D = dice_D = mask_weights.weights_R.new_zeros(D)
         for clip, (map_TRHW, target, match) in enumerate(zip(maps, targets, matches, strict=True)):
@@ -174,7 +176,8 @@ class VitaCriterion:
             index_G = (match.object_DLM.flatten() * T + frame_T1).flatten()
             labels_GP = sample_masks(target.masks_NThw.flatten(0, 1), index_G, points_GP2, area_hw)
             logits_GP = sample_logits(logits_GHW, points_GP2, area_hw)
-            mask_M, dice_M = _point_losses(logits_GP.unflatten(0, (T, M)), labels_GP.unflatten(0, (T, M)))
+            split_TM = (T, M, points_GP2.shape[1])
+            mask_M, dice_M = _point_losses(logits_GP.view(split_TM), labels_GP.view(split_TM))
             mask_D = mask_D + mask_M.view(D, -1).sum(dim=1)
             dice_D = dice_D + dice_M.view(D, -1).sum(dim=1)
         return mask_D, dice_D
@@ -182,9 +185,7 @@ class VitaCriterion:
 
 def _take_matched(mask_weights: MaskWeights, clip: int, match: ClipMatch) -> MaskWeights:
     """The folded embeddings of a clip's matched queries, layers flattened: (D·L·M, R)."""
-    weights_DLMR = torch.take_along_dim(
-        mask_weights.weights_R[:, :, clip], match.query_DLM[..., None], dim=2
-    )
+    weights_DLMR = torch.take_along_dim(mask_weights.weights_R[:, :, clip], match.query_DLM[..., None], dim=2)
     const_DLM = torch.take_along_dim(mask_weights.const[:, :, clip], match.query_DLM, dim=2)
     return MaskWeights(weights_R=weights_DLMR.flatten(0, 2), const=const_DLM.flatten())
 

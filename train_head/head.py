@@ -90,7 +90,9 @@ class VitaHead(nn.Module):
         self.enc_self_attn = nn.ModuleList(SelfAttentionLayer(dim, heads) for _ in range(config.enc_layers))
         self.enc_ffn = nn.ModuleList(FeedForwardLayer(dim, ffn) for _ in range(config.enc_layers))
         self.transformer_self_attention_layers = nn.ModuleList(SelfAttentionLayer(dim, heads) for _ in depth)
-        self.transformer_cross_attention_layers = nn.ModuleList(CrossAttentionLayer(dim, heads) for _ in depth)
+        self.transformer_cross_attention_layers = nn.ModuleList(
+            CrossAttentionLayer(dim, heads) for _ in depth
+        )
         self.transformer_ffn_layers = nn.ModuleList(FeedForwardLayer(dim, ffn) for _ in depth)
         self.vita_mask_features = nn.Conv2d(config.map_dim, config.mask_dim, kernel_size=1)
         nn.init.kaiming_uniform_(self.vita_mask_features.weight, a=1)
@@ -111,31 +113,36 @@ class VitaHead(nn.Module):
         """Training outputs of B clips; every detector layer is an independent pass."""
         L, B = frame_queries_LBTQC.shape[:2]
         encoded_NTQC = self.encode(frame_queries_LBTQC.flatten(0, 1), shift)
-        queries_DLBVC = torch.stack(self.decode(encoded_NTQC)).unflatten(1, (L, B))
-        queries_DLBVC = self.decoder_norm(queries_DLBVC)
+        queries_DNVC = self.decoder_norm(torch.stack(self.decode(encoded_NTQC)))
+        queries_DLBVC = torch.unflatten(queries_DNVC, 1, (L, B))
         similar = self.config.use_sim
         return HeadOutputs(
             class_logits_DLBVK=self.class_embed(queries_DLBVC),
             mask_embed_DLBVC=self.mask_embed(queries_DLBVC),
             video_queries_DLBVC=queries_DLBVC,
             clip_similarity_LBVC=self.sim_embed_clip(queries_DLBVC[-1]) if similar else None,
-            frame_similarity_LBTQC=self.sim_embed_frame(encoded_NTQC).unflatten(0, (L, B)) if similar else None,
+            frame_similarity_LBTQC=torch.unflatten(self.sim_embed_frame(encoded_NTQC), 0, (L, B))
+            if similar
+            else None,
         )
 
     def predict(self, frame_queries_TQC: Tensor) -> VideoOutputs:
         """Whole-video outputs: shifted windows, last layers only (REFERENCE §5)."""
         encoded_NTQC = self.encode(frame_queries_TQC[None], shift=True)
         queries_VC = self.decoder_norm(self.decode(encoded_NTQC)[-1][0])
-        return VideoOutputs(class_logits_VK=self.class_embed(queries_VC), mask_embed_VC=self.mask_embed(queries_VC))
+        return VideoOutputs(
+            class_logits_VK=self.class_embed(queries_VC), mask_embed_VC=self.mask_embed(queries_VC)
+        )
 
     def encode(self, frame_queries_NTQC: Tensor, shift: bool) -> Tensor:
-        """Window attention among frame queries: (N, T, Q, C). With `shift`, odd layers shift their windows."""
+        """Window attention among frame queries: (N, T, Q, C). With `shift`, odd layers shift."""
         encoded = self.input_proj_dec(frame_queries_NTQC)
         num_frames, window = encoded.shape[1], self.config.window
         for index, (attention, ffn) in enumerate(zip(self.enc_self_attn, self.enc_ffn, strict=True)):
             assert isinstance(attention, SelfAttentionLayer)
             runs = window_runs(num_frames, window, shifted=shift and index % 2 == 1)
             encoded = ffn(attention.forward_runs(encoded, runs))
+        assert isinstance(encoded, Tensor)
         return encoded
 
     def decode(self, encoded_NTQC: Tensor) -> list[Tensor]:

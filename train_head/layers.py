@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 
 class MultiheadAttention(nn.Module):
-    """Attention with the parameter layout of `torch.nn.MultiheadAttention` (q, k, v stacked in one matrix)."""
+    """Attention with the parameter layout of `torch.nn.MultiheadAttention` (q, k, v in one matrix)."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class MultiheadAttention(nn.Module):
     def attend(self, query_NSC: Tensor, key_NMC: Tensor, value_NMC: Tensor) -> Tensor:
         """Scaled dot-product attention of projected tokens, before the output projection: (N, S, C)."""
         query, key, value = (
-            tokens.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            torch.unflatten(tokens, -1, (self.num_heads, -1)).transpose(1, 2)
             for tokens in (query_NSC, key_NMC, value_NMC)
         )
         return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
@@ -141,4 +141,6 @@ def window_runs(num_frames: int, window: int, shifted: bool) -> tuple[tuple[int,
         return ((num_frames, 1),)
     first = min(window // 2, num_frames) if shifted else 0
     full, rest = divmod(num_frames - first, window)
-    return tuple((length, count) for length, count in ((first, 1), (window, full), (rest, 1)) if length * count)
+    return tuple(
+        (length, count) for length, count in ((first, 1), (window, full), (rest, 1)) if length * count
+    )

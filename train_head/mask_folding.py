@@ -1,4 +1,4 @@
-"""Mask logits straight from the stored map, without decompressing it (REFERENCE §3, "linear in the mask features").
+"""Mask logits straight from the stored map, without decompressing it (REFERENCE §3, last item).
 
 Shapes: C map channels, R stored channels, E mask embedding size. A stored map z stands for the FPN map
 m = decode · z + mean; a 1×1 convolution (A, b) and an embedding e give the logit
@@ -10,11 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from cache.codecs import Codec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,16 +20,6 @@ class MapDecoding:
 
     matrix_CR: Tensor | None = None
     mean_C: Tensor | None = None
-
-    @classmethod
-    def of_codec(cls, codec: Codec, num_channels: int) -> MapDecoding:
-        """What a cache's codec does, found by folding the C unit vectors."""
-        matrix_CR, mean_C = codec.fold(np.eye(num_channels, dtype=np.float32))
-        identity = matrix_CR.shape == (num_channels, num_channels) and np.array_equal(matrix_CR, np.eye(num_channels))
-        return cls(
-            matrix_CR=None if identity else torch.from_numpy(matrix_CR.astype(np.float32)),
-            mean_C=None if mean_C is None else torch.from_numpy(mean_C.astype(np.float32)),
-        )
 
     def to(self, device: torch.device) -> MapDecoding:
         """Copy to a device."""
@@ -54,10 +41,10 @@ class MaskWeights:
         return torch.cat([self.weights_R, self.const[..., None]], dim=-1)
 
     def logits(self, map_TRHW: Tensor) -> Tensor:
-        """Dense logits (T, M, H, W) of M weights (M, R) on a stored map of any number type."""
+        """Dense logits (T, M, H, W) of M weights (M, R), or (T, M, R), on a stored map of any number type."""
         channels_TRS = map_TRHW.to(self.weights_R.dtype).flatten(2)
-        logits_TMS = self.weights_R @ channels_TRS + self.const[:, None]
-        return logits_TMS.unflatten(-1, map_TRHW.shape[2:])
+        logits_TMS = self.weights_R @ channels_TRS + self.const[..., None]
+        return torch.unflatten(logits_TMS, -1, map_TRHW.shape[2:])
 
 
 def fold_mask_embeddings(

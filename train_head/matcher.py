@@ -1,7 +1,7 @@
 """Bipartite matching of video queries with objects (VITA §3.3, Mask2Former §3.3; REFERENCE §4).
 
-Shapes: B clips, T frames, N objects, V video queries, G = D·L·V queries of all layers, S = T·P sampled points,
-R stored channels. Costs: 2 · (−probability of the class) + 5 · mask cross-entropy + 5 · dice.
+Shapes: B clips, T frames, N objects, V video queries, G = D·L·V queries of all layers, S = T·P sampled
+points, R stored channels. Costs: 2 · (−probability of the class) + 5 · mask cross-entropy + 5 · dice.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ _CHUNK_LOGITS = 1 << 20  # logits alive at once: small enough for a CPU's cache,
 _CHUNK_LOGITS_CUDA = 1 << 27
 
 
-def point_costs(weights_XGR: Tensor, channels_XRS: Tensor, targets_XNS: Tensor, weights: CostWeights) -> Tensor:
+def point_costs(
+    weights_XGR: Tensor, channels_XRS: Tensor, targets_XNS: Tensor, weights: CostWeights
+) -> Tensor:
     """Mask and dice costs (X, G, N) of X problems from their sampled channels.
 
     `weights_XGR` and `channels_XRS` carry the constant and the coverage as their last channel.
@@ -132,9 +134,7 @@ def assign(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
             raise FloatingPointError(f"matching costs of clip {index} of the batch are not finite")
         pairs = [linear_sum_assignment(problem) for problem in problems]
         solved.append(np.array(pairs, dtype=np.int64).reshape(*cost.shape[:-2], 2, min(V, N)))
-    back = torch.from_numpy(np.concatenate([pairs.reshape(-1) for pairs in solved])).to(costs[0].device)
-    results = []
-    for pairs, numbers in zip(solved, back.split([pairs.size for pairs in solved]), strict=True):
-        rows, columns = numbers.view(pairs.shape).unbind(-2)
-        results.append((rows, columns))
-    return results
+    joined = torch.from_numpy(np.concatenate([pairs.reshape(-1) for pairs in solved])).to(costs[0].device)
+    numbers = torch.split(joined, [pairs.size for pairs in solved])
+    rows_columns = [part.view(pairs.shape).unbind(-2) for part, pairs in zip(numbers, solved, strict=True)]
+    return [(rows, columns) for rows, columns in rows_columns]

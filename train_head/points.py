@@ -45,7 +45,8 @@ def sample_map(map_TRHW: Tensor, points_TP2: Tensor, area_hw: tuple[int, int]) -
     """Stored channels at points of each frame, and as one more channel how much of a point the map covers.
 
     The coverage (1 inside, less within half a pixel of the edge) is what the constant of a folded mask
-    embedding has to be multiplied with. Returns (T, R + 1, P) float32; points may be (1, P, 2) for all frames.
+    embedding has to be multiplied with. Returns (T, R + 1, P) float32; (1, P, 2) are points for all frames.
+    the same.
     """
     T, _, H, W = map_TRHW.shape
     grid_TP2 = map_grid(points_TP2, area_hw, (H, W))
@@ -99,7 +100,7 @@ class PointSource(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class PointConfig:
-    """How many points are drawn. `matching` may be smaller than `loss` for speed (the paper uses one number)."""
+    """How many points are drawn. The paper has one number; fewer `matching` points are cheaper."""
 
     matching: int = 12544
     loss: int = 12544
@@ -108,7 +109,7 @@ class PointConfig:
 
 
 class RandomPoints:
-    """Uniform points for the matching, mostly uncertain points for the losses (PointRend, Mask2Former §3.3)."""
+    """Uniform points for the matching, mostly uncertain ones for the losses (PointRend, Mask2Former §3.3)."""
 
     def __init__(self, config: PointConfig, generator: torch.Generator) -> None:
         self.config, self.generator = config, generator
@@ -137,7 +138,7 @@ class RandomPoints:
         num_fresh = config.loss - int(config.loss * config.uncertain)
         group = max(1, (1 << 23) // num_candidates)
         chosen = [logits_GHW.new_empty(0, config.loss, 2)]
-        for logits in logits_GHW.split(group):
+        for logits in torch.split(logits_GHW, group):
             candidates = self._uniform(len(logits), num_candidates).to(logits.device)
             fresh = self._uniform(len(logits), num_fresh).to(logits.device)
             chosen.append(keep_uncertain(logits, candidates, fresh, area_hw, config.loss - num_fresh))

@@ -22,7 +22,7 @@ class ClipTargets:
     identities_N: Tensor  # int64, one number per object of the video
     present_NT: Tensor  # bool, whether the object has a pixel in the frame
     masks_NThw: Tensor  # uint8 or bool, at input size, unpadded; sampled at points, never made dense floats
-    frame_queries_LTN: Tensor | None = None  # int64, the detector query matched to the object there, -1 = none
+    frame_queries_LTN: Tensor | None = None  # int64, the detector query matched there, -1 = none
 
     def __post_init__(self) -> None:
         """Check that the shapes belong together."""
