@@ -41,8 +41,8 @@ class Fingerprint:
 
     def __post_init__(self) -> None:
         # 1 and 1.0 are equal but differ as JSON, and so would their digests.
-        for name in ("pixel_mean", "pixel_std"):
-            object.__setattr__(self, name, tuple(float(number) for number in asdict(self)[name]))
+        object.__setattr__(self, "pixel_mean", tuple(float(number) for number in self.pixel_mean))
+        object.__setattr__(self, "pixel_std", tuple(float(number) for number in self.pixel_std))
 
     def digest(self) -> str:
         """SHA-256 (hex) of the canonical JSON: sorted keys, no spaces."""

@@ -184,9 +184,20 @@ def read_group_attributes(folder: Path) -> dict[str, Any] | None:
     return attributes
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a video's folder carries the commit marker; metadata that cannot be read carry none."""
+    try:
+        return (read_group_attributes(folder) or {}).get("complete") is True
+    except CorruptData:
+        return False
+
+
 def write_file_atomically(path: Path, content: bytes) -> None:
-    """Replace a file in one step that survives a crash: readers see the old content or all of the new."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Replace a file in one step that survives a crash: readers see the old content or all of the new.
+
+    The caller holds the folder's lock: two writers of one file would share the temporary file.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()

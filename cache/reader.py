@@ -28,6 +28,7 @@ from cache.layout import (
     VIDEOS,
     VideoAttributes,
     checked_name,
+    is_complete,
     read_group_attributes,
 )
 
@@ -219,8 +220,7 @@ def video_groups(path: Path) -> Iterator[tuple[str, bool]]:
     """(name, complete) of every video folder of the cache at `path`, sorted by name."""
     folder = path / VIDEOS
     for name in sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else ():
-        attributes = read_group_attributes(folder / name)
-        yield name, attributes is not None and attributes.get("complete") is True
+        yield name, is_complete(folder / name)
 
 
 def read_arrays(folder: Path) -> dict[str, NDArray[Any]]:

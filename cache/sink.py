@@ -117,14 +117,19 @@ class _ShardWriter:
 
 
 def _create_array(
-    folder: Path, shape: tuple[int, ...], dtype: np.dtype[Any], axes: tuple[str, ...], frames_per_shard: int
+    folder: Path,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    axes: tuple[str, ...] | None = None,
+    frames_per_shard: int | None = None,
 ) -> zarr.Array[Any]:
+    """An array of the prescribed layout: sharded frame by frame, or one chunk without shards if small."""
     return zarr.create_array(
         store=str(folder),
         shape=shape,
         dtype=dtype,
-        chunks=(1, *shape[1:]),
-        shards=(frames_per_shard, *shape[1:]),
+        chunks=shape if frames_per_shard is None else (1, *shape[1:]),
+        shards=None if frames_per_shard is None else (frames_per_shard, *shape[1:]),
         filters=None,
         serializer=BytesCodec(endian="little"),
         compressors=[Crc32cCodec()],
@@ -137,18 +142,5 @@ def _create_array(
 
 
 def write_array(folder: Path, values: NDArray[Any]) -> None:
-    """Store a small array whole: one chunk with crc32c, not sharded."""
-    array = zarr.create_array(
-        store=str(folder),
-        shape=values.shape,
-        dtype=values.dtype,
-        chunks=values.shape,
-        filters=None,
-        serializer=BytesCodec(endian="little"),
-        compressors=[Crc32cCodec()],
-        fill_value=fill_value(values.dtype),
-        chunk_key_encoding={"name": "default", "separator": "."},
-        config={"write_empty_chunks": True},
-        overwrite=True,
-    )
-    array[...] = values
+    """Store a small array whole."""
+    _create_array(folder, values.shape, values.dtype)[...] = values

@@ -26,6 +26,7 @@ from cache.layout import (
     VideoAttributes,
     checked_name,
     group_metadata,
+    is_complete,
     read_group_attributes,
     sync_to_disk,
     write_file_atomically,
@@ -138,9 +139,9 @@ def _check_continuation(path: Path, fingerprint: Fingerprint, sources: Mapping[s
     hint = "extract into another path, set the old values again, or delete this cache"
     Root.read(path).fingerprint.require(fingerprint, where=path, hint=hint)
     for name, complete in video_groups(path):
-        stored = (read_group_attributes(path / VIDEOS / name) or {}).get("source")
+        stored = (read_group_attributes(path / VIDEOS / name) or {}).get("source") if complete else None
         wanted = sources.get(name.partition("@")[0], stored)
-        if complete and stored is not None and stored != wanted:
+        if stored is not None and stored != wanted:
             raise FingerprintMismatch(
                 "the label file lists other frames (names, order, size) than were extracted under this name",
                 where=f"{path}: video {name!r}",
@@ -156,6 +157,9 @@ def _create(path: Path, fingerprint: Fingerprint, heads: DetectorHeads, codec: C
     if foreign:
         what = f"the folder is no cache and holds other things, such as {foreign[0]!r}"
         raise CacheError(what, where=path, hint="choose a new folder")
+    if any(complete for _, complete in video_groups(path)):
+        what = "the folder holds videos but no root metadata, so what they were made with is unknown"
+        raise CacheError(what, where=path / METADATA, hint="restore the file, or choose a new folder")
     for group, arrays in ((DETECTOR, heads.arrays), (CODEC, codec.arrays), (VIDEOS, {})):
         attributes = {"category_names": list(heads.category_names)} if group == DETECTOR else {}
         (path / group).mkdir(exist_ok=True)
@@ -180,7 +184,7 @@ def _write_root(path: Path, fingerprint: Fingerprint, codec: Codec, sessions: li
 
 def _remove_leftover(folder: Path) -> None:
     """Empty the folder of an incomplete video (the folder itself carries the lock)."""
-    if (read_group_attributes(folder) or {}).get("complete") is True:
+    if is_complete(folder):
         raise CacheError(
             "the video is complete already", where=folder, hint="write only what `pending` names"
         )

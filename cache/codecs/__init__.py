@@ -57,7 +57,7 @@ CODECS: dict[str, type[Float16]] = {"float16": Float16}
 def select_codec(
     name: str, parameters: Mapping[str, Any] | None = None, arrays: Mapping[str, NDArray[Any]] | None = None
 ) -> Codec:
-    """The codec of this name, with a cache's settings and fitted arrays. Raises CacheError for unknown names."""
+    """The codec of this name, with its settings and fitted arrays. Raises CacheError for unknown names."""
     if name not in CODECS:
         raise CacheError("unknown codec", got=repr(name), expected=" or ".join(CODECS))
     return CODECS[name].load(parameters or {}, arrays or {})

@@ -1,0 +1,127 @@
+"""What a cache holds, and whether it is sound."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache.errors import VitaCacheError
+from cache.fingerprint import Fingerprint
+from cache.layout import ANNOTATIONS, FRAME_QUERIES, FRAMES_PER_SHARD, MASK_FEATURES
+from cache.reader import CachedVideo, FeatureCache
+from cache.writer import video_sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Counts and sizes of a cache; bytes as files on disk, of complete videos only."""
+
+    videos: int
+    incomplete: list[str]
+    frames: int
+    frame_query_bytes: int
+    mask_feature_bytes: int
+    fingerprint: Fingerprint
+    fingerprint_sha256: str
+    provenance: list[dict[str, Any]]
+
+    @property
+    def bytes_per_frame(self) -> float:
+        """Both arrays together; 0 for a cache without frames."""
+        return (self.frame_query_bytes + self.mask_feature_bytes) / max(self.frames, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One defect: where it is, which rule of FORMAT.md it breaks, and what was found."""
+
+    where: str
+    rule: str
+    message: str
+
+
+def summarise(path: Path) -> Summary:
+    """Count what is in the cache at `path`. Raises CacheError where there is none."""
+    feature_cache = FeatureCache.open(path)
+    videos = [feature_cache.video(name) for name in feature_cache.video_names()]
+    return Summary(
+        videos=len(videos),
+        incomplete=feature_cache.incomplete(),
+        frames=sum(video.attributes.num_frames for video in videos),
+        frame_query_bytes=sum(_size(video.folder / FRAME_QUERIES) for video in videos),
+        mask_feature_bytes=sum(_size(video.folder / MASK_FEATURES) for video in videos),
+        fingerprint=feature_cache.fingerprint,
+        fingerprint_sha256=feature_cache.fingerprint.digest(),
+        provenance=list(feature_cache.root.sessions),
+    )
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def verify_root(feature_cache: FeatureCache) -> Iterator[Finding]:
+    """Check all but the videos: heads, codec, labels, unfinished videos, and videos unknown to the labels."""
+    where = str(feature_cache.path)
+    for rule, load in (("codec", lambda: feature_cache.codec), ("detector", lambda: feature_cache.heads)):
+        try:
+            load()
+        except VitaCacheError as error:
+            yield Finding(where=where, rule=rule, message=str(error))
+    if feature_cache.root.codec_name != feature_cache.fingerprint.codec:
+        yield Finding(where=where, rule="codec", message="codec and fingerprint disagree")
+    for name in feature_cache.incomplete():
+        yield Finding(where=f"{where}: video {name!r}", rule="complete", message="extraction did not finish")
+    yield from _verify_labels(feature_cache)
+
+
+def _verify_labels(feature_cache: FeatureCache) -> Iterator[Finding]:
+    labels = feature_cache.path / ANNOTATIONS
+    if not labels.exists():
+        return
+    try:
+        sources = video_sources(labels.read_bytes())
+    except VitaCacheError as error:
+        yield Finding(where=str(labels), rule="labels", message=str(error))
+        return
+    for name in feature_cache.video_names():
+        wanted = sources.get(name.partition("@")[0])
+        if wanted is None or feature_cache.video(name).source not in (None, wanted):
+            what = "is not in the labels" if wanted is None else "shows other frames than the labels list"
+            yield Finding(where=f"{labels}: video {name!r}", rule="labels", message=f"the video {what}")
+
+
+def verify_video(feature_cache: FeatureCache, name: str) -> Iterator[Finding]:
+    """Read a complete video as a whole: checksums, shapes, dtypes, finite numbers; one finding a field."""
+    where = f"{feature_cache.path}: video {name!r}"
+    try:
+        video = feature_cache.video(name)
+    except VitaCacheError as error:
+        yield Finding(where=where, rule="attributes", message=str(error))
+        return
+    for field in (FRAME_QUERIES, MASK_FEATURES):
+        try:
+            message = _defect(feature_cache, video, field)
+        except VitaCacheError as error:
+            message = str(error)
+        if message:
+            yield Finding(where=where, rule=field, message=message)
+
+
+def _defect(feature_cache: FeatureCache, video: CachedVideo, field: str) -> str | None:
+    dtype = np.dtype("<f2") if field == FRAME_QUERIES else feature_cache.codec.dtype
+    for start in range(0, video.attributes.num_frames, FRAMES_PER_SHARD):
+        frames = range(start, min(start + FRAMES_PER_SHARD, video.attributes.num_frames))
+        block = video.frame_queries(frames) if field == FRAME_QUERIES else video.mask_features(frames)
+        if block.dtype != dtype:
+            return f"dtype {block.dtype} instead of {dtype}"
+        if field == FRAME_QUERIES and block.shape[1] != feature_cache.fingerprint.num_layers:
+            return f"{block.shape[1]} detector layers instead of {feature_cache.fingerprint.num_layers}"
+        finite = np.isfinite(block).all(axis=(1, 2, 3))
+        if not finite.all():
+            return f"frame {start + int(np.argmin(finite))} is not finite"
+    return None

@@ -1,0 +1,219 @@
+"""The fast shard reader and zarr-python must return the same bytes and refuse the same damage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from cache_samples import attributes_of, open_writer, random_features, write_video
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from cache.errors import CorruptData
+from cache.frames import FrameArray, ZarrFrames, open_frames
+from cache.reader import FeatureCache
+from cache.shards import ShardedFrames
+
+NUM_FRAMES = 150
+Opener = Callable[[Path], FrameArray]
+
+
+def open_with_zarr(folder: Path) -> FrameArray:
+    return ZarrFrames.of(folder, json.loads((folder / "zarr.json").read_bytes()))
+
+
+@pytest.fixture(params=[open_frames, open_with_zarr], ids=["fast", "zarr"])
+def opener(request: pytest.FixtureRequest) -> Opener:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("shards") / "features"
+    write_video(open_writer(path), "7", NUM_FRAMES)
+    return path / "videos" / "7"
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """A cache of its own for the test to damage: 70 frames, shards of 64 and 6."""
+    write_video(open_writer(tmp_path / "features"), "7", 70)
+    return tmp_path / "features" / "videos" / "7" / "mask_features"
+
+
+def foreign_array(folder: Path, values: NDArray[Any], **changes: Any) -> Path:
+    """A sharded array written by zarr-python alone, in the prescribed layout but for `changes`."""
+    layout: dict[str, Any] = {
+        "chunks": (1, *values.shape[1:]),
+        "shards": (4, *values.shape[1:]),
+        "compressors": [Crc32cCodec()],
+        "filters": None,
+        "chunk_key_encoding": {"name": "default", "separator": "."},
+        "config": {"write_empty_chunks": True},
+    }
+    array = zarr.create_array(
+        store=str(folder), shape=values.shape, dtype=values.dtype, **{**layout, **changes}
+    )
+    array[...] = values
+    return folder
+
+
+def flip_bit(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_written_video_has_the_layout_of_the_fast_reader(stored: Path) -> None:
+    assert isinstance(open_frames(stored / "mask_features"), ShardedFrames)
+    assert isinstance(open_frames(stored / "frame_queries"), ShardedFrames)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(frames=st.lists(st.integers(0, NUM_FRAMES - 1), max_size=12))
+def test_any_frames_in_any_order(stored: Path, opener: Opener, frames: list[int]) -> None:
+    queries, _ = random_features(NUM_FRAMES)
+    read = opener(stored / "frame_queries").read(frames)
+    assert read.dtype == np.float16
+    np.testing.assert_array_equal(read, queries.astype(np.float16)[frames])
+
+
+def test_all_frames_at_once_cross_shards(stored: Path, opener: Opener) -> None:
+    _, maps = random_features(NUM_FRAMES)
+    read = opener(stored / "mask_features").read(range(NUM_FRAMES))
+    np.testing.assert_array_equal(read, maps.astype(np.float16)[:, :, :7, :11])
+
+
+def test_reads_into_a_given_array(stored: Path, opener: Opener) -> None:
+    array = opener(stored / "frame_queries")
+    out = np.full((3, *array.shape[1:]), 9, np.float16)
+    assert array.read([149, 0, 64], out) is out
+    np.testing.assert_array_equal(out, random_features(NUM_FRAMES)[0].astype(np.float16)[[149, 0, 64]])
+    with pytest.raises(ValueError, match="C-contiguous"):
+        array.read([1, 2, 3], out[:, ::-1])
+    with pytest.raises(ValueError, match="float16"):
+        array.read([1, 2, 3], out.astype(np.float32))
+
+
+@pytest.mark.parametrize("frames", [[NUM_FRAMES], [0, -1]])
+def test_frames_outside_the_video_are_refused(stored: Path, opener: Opener, frames: list[int]) -> None:
+    with pytest.raises(IndexError, match=str(NUM_FRAMES)):
+        opener(stored / "frame_queries").read(frames)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "uint8", "int16"])
+def test_other_element_types(tmp_path: Path, opener: Opener, dtype: str) -> None:
+    values = np.random.default_rng(0).integers(0, 100, (10, 3, 5)).astype(dtype)
+    folder = foreign_array(tmp_path / "x", values)
+    array = opener(folder)
+    np.testing.assert_array_equal(array.read([9, 2, 3, 4]), values[[9, 2, 3, 4]])
+    assert isinstance(open_frames(folder), ShardedFrames)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"compressors": [ZstdCodec(level=1)]},
+        {"compressors": None},
+        {"chunks": (2, 3, 5)},
+        {"chunks": (1, 3, 2), "shards": (2, 3, 4)},
+        {"shards": None},
+        {"chunk_key_encoding": {"name": "default", "separator": "/"}},
+    ],
+    ids=["zstd", "no checksum", "two frames a chunk", "chunks within a frame", "no shards", "other keys"],
+)
+def test_unknown_layouts_go_through_zarr(tmp_path: Path, changes: dict[str, Any]) -> None:
+    values = np.random.default_rng(0).standard_normal((10, 3, 5)).astype(np.float32)
+    array = open_frames(foreign_array(tmp_path / "x", values, **changes))
+    assert isinstance(array, ZarrFrames)
+    np.testing.assert_array_equal(array.read([9, 2, 3]), values[[9, 2, 3]])
+
+
+def test_more_neighbours_than_one_system_call_takes(tmp_path: Path) -> None:
+    values = np.arange(1500 * 2, dtype=np.int16).reshape(1500, 2)
+    folder = foreign_array(tmp_path / "x", values, shards=(1500, 2))
+    np.testing.assert_array_equal(open_frames(folder).read(range(1500)), values)
+
+
+def frame_bytes(folder: Path) -> int:
+    return int(np.prod(open_frames(folder).shape[1:])) * 2
+
+
+def test_flipped_bit_in_the_data(damaged: Path, opener: Opener) -> None:
+    file = damaged / "c.0.0.0.0"
+    flip_bit(file, 3 * (frame_bytes(damaged) + 4) + 100)
+    array = opener(damaged)
+    assert array.read([2, 4]).shape[0] == 2
+    with pytest.raises(CorruptData, match=r"video '7', frame 3\b"):
+        array.read([2, 3, 4])
+
+
+def test_flipped_bit_in_the_index(damaged: Path, opener: Opener) -> None:
+    file = damaged / "c.1.0.0.0"
+    flip_bit(file, file.stat().st_size - 20)
+    array = opener(damaged)
+    assert array.read([0, 63]).shape[0] == 2
+    with pytest.raises(CorruptData, match=r"frame 64\b"):
+        array.read([64])
+
+
+@pytest.mark.parametrize("kept", [0, 10, 5000])
+def test_truncated_shard(damaged: Path, opener: Opener, kept: int) -> None:
+    file = damaged / "c.0.0.0.0"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(CorruptData, match=r"c\.0\.0\.0\.0|mask_features"):
+        opener(damaged).read([5])
+
+
+def test_shard_truncated_after_its_index_was_read(damaged: Path) -> None:
+    array = open_frames(damaged)
+    array.read([0])
+    with (damaged / "c.0.0.0.0").open("r+b") as file:
+        file.truncate(5 * (frame_bytes(damaged) + 4) + 7)
+    assert array.read([4]).shape[0] == 1
+    with pytest.raises(CorruptData, match="ends too early"):
+        array.read([4, 5])
+
+
+def test_missing_shard_is_never_read_as_zeros(damaged: Path, opener: Opener) -> None:
+    (damaged / "c.1.0.0.0").unlink()
+    array = opener(damaged)
+    assert array.read([63]).shape[0] == 1
+    with pytest.raises(CorruptData, match=r"c\.1\.0\.0\.0.*frame 69"):
+        array.read([69])
+
+
+def test_frame_that_was_never_written(tmp_path: Path, opener: Opener) -> None:
+    write_video(open_writer(tmp_path / "features"), "7", 8)
+    folder = tmp_path / "features" / "videos" / "7" / "mask_features"
+    written = zarr.open_array(str(folder), mode="r")[:5]
+    (folder / "c.0.0.0.0").unlink()
+    zarr.open_array(str(folder), mode="r+")[:5] = written
+    array = opener(folder)
+    np.testing.assert_array_equal(array.read([4]), written[4:5])
+    with pytest.raises(CorruptData, match=r"never written|frame 6\b"):
+        array.read([6])
+
+
+def test_array_of_another_shape_than_the_video(tmp_path: Path) -> None:
+    path = tmp_path / "features"
+    write_video(open_writer(path), "7", 8)
+    metadata = path / "videos" / "7" / "zarr.json"
+    text = json.loads(metadata.read_text())
+    text["attributes"] |= attributes_of(9).to_json()
+    metadata.write_text(json.dumps(text))
+    with pytest.raises(CorruptData, match="does not fit"):
+        FeatureCache.open(path).video("7").frame_queries()
+
+
+def test_unreadable_array_metadata(damaged: Path) -> None:
+    (damaged / "zarr.json").write_text("{")
+    with pytest.raises(CorruptData, match="metadata"):
+        open_frames(damaged)
