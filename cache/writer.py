@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -196,10 +197,9 @@ def _remove_leftover(folder: Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
-    for parent, _, files in os.walk(folder, topdown=False):
-        for file in files:
-            sync_to_disk(Path(parent, file))
-        sync_to_disk(Path(parent))
+    # At the same time, so that the file system can put them into one journal commit: several times faster.
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        list(pool.map(sync_to_disk, [folder, *folder.rglob("*")]))
 
 
 def _read(path: Path) -> bytes | None:

@@ -35,11 +35,13 @@ FINGERPRINT = Fingerprint(
 )
 
 
-def random_features(num_frames: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def random_features(
+    num_frames: int, seed: int = 0, num_channels: int = NUM_CHANNELS
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(T, L, Q, C) queries and (T, C, H, W) padded maps."""
     rng = np.random.default_rng(seed)
-    queries = rng.standard_normal((num_frames, NUM_LAYERS, NUM_QUERIES, NUM_CHANNELS), dtype=np.float32)
-    return queries, rng.standard_normal((num_frames, NUM_CHANNELS, *MAP_HW), dtype=np.float32)
+    queries = rng.standard_normal((num_frames, NUM_LAYERS, NUM_QUERIES, num_channels), dtype=np.float32)
+    return queries, rng.standard_normal((num_frames, num_channels, *MAP_HW), dtype=np.float32)
 
 
 def attributes_of(num_frames: int) -> VideoAttributes:
