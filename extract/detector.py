@@ -170,9 +170,8 @@ def detector_forward(
     caller allows them.
     """
 
-    def autocast() -> AbstractContextManager[None]:
-        enabled = autocast_dtype != torch.float32
-        return torch.autocast(canvas_BCHW.device.type, dtype=autocast_dtype, enabled=enabled)
+    def autocast(dtype: torch.dtype) -> AbstractContextManager[None]:
+        return torch.autocast(canvas_BCHW.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     fpn_maps: list[Tensor] = []
     pixel_decoder = model.pixel_level_module.decoder
@@ -180,10 +179,11 @@ def detector_forward(
         lambda _module, inputs: fpn_maps.append(inputs[0])
     )
     try:
-        with autocast():
+        with autocast(autocast_dtype):
             backbone_maps = model.pixel_level_module.encoder(canvas_BCHW).feature_maps
-        pixels = pixel_decoder([feature_map.float() for feature_map in backbone_maps])
-        with autocast():
+        with autocast(torch.float32):
+            pixels = pixel_decoder([feature_map.float() for feature_map in backbone_maps])
+        with autocast(autocast_dtype):
             queries = model.transformer_module(
                 multi_scale_features=pixels.multi_scale_features,
                 mask_features=pixels.mask_features,
