@@ -62,9 +62,6 @@ class ShardedFrames:
                 stop += 1
             self._read_shard(shard, frames, order[start:stop], rows, crcs)
             start = stop
-        for position, frame in enumerate(frames):
-            if google_crc32c.value(rows[position]) != int(crcs[position].view("<u4")[0]):
-                raise self._corrupt("checksum mismatch", frame)
         return out
 
     def _read_shard(
@@ -86,6 +83,9 @@ class ShardedFrames:
                 buffers = [memoryview(part[p]) for p in chosen for part in (rows, crcs)]
                 if not _read_fully(descriptor, buffers, offsets[run.start]):
                     raise self._corrupt("shard ends too early", frames[chosen[0]])
+                for position in chosen:  # now, while the bytes are in the processor's cache
+                    if google_crc32c.value(rows[position]) != int(crcs[position].view("<u4")[0]):
+                        raise self._corrupt("checksum mismatch", frames[position])
         finally:
             os.close(descriptor)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,29 @@ def flip_bit(file: Path, position: int) -> None:
 def test_a_written_video_has_the_layout_of_the_fast_reader(stored: Path) -> None:
     assert isinstance(open_frames(stored / "mask_features"), ShardedFrames)
     assert isinstance(open_frames(stored / "frame_queries"), ShardedFrames)
+
+
+def crc32c(content: bytes) -> int:
+    """Castagnoli's polynomial, bit by bit (RFC 3720, appendix B.4: 32 bytes of zeros give 0x8A9136AA)."""
+    remainder = 0xFFFFFFFF
+    for byte in content:
+        remainder ^= byte
+        for _ in range(8):
+            remainder = (remainder >> 1) ^ (0x82F63B78 if remainder & 1 else 0)
+    return remainder ^ 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("frame", [0, 63, 64, 149])
+def test_a_reader_made_from_the_specification_alone(stored: Path, frame: int) -> None:
+    assert crc32c(bytes(32)) == 0x8A9136AA
+    content = (stored / "frame_queries" / f"c.{frame // 64}.0.0.0").read_bytes()
+    index, index_crc = content[-16 * 64 - 4 : -4], content[-4:]
+    assert crc32c(index) == int.from_bytes(index_crc, "little")
+    offset, size = struct.unpack_from("<QQ", index, 16 * (frame % 64))
+    chunk, crc = content[offset : offset + size - 4], content[offset + size - 4 : offset + size]
+    assert crc32c(chunk) == int.from_bytes(crc, "little")
+    expected = random_features(NUM_FRAMES)[0][frame].astype(np.float16)
+    np.testing.assert_array_equal(np.frombuffer(chunk, "<f2").reshape(expected.shape), expected)
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
