@@ -1,4 +1,4 @@
-"""Reading frames of a stored array: the fast reader where it knows the layout, zarr-python for all else."""
+"""Reading frames of an array: the fast reader where it knows the layout, else zarr-python; or from memory."""
 
 from __future__ import annotations
 
@@ -86,3 +86,24 @@ class ZarrFrames:
         grid = [range(-(-size // step)) for size, step in zip(self.shape[1:], outer[1:], strict=True)]
         for rest in product(*grid):
             yield self.folder / array.metadata.encode_chunk_key((frame // outer[0], *rest))
+
+
+class HeldFrames:
+    """An array that is read whole at first use and stays in memory, in each process for itself."""
+
+    def __init__(self, stored: FrameArray) -> None:
+        self._stored = stored
+        self._values: NDArray[Any] | None = None
+        self.shape, self.dtype = stored.shape, stored.dtype
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the frames, so that an object sent to another process is small."""
+        return {**self.__dict__, "_values": None}
+
+    def read(self, frames: Sequence[int], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """See FrameArray."""
+        out = checked_output(self.shape, self.dtype, frames, out)
+        if self._values is None:
+            self._values = self._stored.read(range(self.shape[0]))
+        # The frames were checked above; any other mode would copy through a buffer.
+        return np.take(self._values, np.asarray(frames, np.intp), axis=0, out=out, mode="clip")

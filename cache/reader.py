@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from cache.codecs import Codec, select_codec
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
 from cache.fingerprint import Fingerprint
-from cache.frames import FrameArray, open_frames
+from cache.frames import FrameArray, HeldFrames, open_frames
 from cache.heads import DetectorHeads
 from cache.layout import (
     ANNOTATIONS,
@@ -81,27 +81,19 @@ class CachedVideo:
     """Digest of the frames' names and size in the label file (fingerprint.source_digest); None: no labels."""
     preload: bool = False
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the frames read so far, which every process keeps for itself."""
-        held = ("_queries", "_maps", "_held_queries", "_held_maps")
-        return {key: value for key, value in self.__dict__.items() if key not in held}
-
     def frame_queries(self, frames: Sequence[int] | None = None) -> NDArray[Any]:
         """Pre-norm queries (len(frames), L, Q, C) float16 in the order asked for; None: all frames.
 
-        Raises CorruptData for missing or damaged bytes and IndexError for frames outside [0, T).
+        The array is the caller's own. Raises CorruptData for missing or damaged bytes and IndexError for
+        frames outside [0, T).
         """
-        if not self.preload:
-            return self._queries.read(self._all(frames))
-        return self._held_queries if frames is None else self._held_queries[list(frames)]
+        return self._queries.read(self._chosen(frames))
 
     def mask_features(self, frames: Sequence[int] | None = None) -> NDArray[Any]:
         """Encoded mask features (len(frames), R, H, W) in the codec's dtype; else as frame_queries."""
-        if not self.preload:
-            return self._maps.read(self._all(frames))
-        return self._held_maps if frames is None else self._held_maps[list(frames)]
+        return self._maps.read(self._chosen(frames))
 
-    def _all(self, frames: Sequence[int] | None) -> Sequence[int]:
+    def _chosen(self, frames: Sequence[int] | None) -> Sequence[int]:
         return range(self.attributes.num_frames) if frames is None else frames
 
     @cached_property
@@ -112,27 +104,14 @@ class CachedVideo:
     def _maps(self) -> FrameArray:
         return self._open(MASK_FEATURES, self.attributes.map_hw)
 
-    @cached_property
-    def _held_queries(self) -> NDArray[Any]:
-        return _read_only(self._queries.read(self._all(None)))
-
-    @cached_property
-    def _held_maps(self) -> NDArray[Any]:
-        return _read_only(self._maps.read(self._all(None)))
-
     def _open(self, field: str, last_axes: tuple[int, ...]) -> FrameArray:
         array = open_frames(self.folder / field)
-        shape = array.shape
-        if (
-            len(shape) != 4
-            or shape[0] != self.attributes.num_frames
-            or shape[4 - len(last_axes) :] != last_axes
-        ):
-            expected = f"({self.attributes.num_frames}, ..., {last_axes})"
-            raise CorruptData(
-                "array does not fit the video", where=self.folder / field, expected=expected, got=shape
-            )
-        return array
+        fits = len(array.shape) == 4 and array.shape[4 - len(last_axes) :] == last_axes
+        if not fits or array.shape[0] != self.attributes.num_frames:
+            expected = f"{self.attributes.num_frames} frames, 4 axes, the last {last_axes}"
+            where = self.folder / field
+            raise CorruptData("array does not fit the video", where=where, expected=expected, got=array.shape)
+        return HeldFrames(array) if self.preload else array
 
 
 class FeatureCache:
@@ -235,8 +214,3 @@ def read_arrays(folder: Path) -> dict[str, NDArray[Any]]:
             raise CorruptData("missing or non-finite numbers", where=folder / name)
         arrays[name] = array
     return arrays
-
-
-def _read_only(array: NDArray[Any]) -> NDArray[Any]:
-    array.setflags(write=False)
-    return array
