@@ -121,3 +121,22 @@ def test_a_query_with_two_labels_and_an_empty_track(feature_map: Tensor) -> None
                 assert (rle is not None) == bool(expected[query, frame])
                 seen_empty += rle is None
     assert seen_empty > 0
+
+
+def test_a_map_cut_to_the_image_equals_the_padded_one(feature_map: Tensor) -> None:
+    """An input of 75 × 130 in a canvas of 96 × 160: 19 + 1 rows and 33 + 1 columns of the map suffice."""
+    queries = torch.from_numpy(np.load(GOLDEN / "inputs.npz")["frame_queries"])
+    whole, cut = (
+        predict_video(
+            golden_head(),
+            queries,
+            [stored],
+            decoding=MapDecoding(),
+            image_hw=(75, 130),
+            original_hw=(100, 200),
+            top_k=10,
+        )
+        for stored in (feature_map, feature_map[:, :, :20, :34])
+    )
+    assert cut.scores == pytest.approx(whole.scores, abs=1e-6)
+    assert (pixels(cut, (100, 200)) != pixels(whole, (100, 200))).mean() < 1e-5

@@ -22,6 +22,7 @@ from train_head.matcher import CostWeights, assign, point_costs
 from train_head.points import PointConfig, RandomPoints, keep_uncertain, sample_map, sample_masks
 from train_head.targets import ClipTargets, clip_targets
 
+Recorded = tuple[VitaHead, Tensor, Tensor, VitaLosses]
 EXPECTED = json.loads((GOLDEN / "losses.json").read_text())
 
 
@@ -67,7 +68,7 @@ def golden_frame_queries(target: ClipTargets, clip: int) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def recorded() -> tuple[VitaHead, Tensor, Tensor, VitaLosses]:
+def recorded() -> Recorded:
     """Forward, losses and backward of the recorded step."""
     golden = np.load(GOLDEN / "train.npz")
     head = golden_head()
@@ -100,14 +101,14 @@ def step(
     return criterion(outputs, weights, maps, targets, points, normalisers)
 
 
-def test_every_loss_term(recorded: tuple[VitaHead, Tensor, Tensor, VitaLosses]) -> None:
+def test_every_loss_term(recorded: Recorded) -> None:
     losses = recorded[3]
     named = {name: float(value.detach()) for name, value in losses.named().items()}
     assert named == pytest.approx(EXPECTED["losses_unweighted"], rel=1e-4)
     assert float(losses.total.detach()) == pytest.approx(EXPECTED["total"], rel=1e-4)
 
 
-def test_every_matching(recorded: tuple[VitaHead, Tensor, Tensor, VitaLosses]) -> None:
+def test_every_matching(recorded: Recorded) -> None:
     for depth, expected in enumerate([*EXPECTED["matcher_aux"], EXPECTED["matcher_final"]]):
         for problem, (queries, objects) in enumerate(expected):
             match = recorded[3].matches[problem % 2]
@@ -115,7 +116,7 @@ def test_every_matching(recorded: tuple[VitaHead, Tensor, Tensor, VitaLosses]) -
             assert match.object_DLM[depth, problem // 2].tolist() == objects
 
 
-def test_gradient_of_every_parameter(recorded: tuple[VitaHead, Tensor, Tensor, VitaLosses]) -> None:
+def test_gradient_of_every_parameter(recorded: Recorded) -> None:
     parameters = dict(recorded[0].named_parameters(prefix="vita_module"))
     assert parameters.keys() == EXPECTED["grad"].keys()
     for name, expected in EXPECTED["grad"].items():
@@ -130,7 +131,7 @@ def test_gradient_of_every_parameter(recorded: tuple[VitaHead, Tensor, Tensor, V
         ), name
 
 
-def test_gradient_of_the_inputs(recorded: tuple[VitaHead, Tensor, Tensor, VitaLosses]) -> None:
+def test_gradient_of_the_inputs(recorded: Recorded) -> None:
     _, queries, maps, _ = recorded
     assert queries.grad is not None and maps.grad is not None
     expected = EXPECTED["grad_input"]
@@ -204,7 +205,8 @@ def test_point_costs_equal_the_pairwise_definition() -> None:
         9 * torch.randn(1, 3, 130, generator=generator),
     )
     targets = torch.rand(1, 2, 130, generator=generator)
-    costs = point_costs(weights, channels, targets, CostWeights(label=0.0, mask=5.0, dice=5.0))
+    frames = channels.unflatten(2, (2, 65)).transpose(1, 2)
+    costs = point_costs(weights, frames, targets.unflatten(2, (2, 65)), CostWeights(mask=5.0, dice=5.0))
     logits = (weights @ channels)[0]
     for query, x in enumerate(logits):
         for column, t in enumerate(targets[0]):
@@ -298,3 +300,17 @@ def test_missing_frame_matches_and_mixed_clips_are_refused() -> None:
         step(golden_head(), *inputs, points, VitaCriterion(weights=LossWeights()))
     with pytest.raises(AnnotationError, match="2 objects in 2 frames"):
         replace(target, labels_N=torch.zeros(3, dtype=torch.int64))
+
+
+def test_losses_stay_float32_under_bfloat16_autocast() -> None:
+    golden = np.load(GOLDEN / "train.npz")
+    head, points = golden_head(), FixedPoints(torch.from_numpy(np.load(GOLDEN / "targets.npz")["points"]))
+    queries_LBTQC = torch.from_numpy(golden["frame_queries"]).unflatten(1, (2, 5))
+    maps = torch.from_numpy(golden["raw_mask_features"]).unflatten(0, (2, 5)).unbind()
+    criterion = VitaCriterion(padded_area="background")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = step(head, queries_LBTQC, maps, golden_targets(), points, criterion)
+    losses.total.backward()
+    assert losses.total.dtype == losses.mask_D.dtype == losses.class_D.dtype == torch.float32
+    assert float(losses.total.detach()) == pytest.approx(EXPECTED["total"], rel=0.03)
+    assert all(parameter.grad is not None for parameter in head.parameters())

@@ -90,7 +90,9 @@ def match_frames(
     )
     labels_TNP = labels_GP.view(T, N, -1)
     stacked_TGR = predictions_TLQ.mask_weights.stacked().flatten(1, 2)
-    cost_TLQN = point_costs(stacked_TGR, channels_TRP, labels_TNP, cost_weights).view(T, L, Q, N)
+    cost_TLQN = point_costs(stacked_TGR, channels_TRP[:, None], labels_TNP[:, :, None], cost_weights).view(
+        T, L, Q, N
+    )
     probability_TLQJ = predictions_TLQ.class_logits.float().softmax(dim=-1)[..., :-1]
     cost_TLQN = cost_TLQN - cost_weights.label * (probability_TLQJ @ label_map_KJ[targets.labels_N].t())
     objects_T = [present_N.nonzero().flatten() for present_N in targets.present_NT.t()]

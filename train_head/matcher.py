@@ -1,13 +1,15 @@
 """Bipartite matching of video queries with objects (VITA §3.3, Mask2Former §3.3; REFERENCE §4).
 
-Shapes: B clips, T frames, N objects, V video queries, G = D·L·V queries of all layers, S = T·P sampled
-points, R stored channels. Costs: 2 · (−probability of the class) + 5 · mask cross-entropy + 5 · dice.
+Shapes: B clips, T frames, N objects, V video queries, D decoder and L detector layers, G = D·L·V queries of
+all layers, P sampled points, R stored channels, X independent problems.
+Costs: 2 · (−probability of the class) + 5 · mask cross-entropy + 5 · dice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
@@ -43,31 +45,34 @@ _CHUNK_LOGITS_CUDA = 1 << 27
 
 
 def point_costs(
-    weights_XGR: Tensor, channels_XRS: Tensor, targets_XNS: Tensor, weights: CostWeights
+    weights_XGR: Tensor, channels_XTRP: Tensor, targets_XNTP: Tensor, weights: CostWeights
 ) -> Tensor:
-    """Mask and dice costs (X, G, N) of X problems from their sampled channels.
+    """Mask and dice costs (X, G, N) of X problems from their channels, sampled at P points of T frames.
 
-    `weights_XGR` and `channels_XRS` carry the constant and the coverage as their last channel.
-    With x the logits and t the targets at a point, cross-entropy is softplus(x) − x·t: its second part is
-    linear in the channels, so that only sums over softplus and sigmoid have to visit every logit.
+    `weights_XGR` and `channels_XTRP` carry the constant and the coverage as their last channel.
+    With x the logits and t the targets at a point, cross-entropy is softplus(x) − x·t, and
+    softplus(x) = (x + |x|) / 2 − log max(σ(x), 1 − σ(x)). All that is linear in x comes from sums of the
+    channels; every logit is visited for |x| and σ(x) only, in groups that stay in a CPU's cache.
     """
     X, G, _ = weights_XGR.shape
-    S = channels_XRS.shape[-1]
-    ones_X1S = targets_XNS.new_ones(X, 1, S)
-    columns_XSN = torch.cat([targets_XNS, ones_X1S], dim=1).transpose(1, 2)
-    softplus_XG1 = weights_XGR.new_zeros(X, G, 1)
-    overlap_XGN = weights_XGR.new_zeros(X, G, columns_XSN.shape[-1])
-    limit = _CHUNK_LOGITS_CUDA if weights_XGR.is_cuda else _CHUNK_LOGITS
-    step = max(64, limit // max(1, X * G))
-    for start in range(0, S, step):
+    T, P = channels_XTRP.shape[1], channels_XTRP.shape[3]
+    # One more target that is 1 everywhere sums the probabilities (for dice) and the logits (for softplus).
+    columns_XTPN = F.pad(targets_XNTP.permute(0, 2, 3, 1), (0, 1), value=1.0)
+    overlap_XGN = weights_XGR.new_zeros(X, G, columns_XTPN.shape[-1])
+    positive_XG = weights_XGR.new_zeros(X, G)
+    step = max(64, (_CHUNK_LOGITS_CUDA if weights_XGR.is_cuda else _CHUNK_LOGITS) // max(1, X * G))
+    for frame, start in product(range(T), range(0, P, step)):
         part = slice(start, start + step)
-        logits_XGS = weights_XGR @ channels_XRS[..., part]
-        softplus_XG1 += F.softplus(logits_XGS).sum(dim=-1, keepdim=True)
-        overlap_XGN += logits_XGS.sigmoid_() @ columns_XSN[:, part]
-    linear_XGN = weights_XGR @ (channels_XRS @ columns_XSN[..., :-1])
-    mask_XGN = (softplus_XG1 - linear_XGN) / S
-    overlap_XGN, area_XG1 = overlap_XGN[..., :-1], overlap_XGN[..., -1:]
-    dice_XGN = 1 - (2 * overlap_XGN + 1) / (area_XG1 + targets_XNS.sum(dim=-1)[:, None] + 1)
+        logits_XGP = weights_XGR @ channels_XTRP[:, frame, :, part]
+        positive_XG += torch.linalg.vector_norm(logits_XGP, ord=1, dim=-1) / 2
+        probability_XGP = logits_XGP.sigmoid_()
+        overlap_XGN += probability_XGP @ columns_XTPN[:, frame, part]
+        positive_XG -= probability_XGP.sub_(0.5).abs_().add_(0.5).log_().sum(dim=-1)
+    linear_XGN = weights_XGR @ (channels_XTRP @ columns_XTPN).sum(dim=1)
+    softplus_XG1 = positive_XG[..., None] + linear_XGN[..., -1:] / 2
+    mask_XGN = (softplus_XG1 - linear_XGN[..., :-1]) / (T * P)
+    total_XGN = overlap_XGN[..., -1:] + targets_XNTP.sum(dim=(2, 3))[:, None]
+    dice_XGN = 1 - (2 * overlap_XGN[..., :-1] + 1) / (total_XGN + 1)
     return weights.mask * mask_XGN + weights.dice * dice_XGN
 
 
@@ -98,11 +103,11 @@ def match_clips(
         area_hw = sampling_area(target.image_hw, (map_TRHW.shape[2], map_TRHW.shape[3]), padded_area)
         points_1P2 = points.matching_points(map_TRHW.device)[None]
         channels_TRP = sample_map(map_TRHW, points_1P2, area_hw)
-        targets_NS = _masks_at(target, points_1P2, area_hw)
+        targets_NTP = _masks_at(target, points_1P2, area_hw)
         cost_GN = point_costs(
             stacked_DLBVR[:, :, clip].flatten(0, 2)[None],
-            channels_TRP.transpose(0, 1).flatten(1)[None],
-            targets_NS[None],
+            channels_TRP[None],
+            targets_NTP[None],
             cost_weights,
         )[0]
         class_DLVN = probabilities_DLBVK[:, :, clip][..., target.labels_N]
@@ -111,10 +116,10 @@ def match_clips(
 
 
 def _masks_at(target: ClipTargets, points_1P2: Tensor, area_hw: tuple[int, int]) -> Tensor:
-    """Label values at points shared by all frames: (N, T·P)."""
+    """Label values at points shared by all frames: (N, T, P)."""
     masks_Ghw = target.masks_NThw.flatten(0, 1)
     every = torch.arange(len(masks_Ghw), device=masks_Ghw.device)
-    return sample_masks(masks_Ghw, every, points_1P2, area_hw).view(target.num_objects, -1)
+    return sample_masks(masks_Ghw, every, points_1P2, area_hw).view(*target.present_NT.shape, -1)
 
 
 def assign(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
