@@ -205,7 +205,6 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(path: Path, tmp_p
     write_all_pending(tmp_path / "uninterrupted")
     expected = array_files(tmp_path / "uninterrupted")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cache_samples"])
     deaths, states = 0, []
     for fatal_event in (90, 225, 40, 60, 75, 50):
         child = context.Process(target=write_until_killed, args=(path, fatal_event))
