@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from cache import masks
 from cache.annotations import Category, Labels, Track, Video, load_labels
 from cache.errors import AnnotationError
+from cache.labels import mask_areas
 from evaluate import score
 from evaluate.metrics import VideoEvaluation, VideoMetrics, evaluate_tracks, video_ious
 from evaluate.results import TrackPrediction, load_results, write_results
@@ -188,6 +189,24 @@ def test_hand_worked_ap() -> None:
     assert numbers == pytest.approx([0.1, 1.0, 0.0, 0.1])
     assert metrics.APl is None
     assert metrics.per_category == {"c3": pytest.approx(0.1), "c8": None}
+
+
+def test_a_long_video_whose_object_comes_back() -> None:
+    # 622 million pixels: as one mask pycocotools misreads the run between the two frames, and never ends.
+    mask = np.zeros((1080, 1920), dtype=bool)
+    mask[100:200, 300:400] = True
+    here = masks.encode(mask)
+    seen = [here, *[None] * 298, here]
+    video = _video(1, 300, *mask.shape)
+    track = Track(
+        id=1, video_id=1, category_id=3, iscrowd=False, segmentations=tuple(seen), areas=mask_areas(seen)
+    )
+    labels = Labels(
+        categories=(Category(id=3, name="c3"),), videos=(video,), tracks=(track,), has_tracks=True
+    )
+    found = (*seen[:-2], here, here)
+    prediction = TrackPrediction(video_id=1, category_id=3, score=0.5, segmentations=found)
+    assert video_ious(labels, [prediction])[1, 3].tolist() == [[2 / 3]]
 
 
 def test_no_predictions_score_zero_and_no_labels_are_undefined() -> None:
