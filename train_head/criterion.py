@@ -172,12 +172,10 @@ class VitaCriterion:
             area_hw = sampling_area(target.image_hw, (H, W), self.padded_area)
             logits_GHW = logits_TMHW.flatten(0, 1)
             points_GP2 = points.loss_points(logits_GHW.detach(), area_hw)
-            frame_T1 = torch.arange(T, device=map_TRHW.device)[:, None]
-            index_G = (match.object_DLM.flatten() * T + frame_T1).flatten()
-            labels_GP = sample_masks(target.masks_NThw.flatten(0, 1), index_G, points_GP2, area_hw)
+            points_TMP2 = torch.unflatten(points_GP2, 0, (T, M))
+            labels_TMP = _labels_at(target, match.object_DLM, points_TMP2, area_hw)
             logits_GP = sample_logits(logits_GHW, points_GP2, area_hw)
-            split_TM = (T, M, points_GP2.shape[1])
-            mask_M, dice_M = _point_losses(logits_GP.view(split_TM), labels_GP.view(split_TM))
+            mask_M, dice_M = _point_losses(logits_GP.view(labels_TMP.shape), labels_TMP)
             mask_D = mask_D + mask_M.view(D, -1).sum(dim=1)
             dice_D = dice_D + dice_M.view(D, -1).sum(dim=1)
         return mask_D, dice_D
@@ -188,6 +186,26 @@ def _take_matched(mask_weights: MaskWeights, clip: int, match: ClipMatch) -> Mas
     weights_DLMR = torch.take_along_dim(mask_weights.weights_R[:, :, clip], match.query_DLM[..., None], dim=2)
     const_DLM = torch.take_along_dim(mask_weights.const[:, :, clip], match.query_DLM, dim=2)
     return MaskWeights(weights_R=weights_DLMR.flatten(0, 2), const=const_DLM.flatten())
+
+
+def _labels_at(
+    target: ClipTargets, object_DLM: Tensor, points_TMP2: Tensor, area_hw: tuple[int, int]
+) -> Tensor:
+    """Label values (T, D·L·M, P) of the matched objects.
+
+    If all objects are matched, they are the same in every layer: then each mask is read once for all layers.
+    """
+    T, num_matched, P, _ = points_TMP2.shape
+    layers = object_DLM.shape[0] * object_DLM.shape[1] if object_DLM.shape[2] == target.num_objects else 1
+    objects = object_DLM.reshape(layers, -1)[0]
+    index_TM = objects * T + torch.arange(T, device=objects.device)[:, None]
+    points_SP2 = (
+        points_TMP2.view(T, layers, len(objects), P, 2)
+        .transpose(1, 2)
+        .reshape(index_TM.numel(), layers * P, 2)
+    )
+    labels_SP = sample_masks(target.masks_NThw.flatten(0, 1), index_TM.flatten(), points_SP2, area_hw)
+    return labels_SP.view(T, len(objects), layers, P).transpose(1, 2).reshape(T, num_matched, P)
 
 
 def _point_losses(logits_TMP: Tensor, labels_TMP: Tensor) -> tuple[Tensor, Tensor]:

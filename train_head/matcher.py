@@ -36,8 +36,8 @@ class CostWeights:
 class ClipMatch:
     """The matches of one clip for every detector and decoder layer; M = min(V, N) pairs each."""
 
-    query_DLM: Tensor  # int64, ascending
-    object_DLM: Tensor  # int64
+    query_DLM: Tensor  # int64
+    object_DLM: Tensor  # int64, ascending
 
 
 _CHUNK_LOGITS = 1 << 20  # logits alive at once: small enough for a CPU's cache, large enough for its matmul
@@ -125,7 +125,8 @@ def _masks_at(target: ClipTargets, points_1P2: Tensor, area_hw: tuple[int, int])
 def assign(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """Solve stacks of assignment problems (..., V, N) with one copy to the host and one back.
 
-    Returns per stack the matched rows, ascending, and columns: both (..., min(V, N)) on the costs' device.
+    Returns per stack the matched rows and columns, the latter ascending: both (..., min(V, N)) on the costs'
+    device.
     Raises FloatingPointError where a cost is not finite (the index says which stack, that is which clip).
     """
     flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
@@ -137,7 +138,7 @@ def assign(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         start += cost.numel()
         if not np.isfinite(problems).all():
             raise FloatingPointError(f"matching costs of clip {index} of the batch are not finite")
-        pairs = [linear_sum_assignment(problem) for problem in problems]
+        pairs = [linear_sum_assignment(problem.T)[::-1] for problem in problems]
         solved.append(np.array(pairs, dtype=np.int64).reshape(*cost.shape[:-2], 2, min(V, N)))
     joined = torch.from_numpy(np.concatenate([pairs.reshape(-1) for pairs in solved])).to(costs[0].device)
     numbers = torch.split(joined, [pairs.size for pairs in solved])
