@@ -7,15 +7,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cache import masks
 from cache.annotations import Labels, load_labels, parse_labels
-from cache.errors import AnnotationError, ConfigError
-from cache.splits import holdout_split
+from cache.errors import AnnotationError
 
 GOLDEN = Path(__file__).parent / "golden"
 MASK = {"size": [2, 3], "counts": [1, 2, 3]}  # Column by column: two pixels.
@@ -283,43 +281,6 @@ def test_any_damage_is_an_annotation_error_or_harmless(place: tuple[str | int, .
         assert len(track.segmentations) == labels.video_by_id[track.video_id].length
 
 
-def _many_videos(numbers: range) -> Labels:
-    videos = [{"id": n, "width": 1, "height": 1, "length": 1, "file_names": [f"v{n}/0.jpg"]} for n in numbers]
-    return parse_labels({"categories": [{"id": 1, "name": "a"}], "videos": videos}, "train.json")
-
-
-def test_holdout_is_stable_when_videos_are_added_or_reordered() -> None:
-    small = holdout_split(_many_videos(range(200)), 0.25, seed=3)
-    large = holdout_split(_many_videos(range(999, -1, -1)), 0.25, seed=3)
-    assert set(small.train_ids) | set(small.holdout_ids) == set(range(200))
-    assert not set(small.train_ids) & set(small.holdout_ids)
-    assert set(small.holdout_ids) == {video for video in large.holdout_ids if video < 200}
-    # 1000 draws at 0.25: 3.7 standard deviations.
-    assert 200 < len(large.holdout_ids) < 300
-    assert set(holdout_split(_many_videos(range(200)), 0.25, seed=4).holdout_ids) != set(small.holdout_ids)
-    assert json.loads(json.dumps(small.to_json())) == {
-        "rule": small.rule,
-        "train_ids": list(small.train_ids),
-        "holdout_ids": list(small.holdout_ids),
-    }
-    assert "'3:'" in small.rule
-    assert "0.25" in small.rule
-
-
-@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
-def test_holdout_leaves_a_video_on_each_side(fraction: float) -> None:
-    split = holdout_split(_many_videos(range(5)), fraction, seed=0)
-    assert min(len(split.train_ids), len(split.holdout_ids)) == 1
-
-
-def test_impossible_holdouts_are_refused() -> None:
-    for fraction in (0.0, 1.0, -1.0, float("nan")):
-        with pytest.raises(ConfigError, match="fraction"):
-            holdout_split(_many_videos(range(5)), fraction, seed=0)
-    with pytest.raises(AnnotationError, match="1 videos in 1 folders"):
-        holdout_split(_many_videos(range(1)), 0.5, seed=0)
-
-
 def test_category_maps_are_the_golden_tables() -> None:
     golden = json.loads((GOLDEN / "categories.json").read_text())
     maps = json.loads((Path(__file__).parent.parent / "cache" / "category_maps.json").read_text())
@@ -331,9 +292,3 @@ def test_category_maps_are_the_golden_tables() -> None:
     # REFERENCE section 4 counts the categories that have a counterpart.
     assert len({row["id"] for row in maps["ytvis_2019"]}) == 19
     assert len({row["id"] for row in maps["ytvis_2021"]}) == 21
-
-
-def test_uint8_and_bool_masks_encode_alike() -> None:
-    mask = np.array([[0, 255, 0], [1, 0, 0]], dtype=np.uint8)
-    assert masks.encode(mask) == masks.encode(mask != 0)
-    assert masks.encode(mask).counts == "123"

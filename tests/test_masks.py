@@ -110,3 +110,9 @@ def test_inner_empty_runs_in_a_compressed_string_are_removed() -> None:
 def test_broken_counts_are_refused(counts: object, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         masks.from_counts(["4", counts], 2, 2)
+
+
+def test_uint8_and_bool_masks_encode_alike() -> None:
+    mask = np.array([[0, 255, 0], [1, 0, 0]], dtype=np.uint8)
+    assert masks.encode(mask) == masks.encode(mask != 0)
+    assert masks.encode(mask).counts == "123"

@@ -1,0 +1,48 @@
+"""The hold-out split: stable, complete, and never empty on one side."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from cache.annotations import Labels, parse_labels
+from cache.errors import AnnotationError, ConfigError
+from cache.splits import holdout_split
+
+
+def _many_videos(numbers: range) -> Labels:
+    videos = [{"id": n, "width": 1, "height": 1, "length": 1, "file_names": [f"v{n}/0.jpg"]} for n in numbers]
+    return parse_labels({"categories": [{"id": 1, "name": "a"}], "videos": videos}, "train.json")
+
+
+def test_holdout_is_stable_when_videos_are_added_or_reordered() -> None:
+    small = holdout_split(_many_videos(range(200)), 0.25, seed=3)
+    large = holdout_split(_many_videos(range(999, -1, -1)), 0.25, seed=3)
+    assert set(small.train_ids) | set(small.holdout_ids) == set(range(200))
+    assert not set(small.train_ids) & set(small.holdout_ids)
+    assert set(small.holdout_ids) == {video for video in large.holdout_ids if video < 200}
+    # 1000 draws at 0.25: 3.7 standard deviations.
+    assert 200 < len(large.holdout_ids) < 300
+    assert set(holdout_split(_many_videos(range(200)), 0.25, seed=4).holdout_ids) != set(small.holdout_ids)
+    assert json.loads(json.dumps(small.to_json())) == {
+        "rule": small.rule,
+        "train_ids": list(small.train_ids),
+        "holdout_ids": list(small.holdout_ids),
+    }
+    assert "'3:'" in small.rule
+    assert "0.25" in small.rule
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+def test_holdout_leaves_a_video_on_each_side(fraction: float) -> None:
+    split = holdout_split(_many_videos(range(5)), fraction, seed=0)
+    assert min(len(split.train_ids), len(split.holdout_ids)) == 1
+
+
+def test_impossible_holdouts_are_refused() -> None:
+    for fraction in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="fraction"):
+            holdout_split(_many_videos(range(5)), fraction, seed=0)
+    with pytest.raises(AnnotationError, match="1 videos in 1 folders"):
+        holdout_split(_many_videos(range(1)), 0.5, seed=0)
