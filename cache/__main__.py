@@ -26,11 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--json", action="store_true", help="print JSON")
     chosen = parser.parse_args(arguments)
     try:
-        return (
-            inspect(chosen.path, chosen.json)
-            if chosen.verb == "inspect"
-            else verify(chosen.path, chosen.json)
-        )
+        return inspect(chosen.path, chosen.json) if chosen.verb == "inspect" else verify(chosen.path, chosen.json)
     except VitaCacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -64,11 +60,7 @@ def verify(path: Path, as_json: bool) -> int:
     for name in tqdm(names, desc="verify", unit="video", delay=2):
         findings += verify_video(feature_cache, name)
     if as_json:
-        print(
-            json.dumps(
-                {"videos": len(names), "findings": [asdict(finding) for finding in findings]}, indent=2
-            )
-        )
+        print(json.dumps({"videos": len(names), "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         for finding in findings:
             print(f"{finding.where}: {finding.rule}: {finding.message}")

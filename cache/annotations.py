@@ -82,11 +82,7 @@ def category_of(entry: Entry, labels: Labels) -> int:
 def segmentations_of(entry: Entry, video: Video) -> tuple[Rle | None, ...]:
     """One mask or None per frame of the video, normalised to compressed run lengths."""
     items = entry.items("segmentations", length=video.length)
-    counts = {
-        frame: _counts(item, video, _frame(entry, frame))
-        for frame, item in enumerate(items)
-        if item is not None
-    }
+    counts = {frame: _counts(item, video, _frame(entry, frame)) for frame, item in enumerate(items) if item is not None}
     try:
         rles = masks.from_counts(list(counts.values()), video.height, video.width)
     except ValueError:
@@ -103,9 +99,7 @@ def _unique(top: Entry, name: str, *keys: str) -> list[Entry]:
         for entry in found:
             value = entry.integer(key) if key == "id" else entry.text(key)
             if value in seen:
-                entry.fail(
-                    f"{key} {value!r} occurs twice", expected=f"a {key} of its own", got=seen[value].where
-                )
+                entry.fail(f"{key} {value!r} occurs twice", expected=f"a {key} of its own", got=seen[value].where)
             seen[value] = entry
     return found
 
@@ -121,14 +115,10 @@ def _video(entry: Entry) -> Video:
         width=entry.integer("width", minimum=1),
         height=entry.integer("height", minimum=1),
         length=entry.integer("length", minimum=1),
-        file_names=tuple(
-            _file_name(name, _frame(entry, frame, "file_names")) for frame, name in enumerate(names)
-        ),
+        file_names=tuple(_file_name(name, _frame(entry, frame, "file_names")) for frame, name in enumerate(names)),
     )
     if len(names) != video.length:
-        entry.fail(
-            "'length' and 'file_names' disagree", expected=f"{video.length} file names", got=len(names)
-        )
+        entry.fail("'length' and 'file_names' disagree", expected=f"{video.length} file names", got=len(names))
     if video.width * video.height > masks.MAX_PIXELS:
         size = f"{video.width} x {video.height}"
         entry.fail("the frames are too large", expected=f"at most {masks.MAX_PIXELS} pixels", got=size)
@@ -211,9 +201,7 @@ def _one_mask(counts: object, video: Video, where: Entry) -> Rle:
     try:
         return masks.from_counts([counts], video.height, video.width)[0]
     except ValueError as error:
-        expected = (
-            f"non-negative runs adding up to {video.height} x {video.width} = {video.height * video.width}"
-        )
+        expected = f"non-negative runs adding up to {video.height} x {video.width} = {video.height * video.width}"
         where.fail("the mask's 'counts' are broken", expected=expected, got=str(error))
 
 

@@ -20,9 +20,7 @@ class Entry:
     fields: dict[str, object]
     where: str
 
-    def fail(
-        self, what: str, *, expected: object = None, got: object = None, hint: str | None = None
-    ) -> NoReturn:
+    def fail(self, what: str, *, expected: object = None, got: object = None, hint: str | None = None) -> NoReturn:
         """Raise the AnnotationError of this entry."""
         raise AnnotationError(what, where=self.where, expected=expected, got=got, hint=hint)
 

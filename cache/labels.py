@@ -90,9 +90,7 @@ class Labels:
         """These videos with their tracks, in file order; all categories stay."""
         chosen = set(video_ids)
         if unknown := sorted(chosen - self.video_by_id.keys()):
-            raise AnnotationError(
-                f"{len(unknown)} videos are not in the labels", got=f"ids {show_ids(unknown)}"
-            )
+            raise AnnotationError(f"{len(unknown)} videos are not in the labels", got=f"ids {show_ids(unknown)}")
         return replace(
             self,
             videos=tuple(video for video in self.videos if video.id in chosen),

@@ -73,9 +73,7 @@ def from_counts(counts: Sequence[object], height: int, width: int) -> list[Rle]:
         raise ValueError(f"a run length of {runs.min() if runs.min() < 0 else runs.max()}")
     totals = np.diff(np.concatenate(([0], np.cumsum(runs)))[np.concatenate(([0], ends))])
     if wrong := totals[totals != height * width].tolist():
-        raise ValueError(
-            f"run lengths that add up to {wrong[0]}, not to {height} x {width} = {height * width}"
-        )
+        raise ValueError(f"run lengths that add up to {wrong[0]}, not to {height} x {width} = {height * width}")
     inner_zeros = runs == 0
     inner_zeros[starts] = False
     for index in np.unique(np.searchsorted(ends, np.flatnonzero(inner_zeros), side="right")).tolist():
@@ -113,9 +111,7 @@ def run_lengths(texts: Sequence[str]) -> tuple[IntArray, IntArray]:
         return np.empty(0, np.int64), np.empty(0, np.int64)
     if not all(texts):
         raise ValueError("no run lengths")
-    codes = np.frombuffer("".join(texts).encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - ord(
-        "0"
-    )
+    codes = np.frombuffer("".join(texts).encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - ord("0")
     if codes.min() < 0 or codes.max() > 0b111111:
         raise ValueError("a character that compressed run lengths cannot hold")
     text_ends = np.cumsum([len(text) for text in texts])

@@ -156,9 +156,7 @@ class FeatureCache:
         """The copy of the data set's label file. Raises CacheError where there is none."""
         path = self.path / ANNOTATIONS
         if not path.exists():
-            raise CacheError(
-                "the cache has no labels", where=path, hint="run `make extract` with a label file"
-            )
+            raise CacheError("the cache has no labels", where=path, hint="run `make extract` with a label file")
         return path
 
     def video_names(self) -> list[str]:
@@ -179,9 +177,7 @@ class FeatureCache:
         folder = self.path / VIDEOS / checked_name(name)
         attributes = read_group_attributes(folder)
         if attributes is None or attributes.get("complete") is not True:
-            what = (
-                "video is not in the cache" if attributes is None else "the video's extraction did not finish"
-            )
+            what = "video is not in the cache" if attributes is None else "the video's extraction did not finish"
             raise IncompleteVideo(what, where=f"{self.path}: video {name!r}", hint=RESUME_HINT)
         return CachedVideo(
             name=name,

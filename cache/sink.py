@@ -72,9 +72,7 @@ class VideoSink:
         if maps.shape[2:] != self._attributes.padded_map_hw:
             raise self._error("wrong size of the padded map", self._attributes.padded_map_hw, maps.shape[2:])
         if self._num_appended + len(queries) > self._attributes.num_frames:
-            raise self._error(
-                "too many frames", self._attributes.num_frames, self._num_appended + len(queries)
-            )
+            raise self._error("too many frames", self._attributes.num_frames, self._num_appended + len(queries))
 
     def _refuse_non_finite(self, values: NDArray[Any], what: str) -> None:
         if values.dtype.kind != "f":
@@ -96,9 +94,7 @@ class _ShardWriter:
         frame_shape = example.shape[1:]
         self._buffer = np.empty((min(FRAMES_PER_SHARD, num_frames), *frame_shape), example.dtype)
         self._filled = self._written = 0
-        self._array = _create_array(
-            folder, (num_frames, *frame_shape), example.dtype, axes, len(self._buffer)
-        )
+        self._array = _create_array(folder, (num_frames, *frame_shape), example.dtype, axes, len(self._buffer))
 
     def append(self, frames: NDArray[Any]) -> None:
         taken = 0

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from cache.errors import AnnotationError, ConfigError
 from cache.labels import Labels
 
-_RULE = (
-    "held out: sha256('{seed}:' + folder of the video) / 2**256 < {fraction}; at least one video on each side"
-)
+_RULE = "held out: sha256('{seed}:' + folder of the video) / 2**256 < {fraction}; at least one video on each side"
 
 
 @dataclass(frozen=True, kw_only=True)

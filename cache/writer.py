@@ -100,9 +100,7 @@ class CacheWriter:
         """
         folder = self.path / VIDEOS / checked_name(name)
         if name.partition("@")[2] != attributes.view.name:
-            raise CacheError(
-                "name and view differ", where=f"video {name!r}", expected=f"@{attributes.view.name}"
-            )
+            raise CacheError("name and view differ", where=f"video {name!r}", expected=f"@{attributes.view.name}")
         folder.mkdir(exist_ok=True)
         with _locked(folder, wait=False):
             _remove_leftover(folder)
@@ -186,9 +184,7 @@ def _write_root(path: Path, fingerprint: Fingerprint, codec: Codec, sessions: li
 def _remove_leftover(folder: Path) -> None:
     """Empty the folder of an incomplete video (the folder itself carries the lock)."""
     if is_complete(folder):
-        raise CacheError(
-            "the video is complete already", where=folder, hint="write only what `pending` names"
-        )
+        raise CacheError("the video is complete already", where=folder, hint="write only what `pending` names")
     for entry in folder.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)

@@ -38,5 +38,5 @@ def device_name(device: Device) -> str:
 def precision_name(precision: Precision, device: str) -> str:
     """Resolve auto: bfloat16 on CUDA, float32 on CPU."""
     if precision is not Precision.auto:
-        return precision.value
+        return str(precision.value)
     return "bfloat16" if device == "cuda" else "float32"

@@ -62,7 +62,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
 def _refuse_unknown_keys(given: DictConfig, schema: DictConfig, where: str, prefix: str = "") -> None:
     known = _all_keys(schema)
     for key, value in given.items_ex(resolve=False):
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key!s}"
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [
                 candidate for candidate in known if candidate.split(".")[-1] == str(key)
@@ -76,9 +76,9 @@ def _refuse_unknown_keys(given: DictConfig, schema: DictConfig, where: str, pref
 def _all_keys(schema: DictConfig, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for key, value in schema.items_ex(resolve=False):
-        keys.append(f"{prefix}{key}")
+        keys.append(f"{prefix}{key!s}")
         if isinstance(value, DictConfig):
-            keys += _all_keys(value, f"{prefix}{key}.")
+            keys += _all_keys(value, f"{prefix}{key!s}.")
     return keys
 
 

@@ -40,6 +40,4 @@ def all_splits(settings: Settings) -> list[SplitPaths]:
 
 def _split(settings: Settings, name: str, labels: str, frames: str) -> SplitPaths:
     root = Path(settings.data.root)
-    return SplitPaths(
-        name=name, labels=root / labels, frames=root / frames, features=Path(settings.cache.path) / name
-    )
+    return SplitPaths(name=name, labels=root / labels, frames=root / frames, features=Path(settings.cache.path) / name)

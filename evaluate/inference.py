@@ -91,9 +91,7 @@ def best_labels(probability_VK: Tensor, top_k: int) -> Candidates:
     num_labels = probability_VK.shape[1]
     scores_N, index_N = probability_VK.flatten().topk(min(top_k, probability_VK.numel()))
     queries_M, row_N = torch.unique(index_N // num_labels, return_inverse=True)
-    return Candidates(
-        class_scores_N=scores_N, labels_N=index_N % num_labels, queries_M=queries_M, row_N=row_N
-    )
+    return Candidates(class_scores_N=scores_N, labels_N=index_N % num_labels, queries_M=queries_M, row_N=row_N)
 
 
 class MaskDecoder:
@@ -129,9 +127,7 @@ class MaskDecoder:
                 if mask_wh.any():
                     self.masks[query][first + frame] = encode(mask_wh.T)
 
-    def _upsample(
-        self, logits_GHW: Tensor, query_G: Tensor
-    ) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+    def _upsample(self, logits_GHW: Tensor, query_G: Tensor) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
         """Masks (G, w, h) at the original size, on the host; by columns, as run lengths want them."""
         H, W = logits_GHW.shape[-2:]
         logits_1Ghw = F.interpolate(logits_GHW[None], size=(H * STRIDE, W * STRIDE), mode="bilinear")

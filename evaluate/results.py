@@ -95,9 +95,7 @@ def _read_zipped(path: Path) -> object:
             size = archive.getinfo(RESULTS_NAME).file_size
             if size > _MAX_UNZIPPED_BYTES:
                 limit = f"at most {_MAX_UNZIPPED_BYTES} bytes"
-                raise AnnotationError(
-                    "too large when unpacked", where=where, expected=limit, got=f"{size} bytes"
-                )
+                raise AnnotationError("too large when unpacked", where=where, expected=limit, got=f"{size} bytes")
             data = archive.read(RESULTS_NAME)
     except _UNZIP_ERRORS as error:
         raise AnnotationError("the archive cannot be read", where=path, got=str(error)) from error

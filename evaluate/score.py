@@ -17,9 +17,7 @@ BREAKDOWN = ("APs", "APm", "APl", "AR100", "ARs", "ARm", "ARl")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     parser.add_argument("--annotations", type=Path, required=True, help="labels in YTVIS JSON")
-    parser.add_argument(
-        "--predictions", type=Path, required=True, help="results.json, or the zip that holds it"
-    )
+    parser.add_argument("--predictions", type=Path, required=True, help="results.json, or the zip that holds it")
     parser.add_argument("--output", type=Path, help="write the metrics here too (JSON, fractions in [0, 1])")
 
 

@@ -30,9 +30,7 @@ def official_config(name: str, *, num_classes: int = 80) -> Mask2FormerConfig:
     Raises ConfigError for another name.
     """
     if name not in ARCHITECTURES:
-        raise ConfigError(
-            "unknown detector architecture", expected=f"one of {', '.join(ARCHITECTURES)}", got=name
-        )
+        raise ConfigError("unknown detector architecture", expected=f"one of {', '.join(ARCHITECTURES)}", got=name)
     if name == "swin-l":
         backbone: BackboneConfig = _swin(192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12)
     else:
@@ -47,9 +45,7 @@ def infer_config(shapes: Shapes) -> Mask2FormerConfig:
 
     shapes: official key -> shape. Raises WeightsError when a key that tells a size is missing.
     """
-    attention_rows = _size(
-        shapes, f"{PIXEL_DECODER}.transformer.encoder.layers.0.self_attn.attention_weights.bias"
-    )
+    attention_rows = _size(shapes, f"{PIXEL_DECODER}.transformer.encoder.layers.0.self_attn.attention_weights.bias")
     return Mask2FormerConfig(
         backbone_config=infer_backbone(shapes),
         id2label=_labels(_size(shapes, f"{PREDICTOR}.class_embed.bias") - 1),
@@ -110,9 +106,7 @@ def _labels(num_classes: int) -> dict[int, str]:
     return {index: f"class {index}" for index in range(num_classes)}
 
 
-def _resnet(
-    stem: int, *, widths: list[int], depths: list[int], layer_type: str = "bottleneck"
-) -> ResNetConfig:
+def _resnet(stem: int, *, widths: list[int], depths: list[int], layer_type: str = "bottleneck") -> ResNetConfig:
     return ResNetConfig(
         embedding_size=stem,
         hidden_sizes=widths,

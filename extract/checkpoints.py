@@ -80,14 +80,8 @@ def read_official_checkpoint(path: Path) -> OfficialCheckpoint:
     skipped = {*head_keys, *ignored_keys}
     renamed = tuple((old, new) for old, new in _OLD_NAMES.items() if old in model and new not in model)
     names = dict(renamed)
-    tensors = {
-        names.get(key, key): _as_tensor(path, key, value)
-        for key, value in model.items()
-        if key not in skipped
-    }
-    return OfficialCheckpoint(
-        tensors=tensors, head_keys=head_keys, ignored_keys=ignored_keys, renamed=renamed
-    )
+    tensors = {names.get(key, key): _as_tensor(path, key, value) for key, value in model.items() if key not in skipped}
+    return OfficialCheckpoint(tensors=tensors, head_keys=head_keys, ignored_keys=ignored_keys, renamed=renamed)
 
 
 def weight_files(path: Path) -> list[Path]:

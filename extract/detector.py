@@ -44,8 +44,8 @@ class FrameFeatures:
         detector's own 1x1 `mask_features` convolution: VITA's tap.
     """
 
-    frame_queries_BLQC: Tensor  # noqa: N815
-    mask_features_BCHW: Tensor  # noqa: N815
+    frame_queries_BLQC: Tensor
+    mask_features_BCHW: Tensor
 
 
 class FrameDetector(Protocol):
@@ -122,9 +122,7 @@ class TransformersDetector:
         Raises FrameError on another shape.
         """
         if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
-            raise FrameError(
-                "not a batch of RGB images", expected="(B, 3, H, W)", got=tuple(images_BCHW.shape)
-            )
+            raise FrameError("not a batch of RGB images", expected="(B, 3, H, W)", got=tuple(images_BCHW.shape))
         images_BCHW = images_BCHW.to(self.device, torch.float32)
         return self.features_of_canvas(normalise_and_pad(images_BCHW))
 
@@ -175,9 +173,7 @@ def detector_forward(
 
     fpn_maps: list[Tensor] = []
     pixel_decoder = model.pixel_level_module.decoder
-    hook = pixel_decoder.mask_projection.register_forward_pre_hook(
-        lambda _module, inputs: fpn_maps.append(inputs[0])
-    )
+    hook = pixel_decoder.mask_projection.register_forward_pre_hook(lambda _module, inputs: fpn_maps.append(inputs[0]))
     try:
         with autocast(autocast_dtype):
             backbone_maps = model.pixel_level_module.encoder(canvas_BCHW).feature_maps

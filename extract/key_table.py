@@ -114,9 +114,7 @@ def _swin_rows(backbone: SwinConfig) -> Iterator[KeyRow]:
 
 def _swin_block_rows(official: str, model: str) -> Iterator[KeyRow]:
     yield from _rows(f"{official}.norm1", f"{model}.layernorm_before")
-    yield from _rows(
-        f"{official}.attn", f"{model}.attention.relative_position_bias", ("relative_position_bias_table",)
-    )
+    yield from _rows(f"{official}.attn", f"{model}.attention.relative_position_bias", ("relative_position_bias_table",))
     yield from _qkv_rows(f"{official}.attn.qkv.", f"{model}.attention")
     yield from _rows(f"{official}.attn.proj", f"{model}.attention.o_proj")
     yield from _rows(f"{official}.norm2", f"{model}.layernorm_after")

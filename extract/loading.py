@@ -38,15 +38,11 @@ class LoadedModel:
 def load_model(weights: Path, *, architecture: str | None) -> LoadedModel:
     """Read the weights and find a place for each of them; see `extract.detector.load_detector`."""
     if architecture is not None and architecture not in ARCHITECTURES:
-        raise ConfigError(
-            "unknown architecture", expected=f"{', '.join(ARCHITECTURES)} or null", got=architecture
-        )
+        raise ConfigError("unknown architecture", expected=f"{', '.join(ARCHITECTURES)} or null", got=architecture)
     with _quiet_transformers():
         loaded = _load_folder(weights) if weights.is_dir() else _load_official(weights)
     if architecture not in (None, loaded.report.backbone):
-        raise WeightsError(
-            "another backbone", where=weights, expected=architecture, got=loaded.report.backbone
-        )
+        raise WeightsError("another backbone", where=weights, expected=architecture, got=loaded.report.backbone)
     return loaded
 
 
@@ -56,14 +52,11 @@ def build_on_meta(config: Mask2FormerConfig) -> Mask2FormerForUniversalSegmentat
         return Mask2FormerForUniversalSegmentation(config)
 
 
-def official_shapes(
-    table: Sequence[KeyRow], model: Mask2FormerForUniversalSegmentation
-) -> dict[str, tuple[int, ...]]:
+def official_shapes(table: Sequence[KeyRow], model: Mask2FormerForUniversalSegmentation) -> dict[str, tuple[int, ...]]:
     """The shape every official tensor of the table must have for this model."""
     state = model.state_dict()
     return {
-        row.official: (sum(state[name].shape[0] for name in row.model), *state[row.model[0]].shape[1:])
-        for row in table
+        row.official: (sum(state[name].shape[0] for name in row.model), *state[row.model[0]].shape[1:]) for row in table
     }
 
 
@@ -71,11 +64,7 @@ def check_shapes(where: Path, *, expected: Shapes, got: Shapes) -> None:
     """Raise WeightsError naming the first missing, unexpected and wrong-shape keys, if there are any."""
     missing = [key for key in expected if key not in got]
     unexpected = [key for key in got if key not in expected]
-    wrong = [
-        f"{key} {got[key]}, not {shape}"
-        for key, shape in expected.items()
-        if key in got and got[key] != shape
-    ]
+    wrong = [f"{key} {got[key]}, not {shape}" for key, shape in expected.items() if key in got and got[key] != shape]
     _refuse_partial(where, missing=missing, unexpected=unexpected, wrong_shape=wrong)
 
 
@@ -99,9 +88,7 @@ def _load_official(path: Path) -> LoadedModel:
         renamed=checkpoint.renamed,
     )
     is_coco = config.num_labels == len(COCO_CATEGORIES)
-    return LoadedModel(
-        model=model, report=report, category_names=tuple(COCO_CATEGORIES.values()) if is_coco else ()
-    )
+    return LoadedModel(model=model, report=report, category_names=tuple(COCO_CATEGORIES.values()) if is_coco else ())
 
 
 def _load_folder(folder: Path) -> LoadedModel:
@@ -116,9 +103,7 @@ def _load_folder(folder: Path) -> LoadedModel:
         folder,
         missing=sorted(info["missing_keys"]),
         unexpected=sorted(key for key in info["unexpected_keys"] if "relative_position_index" not in key),
-        wrong_shape=[
-            f"{key} {tuple(got)}, not {tuple(want)}" for key, got, want in sorted(info["mismatched_keys"])
-        ],
+        wrong_shape=[f"{key} {tuple(got)}, not {tuple(want)}" for key, got, want in sorted(info["mismatched_keys"])],
     )
     return LoadedModel(
         model=model,
@@ -148,9 +133,7 @@ def _refuse_partial(
     where: Path, *, missing: Sequence[str], unexpected: Sequence[str], wrong_shape: Sequence[str]
 ) -> None:
     problems = {"missing": missing, "unexpected": unexpected, "of wrong shape": wrong_shape}
-    found = [
-        f"{len(keys)} {kind}: {first_keys(keys, _NUM_LISTED)}" for kind, keys in problems.items() if keys
-    ]
+    found = [f"{len(keys)} {kind}: {first_keys(keys, _NUM_LISTED)}" for kind, keys in problems.items() if keys]
     if found:
         raise WeightsError(
             "the weights do not fit the model; " + "; ".join(found),

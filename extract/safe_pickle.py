@@ -65,9 +65,7 @@ def _array(data: bytes | bytearray | str, dtype: _Dtype, shape: tuple[int, ...],
     raw = data.encode("latin1") if isinstance(data, str) else data
     flat = np.frombuffer(raw, dtype=dtype.numpy)
     wrapped = _Array()
-    wrapped.array = flat.reshape(shape, order="F" if order == "F" else "C").astype(
-        dtype.numpy.newbyteorder("=")
-    )
+    wrapped.array = flat.reshape(shape, order="F" if order == "F" else "C").astype(dtype.numpy.newbyteorder("="))
     return wrapped
 
 

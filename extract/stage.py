@@ -22,7 +22,7 @@ from configs.command import device_name, precision_name
 from configs.schema import Settings
 from configs.splits import SplitPaths, all_splits
 from extract.checkpoints import weights_sha256
-from extract.detector import PADDING_DIVISOR, PIXEL_MEAN, PIXEL_STD, FrameDetector, load_detector
+from extract.detector import PADDING_DIVISOR, PIXEL_MEAN, PIXEL_STD, TransformersDetector, load_detector
 from extract.frames import frame_batches, network_size, require_frames
 
 EXTRACTION_RECORD = "extraction.json"
@@ -57,28 +57,29 @@ def extract(settings: Settings, only: Sequence[str] = ()) -> None:
         precision=precision_name(settings.detector.precision, device),
         device=device,
     )
-    wanted = fingerprint(settings, detector.architecture, weights_sha256(weights), device)
+    print(detector.report)
+    wanted = fingerprint(settings, detector, weights_sha256(weights))
     for split, content in zip(splits, labels, strict=True):
         _extract_split(settings, detector, wanted, split, content)
 
 
-def fingerprint(settings: Settings, architecture: str, weights_digest: str, device: str) -> Fingerprint:
-    """Compose the fingerprint that a cache of these settings carries."""
+def fingerprint(settings: Settings, detector: TransformersDetector, weights_digest: str) -> Fingerprint:
+    """Compose the fingerprint of a cache with these settings and this detector."""
     return Fingerprint(
         weights_sha256=weights_digest,
-        architecture=architecture,
+        architecture=detector.architecture,
         num_layers=settings.detector.num_layers,
         short_edge=settings.detector.short_edge or 0,
         pixel_mean=PIXEL_MEAN,
         pixel_std=PIXEL_STD,
         padding_divisor=PADDING_DIVISOR,
-        precision=precision_name(settings.detector.precision, device),
+        precision=detector.precision,
         codec=settings.cache.codec,
     )
 
 
 def _extract_split(
-    settings: Settings, detector: FrameDetector, wanted: Fingerprint, split: SplitPaths, labels: Labels
+    settings: Settings, detector: TransformersDetector, wanted: Fingerprint, split: SplitPaths, labels: Labels
 ) -> None:
     writer = CacheWriter.open(
         split.features,
@@ -86,7 +87,9 @@ def _extract_split(
         heads=detector.prediction_heads(),
         codec=select_codec(settings.cache.codec),
         labels_json=split.labels.read_bytes(),
-        provenance=Provenance.gather({"weights": settings.detector.weights, "labels": str(split.labels)}),
+        provenance=Provenance.gather(
+            {"weights": settings.detector.weights, "labels": str(split.labels), "frames": str(split.frames)}
+        ),
     )
     pending = set(writer.pending([video_group_name(video.id) for video in labels.videos]))
     videos = [video for video in labels.videos if video_group_name(video.id) in pending]
@@ -105,7 +108,7 @@ def _extract_split(
 
 def _extract_video(
     settings: Settings,
-    detector: FrameDetector,
+    detector: TransformersDetector,
     writer: CacheWriter,
     frames_folder: Path,
     video: Video,

@@ -45,9 +45,7 @@ def random_features(
 
 
 def attributes_of(num_frames: int) -> VideoAttributes:
-    return VideoAttributes(
-        num_frames=num_frames, image_hw=IMAGE_HW, padded_hw=PADDED_HW, original_hw=(48, 80)
-    )
+    return VideoAttributes(num_frames=num_frames, image_hw=IMAGE_HW, padded_hw=PADDED_HW, original_hw=(48, 80))
 
 
 def random_heads() -> DetectorHeads:
@@ -72,13 +70,9 @@ def labels_of(lengths: dict[int, int], prefix: str = "") -> bytes:
     return json.dumps({"videos": videos, "annotations": [], "categories": []}).encode()
 
 
-def open_writer(
-    path: Path, labels: bytes | None = None, fingerprint: Fingerprint = FINGERPRINT
-) -> CacheWriter:
+def open_writer(path: Path, labels: bytes | None = None, fingerprint: Fingerprint = FINGERPRINT) -> CacheWriter:
     codec = select_codec("float16")
-    return CacheWriter.open(
-        path, fingerprint=fingerprint, heads=random_heads(), codec=codec, labels_json=labels
-    )
+    return CacheWriter.open(path, fingerprint=fingerprint, heads=random_heads(), codec=codec, labels_json=labels)
 
 
 def write_video(writer: CacheWriter, name: str, num_frames: int, *, seed: int = 0, step: int = 10) -> None:

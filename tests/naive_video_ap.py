@@ -66,9 +66,7 @@ def match(
         hit = None
         for group in (wanted, ignored):
             free = [label for label in group if label.crowd or not any(label is other for other in taken)]
-            good = [
-                (iou(item, label), index) for index, label in enumerate(free) if iou(item, label) >= threshold
-            ]
+            good = [(iou(item, label), index) for index, label in enumerate(free) if iou(item, label) >= threshold]
             if good and hit is None:
                 hit = free[max(good)[1]]  # Of equal overlaps COCO takes the last.
         if hit is not None:

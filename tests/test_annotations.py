@@ -225,9 +225,7 @@ def test_each_break_of_the_schema_is_one_clear_error(name: str) -> None:
 def test_the_broken_frame_is_named_among_good_ones() -> None:
     data = label_file()
     data["annotations"][0]["segmentations"] = [MASK, {"size": [2, 3], "counts": "12"}]
-    with pytest.raises(
-        AnnotationError, match=r"annotations\[0\] \(id 1\), segmentations\[1\]: .*add up to 3"
-    ):
+    with pytest.raises(AnnotationError, match=r"annotations\[0\] \(id 1\), segmentations\[1\]: .*add up to 3"):
         parse_labels(data, "train.json")
 
 

@@ -59,9 +59,7 @@ def foreign_array(folder: Path, values: NDArray[Any], **changes: Any) -> Path:
         "chunk_key_encoding": {"name": "default", "separator": "."},
         "config": {"write_empty_chunks": True},
     }
-    array = zarr.create_array(
-        store=str(folder), shape=values.shape, dtype=values.dtype, **{**layout, **changes}
-    )
+    array = zarr.create_array(store=str(folder), shape=values.shape, dtype=values.dtype, **{**layout, **changes})
     array[...] = values
     return folder
 

@@ -217,9 +217,7 @@ def test_killed_at_any_moment_and_resumed_gives_the_same_bytes(path: Path, tmp_p
         states.append((feature_cache.video_names(), feature_cache.incomplete()))
         for name in feature_cache.video_names():
             queries, _ = random_features(VIDEOS[name], seed=int(name))
-            np.testing.assert_array_equal(
-                feature_cache.video(name).frame_queries(), queries.astype(np.float16)
-            )
+            np.testing.assert_array_equal(feature_cache.video(name).frame_queries(), queries.astype(np.float16))
             assert len(feature_cache.video(name).mask_features()) == VIDEOS[name]
     assert deaths >= 3 and ([], ["1"]) in states
     write_all_pending(path)
@@ -435,9 +433,7 @@ def spoil_marker(path: Path) -> None:
         (lambda path: (path / "annotations.json").write_bytes(labels_of({1: 6})), "labels"),
     ],
 )
-def test_verify_finds_every_defect(
-    path: Path, capsys: pytest.CaptureFixture[str], spoil: object, rule: str
-) -> None:
+def test_verify_finds_every_defect(path: Path, capsys: pytest.CaptureFixture[str], spoil: object, rule: str) -> None:
     write_video(open_writer(path, labels_of({1: 5})), "1", 5)
     assert callable(spoil)
     spoil(path)

@@ -41,9 +41,7 @@ class Recorded:
         """Both images on one canvas; the original batches images of two sizes, extraction never does."""
         height, width = 96, 160
         canvases = [normalise_and_pad(image.float()) for image in self.images]
-        return torch.cat(
-            [functional.pad(c, (0, width - c.shape[3], 0, height - c.shape[2])) for c in canvases]
-        )
+        return torch.cat([functional.pad(c, (0, width - c.shape[3], 0, height - c.shape[2])) for c in canvases])
 
     def normed_queries(self) -> NDArray[np.float32]:
         """(L, B, Q, C): the stored queries through the exported `decoder_norm`, in plain numpy."""
@@ -53,10 +51,7 @@ class Recorded:
         return normed * self.heads.arrays["decoder_norm.weight"] + self.heads.arrays["decoder_norm.bias"]
 
     def class_logits(self) -> NDArray[np.float32]:
-        return (
-            self.normed_queries() @ self.heads.arrays["class_embed.weight"].T
-            + self.heads.arrays["class_embed.bias"]
-        )
+        return self.normed_queries() @ self.heads.arrays["class_embed.weight"].T + self.heads.arrays["class_embed.bias"]
 
     def mask_embeddings(self) -> NDArray[np.float32]:
         hidden = self.normed_queries()
@@ -70,10 +65,7 @@ class Recorded:
         """(B, E, H, W): the detector's own 1x1 convolution on the stored map."""
         stored = self.features.mask_features_BCHW.numpy()
         bias = self.heads.arrays["mask_features.bias"]
-        return (
-            np.einsum("ec,bchw->behw", self.heads.arrays["mask_features.weight"], stored)
-            + bias[:, None, None]
-        )
+        return np.einsum("ec,bchw->behw", self.heads.arrays["mask_features.weight"], stored) + bias[:, None, None]
 
     def masks(self) -> NDArray[np.float32]:
         return np.einsum("bqe,behw->bqhw", self.mask_embeddings()[-1], self.mask_features())
@@ -90,9 +82,7 @@ def test_multi_scale_features(recorded: Recorded, level: int) -> None:
     assert np.abs(difference).max() < TOLERANCE
 
 
-OUTPUTS: dict[
-    str, tuple[Callable[[Recorded], NDArray[np.float32]], Callable[[Recorded], NDArray[np.generic]]]
-] = {
+OUTPUTS: dict[str, tuple[Callable[[Recorded], NDArray[np.float32]], Callable[[Recorded], NDArray[np.generic]]]] = {
     "fpn map": (lambda r: r.features.mask_features_BCHW.numpy(), lambda r: r.expected["clip_mask_features"]),
     "normed queries": (Recorded.normed_queries, lambda r: r.expected["queries_normed"][1:]),
     "class logits": (Recorded.class_logits, lambda r: r.expected["pred_logits"][1:]),
@@ -148,10 +138,7 @@ def test_impossible_settings_are_refused(recorded: Recorded, settings: dict[str,
 
 
 def test_precision_says_what_was_used(recorded: Recorded) -> None:
-    assert (
-        TransformersDetector(recorded.detector.model, precision="bfloat16", device="cpu").precision
-        == "float32"
-    )
+    assert TransformersDetector(recorded.detector.model, precision="bfloat16", device="cpu").precision == "float32"
 
 
 def test_frames_of_another_layout_are_refused(recorded: Recorded) -> None:

@@ -113,9 +113,7 @@ def test_full_vita_checkpoint_is_a_detector_and_a_head(depths: str, tmp_path: Pa
         ({"sem_seg_head.predictor.query_feat.weight": "text"}, "query_feat.weight is not an array"),
     ],
 )
-def test_partial_loads_are_refused(
-    change: dict[str, Tensor | str | None], message: str, tmp_path: Path
-) -> None:
+def test_partial_loads_are_refused(change: dict[str, Tensor | str | None], message: str, tmp_path: Path) -> None:
     state: dict[str, Tensor | str | None] = {**official_state("swin"), **change}
     path = tmp_path / "model.pth"
     torch.save({"model": {key: value for key, value in state.items() if value is not None}}, path)
@@ -147,9 +145,7 @@ def test_hugging_face_folder_gives_the_same_detector(name: str, tmp_path: Path) 
     second = load_detector(tmp_path / "folder")
     table = key_table(first.model.config)
     exported = to_official(table, second.model.state_dict())
-    assert_same_tensors(
-        exported, {k: t.float() for k, t in to_official(table, first.model.state_dict()).items()}
-    )
+    assert_same_tensors(exported, {k: t.float() for k, t in to_official(table, first.model.state_dict()).items()})
     assert second.architecture == first.architecture
 
 
@@ -177,9 +173,7 @@ def test_resnets_of_basic_blocks_have_a_table() -> None:
         "embedding_size": 8,
         "hidden_sizes": [8, 16, 16, 16],
     }
-    config = Mask2FormerConfig(
-        backbone_config={**backbone, "depths": [1, 1, 2, 1], "out_indices": [1, 2, 3, 4]}
-    )
+    config = Mask2FormerConfig(backbone_config={**backbone, "depths": [1, 1, 2, 1], "out_indices": [1, 2, 3, 4]})
     table = key_table(config)
     model_keys = {key for row in table for key in row.model}
     state = build_on_meta(config).state_dict()

@@ -123,9 +123,7 @@ def test_row_no_label_file_keeps_the_old_one(path: Path) -> None:
 
 @pytest.mark.parametrize("labels", [labels_of({1: 6, 2: 3}), labels_of({1: 5, 2: 3}, prefix="other/")])
 def test_row_other_frames_under_a_known_name_are_refused(path: Path, labels: bytes) -> None:
-    with pytest.raises(
-        FingerprintMismatch, match=r"video '1': the label file lists other frames[\s\S]*delete"
-    ):
+    with pytest.raises(FingerprintMismatch, match=r"video '1': the label file lists other frames[\s\S]*delete"):
         open_writer(path, labels)
     assert FeatureCache.open(path).labels_path.read_bytes() == labels_of({1: 5, 2: 3})
 
@@ -141,9 +139,7 @@ def test_row_a_changed_view_is_another_view() -> None:
 
 
 def test_row_provenance_never_matters(path: Path) -> None:
-    elsewhere = Provenance(
-        date="1999", host="moon", command="", libraries={"torch": "0.1"}, paths={"w": "/x"}
-    )
+    elsewhere = Provenance(date="1999", host="moon", command="", libraries={"torch": "0.1"}, paths={"w": "/x"})
     writer = CacheWriter.open(
         path,
         fingerprint=FINGERPRINT,
@@ -168,9 +164,7 @@ def test_row_a_moved_cache_is_the_same_cache(path: Path) -> None:
 
 def test_sources_differ_in_names_order_and_size() -> None:
     digests = {
-        source_digest(names, *size)
-        for names in (["a", "b"], ["b", "a"], ["ab"], ["a"])
-        for size in ((1, 2), (2, 1))
+        source_digest(names, *size) for names in (["a", "b"], ["b", "a"], ["ab"], ["a"]) for size in ((1, 2), (2, 1))
     }
     assert len(digests) == 8
 

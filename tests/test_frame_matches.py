@@ -46,9 +46,7 @@ def literal_predictions(heads: DetectorHeads, queries: Tensor, map_TCHW: Tensor)
     normed = F.layer_norm(queries, (C,), a["decoder_norm.weight"], a["decoder_norm.bias"])
     hidden = normed
     for layer in range(3):
-        hidden = F.linear(
-            hidden, a[f"mask_embed.layers.{layer}.weight"], a[f"mask_embed.layers.{layer}.bias"]
-        )
+        hidden = F.linear(hidden, a[f"mask_embed.layers.{layer}.weight"], a[f"mask_embed.layers.{layer}.bias"])
         hidden = hidden.relu() if layer < 2 else hidden
     features = F.conv2d(map_TCHW, a["mask_features.weight"][..., None, None], a["mask_features.bias"])
     probabilities = F.linear(normed, a["class_embed.weight"], a["class_embed.bias"]).softmax(-1)
@@ -67,9 +65,7 @@ def literal_cost(
     t = F.grid_sample(canvas[None, None], grid, align_corners=False).flatten()
     p = x.sigmoid()
     dice = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
-    return float(5 * F.binary_cross_entropy_with_logits(x, t) + 5 * dice) - 2 * float(
-        sum(probability_J[classes])
-    )
+    return float(5 * F.binary_cross_entropy_with_logits(x, t) + 5 * dice) - 2 * float(sum(probability_J[classes]))
 
 
 @pytest.mark.parametrize(
@@ -87,9 +83,7 @@ def test_matches_are_the_cheapest_by_the_literal_costs(mode: str, classes_of_lab
     queries = torch.randn(T, L, Q, C, generator=generator)
     labels_N = torch.tensor([0, 1, 2, 0] if mode == "release" else [0, 1, 3, 2])
     masks_NThw = (torch.rand(4, T, *HW, generator=generator) > 0.7).byte()
-    masks_NThw[1, 0] = masks_NThw[2, 1] = masks_NThw[:, 2] = (
-        0  # absent: some, and everything in the last frame
-    )
+    masks_NThw[1, 0] = masks_NThw[2, 1] = masks_NThw[:, 2] = 0  # absent: some, and everything in the last frame
     targets = clip_targets(labels_N, torch.arange(4), masks_NThw)
     points_TP2 = frame_points("7", [4, 9, 2], P)
 
@@ -99,9 +93,7 @@ def test_matches_are_the_cheapest_by_the_literal_costs(mode: str, classes_of_lab
     predictions = frozen.predict(frozen.normed(queries), decoding)
     actual_LTN = match_frames(predictions, stored_TRHW, targets, map_KJ, points_TP2)
 
-    decompressed = (
-        torch.einsum("cr,trhw->tchw", decoding.matrix_CR, stored_TRHW) + decoding.mean_C[:, None, None]
-    )
+    decompressed = torch.einsum("cr,trhw->tchw", decoding.matrix_CR, stored_TRHW) + decoding.mean_C[:, None, None]
     probabilities, logits = literal_predictions(heads, queries, decompressed)
     assert (actual_LTN >= 0).equal(targets.present_NT.t().expand(L, -1, -1))
     for layer in range(L):
@@ -120,9 +112,7 @@ def test_matches_are_the_cheapest_by_the_literal_costs(mode: str, classes_of_lab
                 ]
                 for query in range(Q)
             ]
-            best = min(
-                permutations(range(Q), len(objects)), key=lambda p: sum(cost[q][i] for i, q in enumerate(p))
-            )
+            best = min(permutations(range(Q), len(objects)), key=lambda p: sum(cost[q][i] for i, q in enumerate(p)))
             assert actual_LTN[layer, frame, objects].tolist() == list(best)
 
 

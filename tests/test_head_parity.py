@@ -47,9 +47,7 @@ def assert_near(actual: torch.Tensor, expected: np.ndarray, tolerance: float = T
     assert float((actual.detach() - torch.from_numpy(expected)).abs().max()) <= tolerance
 
 
-@pytest.mark.parametrize(
-    ("window", "num_frames"), [*((6, T) for T in (1, 5, 6, 7, 12, 13, 29)), (0, 1), (0, 7)]
-)
+@pytest.mark.parametrize(("window", "num_frames"), [*((6, T) for T in (1, 5, 6, 7, 12, 13, 29)), (0, 1), (0, 7)])
 def test_whole_video_outputs(window: int, num_frames: int) -> None:
     golden = np.load(GOLDEN / "eval.npz")
     prefix = f"T{num_frames}" if window else f"win0_T{num_frames}"
@@ -103,15 +101,11 @@ def test_folding_a_codec_equals_decompressing() -> None:
         folded = fold_mask_embeddings(
             embed, conv.weight.flatten(1), conv.bias, MapDecoding(matrix_CR=matrix_CR, mean_C=mean_C)
         )
-        actual = (
-            torch.einsum("bqr,trhw->tbqhw", folded.weights_R, stored_TRHW) + folded.const[..., None, None]
-        )
+        actual = torch.einsum("bqr,trhw->tbqhw", folded.weights_R, stored_TRHW) + folded.const[..., None, None]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
 
 
-def masked_window_attention(
-    layer: SelfAttentionLayer, frames: torch.Tensor, W: int, shifted: bool
-) -> torch.Tensor:
+def masked_window_attention(layer: SelfAttentionLayer, frames: torch.Tensor, W: int, shifted: bool) -> torch.Tensor:
     """Pad, roll, mask and attend frame by frame: slow and literal (REFERENCE §3)."""
     T, _, C = frames.shape
     padded_T = -(-T // W) * W
@@ -125,9 +119,7 @@ def masked_window_attention(
         wrapped = [shifted and source[other] > other for other in window]
         mine = wrapped[slot % W]
         seen = [
-            source[o]
-            for o, is_wrapped in zip(window, wrapped, strict=True)
-            if is_wrapped == mine and source[o] < T
+            source[o] for o, is_wrapped in zip(window, wrapped, strict=True) if is_wrapped == mine and source[o] < T
         ]
         keys = torch.cat([frames[other] for other in seen])[None]
         output[frame] = reference(frames[frame][None], keys, keys)[0][0]

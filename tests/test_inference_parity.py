@@ -22,8 +22,7 @@ IMAGE_HW, ORIGINAL_HW = (90, 160), (180, 320)
 
 def pixels(tracks: VideoTracks, hw: tuple[int, int]) -> np.ndarray:
     frames = [
-        [np.zeros(hw, bool) if rle is None else mask(rle).astype(bool) for rle in track]
-        for track in tracks.masks
+        [np.zeros(hw, bool) if rle is None else mask(rle).astype(bool) for rle in track] for track in tracks.masks
     ]
     return np.array(frames)
 
@@ -108,9 +107,7 @@ def test_a_query_with_two_labels_and_an_empty_track(feature_map: Tensor) -> None
     assert len(found.labels) == 75 and len(set(zip(found.query_index, found.labels, strict=True))) == 75
     outputs = head.predict(queries)
     with torch.no_grad():
-        logits = torch.einsum(
-            "qc,tchw->qthw", outputs.mask_embed_VC, head.vita_mask_features(feature_map[:2])
-        )
+        logits = torch.einsum("qc,tchw->qthw", outputs.mask_embed_VC, head.vita_mask_features(feature_map[:2]))
     upsampled = F.interpolate(logits, scale_factor=4, mode="bilinear")[..., :90, :160]
     expected = (upsampled > 1e-4).flatten(2).any(dim=2)
     doubtful = (upsampled.abs() < 1e-4).flatten(2).any(dim=2)

@@ -38,9 +38,7 @@ def test_point_costs_equal_the_pairwise_definition() -> None:
 
 
 def test_assignment_is_optimal_and_refuses_nan() -> None:
-    costs = [
-        torch.tensor(np.random.default_rng(3).random(shape)) for shape in ((2, 4, 2), (2, 2, 3), (2, 4, 0))
-    ]
+    costs = [torch.tensor(np.random.default_rng(3).random(shape)) for shape in ((2, 4, 2), (2, 2, 3), (2, 4, 0))]
     for cost, (rows, columns) in zip(costs, assign(costs), strict=True):
         for problem, row, column in zip(cost, rows, columns, strict=True):
             V, N = problem.shape
@@ -54,13 +52,9 @@ def test_assignment_is_optimal_and_refuses_nan() -> None:
         assign([costs[0], torch.full((1, 2, 2), float("nan"))])
 
 
-def random_clip(
-    generator: torch.Generator, num_objects: int, num_frames: int, hw: tuple[int, int]
-) -> ClipTargets:
+def random_clip(generator: torch.Generator, num_objects: int, num_frames: int, hw: tuple[int, int]) -> ClipTargets:
     masks = torch.rand(num_objects, num_frames, *hw, generator=generator) > 0.4
-    target = clip_targets(
-        torch.randint(0, 5, (num_objects,), generator=generator), torch.arange(num_objects), masks
-    )
+    target = clip_targets(torch.randint(0, 5, (num_objects,), generator=generator), torch.arange(num_objects), masks)
     queries = torch.randint(0, 20, (3, num_frames, num_objects), generator=generator)
     return replace(target, frame_queries_LTN=queries)
 
@@ -107,9 +101,7 @@ def test_a_batch_equals_its_clips_one_by_one() -> None:
     criterion = VitaCriterion()
     with torch.no_grad():
         batch = step(head, queries_LBTQC, maps, targets, points, criterion)
-        single = [
-            step(head, queries_LBTQC[:, [b]], [maps[b]], [targets[b]], points, criterion) for b in range(3)
-        ]
+        single = [step(head, queries_LBTQC[:, [b]], [maps[b]], [targets[b]], points, criterion) for b in range(3)]
     norm = [LossNormalisers.of_batch([target], 3, 15) for target in targets]
     whole = LossNormalisers.of_batch(targets, 3, 15)
     for ours, alone in zip(batch.matches, (losses.matches[0] for losses in single), strict=True):
@@ -117,9 +109,7 @@ def test_a_batch_equals_its_clips_one_by_one() -> None:
     for name in ("class_D", "mask_D", "dice_D", "similarity"):
         divisor = {"class_D": "class_weight", "similarity": "similarity_pairs"}.get(name, "num_masks")
         sums = [getattr(one, name) * getattr(n, divisor) for one, n in zip(single, norm, strict=True)]
-        torch.testing.assert_close(
-            getattr(batch, name) * getattr(whole, divisor), sum(sums), rtol=1e-4, atol=1e-4
-        )
+        torch.testing.assert_close(getattr(batch, name) * getattr(whole, divisor), sum(sums), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("num_frames", "num_objects"), [(1, 2), (2, 0), (1, 18)])

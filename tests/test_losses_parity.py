@@ -122,9 +122,9 @@ def test_gradient_of_every_parameter(recorded: Recorded) -> None:
         assert float(gradient.norm()) == pytest.approx(norm, rel=1e-4, abs=1e-5), name
         # A sum or an entry may cancel to nearly nothing: its error is that of the whole gradient.
         assert float(gradient.sum()) == pytest.approx(expected["sum"], rel=1e-4, abs=1e-4 * norm + 1e-5), name
-        assert gradient.flatten()[:4].tolist() == pytest.approx(
-            expected["first"], rel=1e-4, abs=1e-4 * norm + 1e-6
-        ), name
+        assert gradient.flatten()[:4].tolist() == pytest.approx(expected["first"], rel=1e-4, abs=1e-4 * norm + 1e-6), (
+            name
+        )
 
 
 def test_gradient_of_the_inputs(recorded: Recorded) -> None:

@@ -47,9 +47,7 @@ def test_golden_stats(golden: VideoEvaluation, expected: dict[str, dict[str, flo
     assert measured["per_category"] == pytest.approx(per_category, rel=0, abs=1e-9)
 
 
-def test_golden_video_ious(
-    golden: VideoEvaluation, expected: dict[str, dict[str, list[list[float]]]]
-) -> None:
+def test_golden_video_ious(golden: VideoEvaluation, expected: dict[str, dict[str, list[list[float]]]]) -> None:
     assert {key for key, ious in golden.ious.items() if ious.size} == {
         tuple(map(int, key.split(","))) for key, rows in expected["ious"].items() if np.size(rows)
     }
@@ -95,9 +93,7 @@ def scenes(draw: st.DrawFn) -> tuple[list[int], list[Object]]:
 def _segmentations(item: Object) -> tuple[masks.Rle | None, ...]:
     """Empty frames as None and as an empty mask in turn: they mean the same."""
     pixels = item.cells.repeat(item.scale, axis=1).repeat(item.scale, axis=2)
-    return tuple(
-        None if t % 2 == 0 and not frame.any() else masks.encode(frame) for t, frame in enumerate(pixels)
-    )
+    return tuple(None if t % 2 == 0 and not frame.any() else masks.encode(frame) for t, frame in enumerate(pixels))
 
 
 def _as_files_have_it(videos: list[int], objects: list[Object]) -> tuple[Labels, list[TrackPrediction]]:
@@ -197,12 +193,8 @@ def test_a_long_video_whose_object_comes_back() -> None:
     here = masks.encode(mask)
     seen = [here, *[None] * 298, here]
     video = _video(1, 300, *mask.shape)
-    track = Track(
-        id=1, video_id=1, category_id=3, iscrowd=False, segmentations=tuple(seen), areas=mask_areas(seen)
-    )
-    labels = Labels(
-        categories=(Category(id=3, name="c3"),), videos=(video,), tracks=(track,), has_tracks=True
-    )
+    track = Track(id=1, video_id=1, category_id=3, iscrowd=False, segmentations=tuple(seen), areas=mask_areas(seen))
+    labels = Labels(categories=(Category(id=3, name="c3"),), videos=(video,), tracks=(track,), has_tracks=True)
     found = (*seen[:-2], here, here)
     prediction = TrackPrediction(video_id=1, category_id=3, score=0.5, segmentations=found)
     assert video_ious(labels, [prediction])[1, 3].tolist() == [[2 / 3]]
@@ -212,9 +204,7 @@ def test_no_predictions_score_zero_and_no_labels_are_undefined() -> None:
     cells = np.ones((1, 1, 1), dtype=bool)
     labelled, nothing = _as_files_have_it([2], [Object(video=2, category=3, cells=cells, scale=1)])
     assert evaluate_tracks(labelled, nothing).AP == 0.0
-    empty, predictions = _as_files_have_it(
-        [2], [Object(video=2, category=3, cells=cells, scale=1, score=0.5)]
-    )
+    empty, predictions = _as_files_have_it([2], [Object(video=2, category=3, cells=cells, scale=1, score=0.5)])
     assert evaluate_tracks(empty, predictions).AP is None
     assert evaluate_tracks(empty.subset([]), []).AP is None
 

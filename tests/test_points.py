@@ -11,9 +11,7 @@ from train_head.points import PointConfig, RandomPoints, keep_uncertain, sample_
 
 
 def test_uncertain_points() -> None:
-    golden = {
-        name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "uncertain_points.npz").items()
-    }
+    golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "uncertain_points.npz").items()}
     H, W = golden["logits"].shape[-2:]
     chosen = keep_uncertain(
         golden["logits"][:, 0], golden["rand_first"], golden["rand_second"], (4 * H, 4 * W), keep=84

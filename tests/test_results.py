@@ -44,9 +44,7 @@ def test_results_round_trip_and_repeat_byte_for_byte(tmp_path: Path) -> None:
         ({"score": None}, "got null"),
     ],
 )
-def test_broken_results_name_the_entry_and_the_video(
-    tmp_path: Path, changes: dict[str, object], reason: str
-) -> None:
+def test_broken_results_name_the_entry_and_the_video(tmp_path: Path, changes: dict[str, object], reason: str) -> None:
     entries = json.loads((GOLDEN / "results.json").read_text())
     path = tmp_path / "results.json"
     path.write_text(json.dumps([{**entries[0], **changes}, *entries[1:]]))

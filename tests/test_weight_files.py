@@ -41,9 +41,7 @@ ATTACKS: dict[str, Callable[[Path], object]] = {
     "os.system": RunsCommand,
     "eval": Evaluates,
     "in a state dict": lambda witness: {"model": {"key": RunsCommand(witness)}},
-    "in an array of objects": lambda witness: {
-        "model": {"key": np.array([RunsCommand(witness)], dtype=object)}
-    },
+    "in an array of objects": lambda witness: {"model": {"key": np.array([RunsCommand(witness)], dtype=object)}},
     "in an ordered dict": lambda witness: {"model": OrderedDict(key=Evaluates(witness))},
 }
 
@@ -116,9 +114,7 @@ def test_arrays_of_python_2_are_read() -> None:
     data = np.array([1.5, -2.0], "<f4").tobytes()
     written = (
         b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR"
-        b"(I1\n(I2\ntcnumpy\ndtype\n(U\x02f4I0\nI1\ntR(I3\nU\x01<NNNI-1\nI-1\nI0\ntbI00\nU\x08"
-        + data
-        + b"tb."
+        b"(I1\n(I2\ntcnumpy\ndtype\n(U\x02f4I0\nI1\ntR(I3\nU\x01<NNNI-1\nI-1\nI0\ntbI00\nU\x08" + data + b"tb."
     )
     read = load_plain_pickle(io.BytesIO(b"\x80\x02}U\x01k" + written[2:-1] + b"s."))
     assert isinstance(read, dict)

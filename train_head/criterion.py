@@ -116,9 +116,7 @@ class VitaCriterion:
                 cost_weights=self.cost_weights,
                 padded_area=self.padded_area,
             )
-            class_D = (
-                self._class_loss(outputs.class_logits_DLBVK, targets, matches) / normalisers.class_weight
-            )
+            class_D = self._class_loss(outputs.class_logits_DLBVK, targets, matches) / normalisers.class_weight
             mask_D, dice_D = (
                 summed_D / normalisers.num_masks.clamp(min=1)
                 for summed_D in self._mask_losses(mask_weights, maps, targets, matches, points)
@@ -139,9 +137,7 @@ class VitaCriterion:
             class_D=class_D, mask_D=mask_D, dice_D=dice_D, similarity=similarity, total=total, matches=matches
         )
 
-    def _class_loss(
-        self, logits_DLBVK: Tensor, targets: Sequence[ClipTargets], matches: Sequence[ClipMatch]
-    ) -> Tensor:
+    def _class_loss(self, logits_DLBVK: Tensor, targets: Sequence[ClipTargets], matches: Sequence[ClipMatch]) -> Tensor:
         """Sums (D) of the weighted cross-entropy; unmatched queries are "no object"."""
         D, _, _, _, num_labels = logits_DLBVK.shape
         wanted_DLBV = torch.full_like(logits_DLBVK[..., 0], num_labels - 1, dtype=torch.int64)
@@ -188,9 +184,7 @@ def _take_matched(mask_weights: MaskWeights, clip: int, match: ClipMatch) -> Mas
     return MaskWeights(weights_R=weights_DLMR.flatten(0, 2), const=const_DLM.flatten())
 
 
-def _labels_at(
-    target: ClipTargets, object_DLM: Tensor, points_TMP2: Tensor, area_hw: tuple[int, int]
-) -> Tensor:
+def _labels_at(target: ClipTargets, object_DLM: Tensor, points_TMP2: Tensor, area_hw: tuple[int, int]) -> Tensor:
     """Label values (T, D·L·M, P) of the matched objects.
 
     If all objects are matched, they are the same in every layer: then each mask is read once for all layers.
@@ -200,9 +194,7 @@ def _labels_at(
     objects = object_DLM.reshape(layers, -1)[0]
     index_TM = objects * T + torch.arange(T, device=objects.device)[:, None]
     points_SP2 = (
-        points_TMP2.view(T, layers, len(objects), P, 2)
-        .transpose(1, 2)
-        .reshape(index_TM.numel(), layers * P, 2)
+        points_TMP2.view(T, layers, len(objects), P, 2).transpose(1, 2).reshape(index_TM.numel(), layers * P, 2)
     )
     labels_SP = sample_masks(target.masks_NThw.flatten(0, 1), index_TM.flatten(), points_SP2, area_hw)
     return labels_SP.view(T, len(objects), layers, P).transpose(1, 2).reshape(T, num_matched, P)

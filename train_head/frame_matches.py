@@ -54,8 +54,7 @@ def frame_points(video: str, frames: Sequence[int], num_points: int, seed: int =
     """Points (T, P, 2) in [0, 1] that depend on the video's name and the frame's number only."""
     digest = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "little")
     points_TP2 = [
-        np.random.default_rng([seed, digest, frame]).random((num_points, 2), dtype=np.float32)
-        for frame in frames
+        np.random.default_rng([seed, digest, frame]).random((num_points, 2), dtype=np.float32) for frame in frames
     ]
     return torch.from_numpy(np.stack(points_TP2))
 
@@ -90,9 +89,7 @@ def match_frames(
     )
     labels_TNP = labels_GP.view(T, N, -1)
     stacked_TGR = predictions_TLQ.mask_weights.stacked().flatten(1, 2)
-    cost_TLQN = point_costs(stacked_TGR, channels_TRP[:, None], labels_TNP[:, :, None], cost_weights).view(
-        T, L, Q, N
-    )
+    cost_TLQN = point_costs(stacked_TGR, channels_TRP[:, None], labels_TNP[:, :, None], cost_weights).view(T, L, Q, N)
     probability_TLQJ = predictions_TLQ.class_logits.float().softmax(dim=-1)[..., :-1]
     cost_TLQN = cost_TLQN - cost_weights.label * (probability_TLQJ @ label_map_KJ[targets.labels_N].t())
     objects_T = [present_N.nonzero().flatten() for present_N in targets.present_NT.t()]

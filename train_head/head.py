@@ -90,9 +90,7 @@ class VitaHead(nn.Module):
         self.enc_self_attn = nn.ModuleList(SelfAttentionLayer(dim, heads) for _ in range(config.enc_layers))
         self.enc_ffn = nn.ModuleList(FeedForwardLayer(dim, ffn) for _ in range(config.enc_layers))
         self.transformer_self_attention_layers = nn.ModuleList(SelfAttentionLayer(dim, heads) for _ in depth)
-        self.transformer_cross_attention_layers = nn.ModuleList(
-            CrossAttentionLayer(dim, heads) for _ in depth
-        )
+        self.transformer_cross_attention_layers = nn.ModuleList(CrossAttentionLayer(dim, heads) for _ in depth)
         self.transformer_ffn_layers = nn.ModuleList(FeedForwardLayer(dim, ffn) for _ in depth)
         self.vita_mask_features = nn.Conv2d(config.map_dim, config.mask_dim, kernel_size=1)
         nn.init.kaiming_uniform_(self.vita_mask_features.weight, a=1)
@@ -121,18 +119,14 @@ class VitaHead(nn.Module):
             mask_embed_DLBVC=self.mask_embed(queries_DLBVC),
             video_queries_DLBVC=queries_DLBVC,
             clip_similarity_LBVC=self.sim_embed_clip(queries_DLBVC[-1]) if similar else None,
-            frame_similarity_LBTQC=torch.unflatten(self.sim_embed_frame(encoded_NTQC), 0, (L, B))
-            if similar
-            else None,
+            frame_similarity_LBTQC=torch.unflatten(self.sim_embed_frame(encoded_NTQC), 0, (L, B)) if similar else None,
         )
 
     def predict(self, frame_queries_TQC: Tensor) -> VideoOutputs:
         """Whole-video outputs: shifted windows, last layers only (REFERENCE §5)."""
         encoded_NTQC = self.encode(frame_queries_TQC[None], shift=True)
         queries_VC = self.decoder_norm(self.decode(encoded_NTQC)[-1][0])
-        return VideoOutputs(
-            class_logits_VK=self.class_embed(queries_VC), mask_embed_VC=self.mask_embed(queries_VC)
-        )
+        return VideoOutputs(class_logits_VK=self.class_embed(queries_VC), mask_embed_VC=self.mask_embed(queries_VC))
 
     def encode(self, frame_queries_NTQC: Tensor, shift: bool) -> Tensor:
         """Window attention among frame queries: (N, T, Q, C). With `shift`, odd layers shift."""
@@ -175,7 +169,5 @@ RELEASE_PREFIX = "vita_module."
 def strip_release_prefix(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Keep the head's entries of a released checkpoint, under the names of `VitaHead.state_dict`."""
     return {
-        name.removeprefix(RELEASE_PREFIX): tensor
-        for name, tensor in state.items()
-        if name.startswith(RELEASE_PREFIX)
+        name.removeprefix(RELEASE_PREFIX): tensor for name, tensor in state.items() if name.startswith(RELEASE_PREFIX)
     }

@@ -141,6 +141,4 @@ def window_runs(num_frames: int, window: int, shifted: bool) -> tuple[tuple[int,
         return ((num_frames, 1),)
     first = min(window // 2, num_frames) if shifted else 0
     full, rest = divmod(num_frames - first, window)
-    return tuple(
-        (length, count) for length, count in ((first, 1), (window, full), (rest, 1)) if length * count
-    )
+    return tuple((length, count) for length, count in ((first, 1), (window, full), (rest, 1)) if length * count)

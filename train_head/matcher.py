@@ -44,9 +44,7 @@ _CHUNK_LOGITS = 1 << 20  # logits alive at once: small enough for a CPU's cache,
 _CHUNK_LOGITS_CUDA = 1 << 27
 
 
-def point_costs(
-    weights_XGR: Tensor, channels_XTRP: Tensor, targets_XNTP: Tensor, weights: CostWeights
-) -> Tensor:
+def point_costs(weights_XGR: Tensor, channels_XTRP: Tensor, targets_XNTP: Tensor, weights: CostWeights) -> Tensor:
     """Mask and dice costs (X, G, N) of X problems from their channels, sampled at P points of T frames.
 
     `weights_XGR` and `channels_XTRP` carry the constant and the coverage as their last channel.

@@ -66,9 +66,7 @@ def _identities(queries_LTN: Tensor, objects_LM: Tensor) -> tuple[Tensor, Tensor
     L, T, N = queries_LTN.shape
     objects_LTN = torch.arange(N, device=queries_LTN.device).expand(L, T, N).flatten(1)
     valid_LM = torch.ones_like(objects_LM, dtype=torch.bool)
-    return torch.cat([objects_LTN, objects_LM], dim=1), torch.cat(
-        [queries_LTN.flatten(1) >= 0, valid_LM], dim=1
-    )
+    return torch.cat([objects_LTN, objects_LM], dim=1), torch.cat([queries_LTN.flatten(1) >= 0, valid_LM], dim=1)
 
 
 def _pair_losses(embeddings_LSC: Tensor, objects_LS: Tensor, valid_LS: Tensor) -> Tensor:

@@ -36,9 +36,7 @@ class ClipTargets:
             )
         matches = self.frame_queries_LTN
         if matches is not None and matches.shape[1:] != (T, N):
-            raise AnnotationError(
-                "frame matches of another clip", expected=f"(L, {T}, {N})", got=tuple(matches.shape)
-            )
+            raise AnnotationError("frame matches of another clip", expected=f"(L, {T}, {N})", got=tuple(matches.shape))
 
     @property
     def num_objects(self) -> int:

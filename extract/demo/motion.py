@@ -19,9 +19,7 @@ def drift(rng: np.random.Generator, image_hw: tuple[int, int], num_frames: int) 
     return np.asarray(np.where(folded > size, 2 * size - folded, folded))
 
 
-def crossing(
-    rng: np.random.Generator, image_hw: tuple[int, int], num_frames: int
-) -> tuple[Floats, Floats]:
+def crossing(rng: np.random.Generator, image_hw: tuple[int, int], num_frames: int) -> tuple[Floats, Floats]:
     """Two paths that meet in one point at one moment: whoever is in front hides the other."""
     height, width = image_hw
     meeting = np.array([width, height]) * rng.uniform(0.35, 0.65, 2)

@@ -48,9 +48,7 @@ class Actor:
         )
 
 
-def make_actors(
-    rng: np.random.Generator, background: Floats, num_frames: int
-) -> list[Actor]:
+def make_actors(rng: np.random.Generator, background: Floats, num_frames: int) -> list[Actor]:
     """Cast a video: clutter at the back, then 1-4 labelled actors."""
     image_hw = (background.shape[0], background.shape[1])
     scenario = rng.choice(["drift", "crossing", "excursion", "empty"], p=[0.3, 0.4, 0.2, 0.1])
@@ -58,9 +56,7 @@ def make_actors(
     actors = [_labelled_actor(rng, background, num_frames) for _ in range(count)]
     if count > 1 and rng.random() < 0.5:  # look-alikes
         twin = actors[0].sprite
-        actors[1] = replace(
-            actors[1], sprite=replace(actors[1].sprite, category=twin.category, texture=twin.texture)
-        )
+        actors[1] = replace(actors[1], sprite=replace(actors[1].sprite, category=twin.category, texture=twin.texture))
     if scenario == "crossing":
         behind, front = crossing(rng, image_hw, num_frames)
         actors[0] = replace(actors[0], path=behind, radii=actors[0].radii * 0.75)
@@ -169,7 +165,7 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
     }
     temporary = root / f"{split}.json.tmp"
     temporary.write_text(json.dumps(labels))
-    os.replace(temporary, root / f"{split}.json")
+    temporary.replace(root / f"{split}.json")
 
 
 def write_demo_data(root: Path, num_train: int = 80, num_valid: int = 30) -> None:

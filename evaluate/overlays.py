@@ -1,0 +1,91 @@
+"""Pictures of tracks: masks over frames, one colour per track through the whole video."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.utils import draw_segmentation_masks
+
+from cache import masks
+from cache.errors import FrameError
+from cache.labels import Labels, Video
+from cache.masks import Rle
+from evaluate.results import TrackPrediction
+
+# Twelve colours that stay apart for most kinds of colour vision, none of them grey.
+PALETTE = (
+    (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180),
+    (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 128, 128), (170, 110, 40),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawnTrack:
+    """A track to draw: its caption and one mask or None per frame; its place in the list is its colour."""
+
+    caption: str
+    segmentations: tuple[Rle | None, ...]
+
+
+def labelled_tracks(labels: Labels, video_id: int) -> list[DrawnTrack]:
+    """Return the ground truth of a video."""
+    names = {category.id: category.name for category in labels.categories}
+    return [
+        DrawnTrack(caption=names[track.category_id], segmentations=track.segmentations)
+        for track in labels.tracks_of(video_id)
+    ]
+
+
+def predicted_tracks(
+    labels: Labels, predictions: Sequence[TrackPrediction], video_id: int, min_score: float
+) -> list[DrawnTrack]:
+    """Return a video's predictions of at least `min_score`, best first, at most as many as there are colours."""
+    names = {category.id: category.name for category in labels.categories}
+    found = [p for p in predictions if p.video_id == video_id and p.score >= min_score]
+    found = sorted(found, key=lambda p: -p.score)[: len(PALETTE)]
+    return [
+        DrawnTrack(caption=f"{names[p.category_id]} {100 * p.score:.0f}", segmentations=p.segmentations) for p in found
+    ]
+
+
+def draw_frame(image: NDArray[np.uint8], tracks: Sequence[DrawnTrack], frame: int) -> NDArray[np.uint8]:
+    """Lay the tracks' masks of one frame over its image (h, w, 3)."""
+    present = [(i, rle) for i, t in enumerate(tracks) if (rle := t.segmentations[frame]) is not None]
+    if not present:
+        return image
+    drawn = draw_segmentation_masks(
+        torch.from_numpy(image).permute(2, 0, 1).contiguous(),
+        torch.from_numpy(np.stack([masks.mask(rle) for _, rle in present])).bool(),
+        alpha=0.6,
+        colors=[PALETTE[index % len(PALETTE)] for index, _ in present],
+    )
+    return np.asarray(drawn.permute(1, 2, 0).numpy())
+
+
+def read_image(folder: Path, video: Video, frame: int) -> NDArray[np.uint8]:
+    """Read a frame (h, w, 3) from the data set; raises FrameError where it is not there."""
+    path = folder / video.file_names[frame]
+    try:
+        with Image.open(path) as opened:
+            return np.array(opened.convert("RGB"))
+    except OSError as error:
+        raise FrameError(
+            "the report needs the data set's frames",
+            where=path,
+            hint="set data.root to the data set's folder",
+        ) from error
+
+
+def jpeg_data_url(image: NDArray[np.uint8]) -> str:
+    """Encode a picture so that it lies inside the page."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

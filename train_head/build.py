@@ -1,0 +1,92 @@
+"""Settings and a cache become the parts of a run: head sizes, codec matrices, losses, optimiser, learning rate."""
+
+from __future__ import annotations
+
+import bisect
+
+import numpy as np
+import torch
+from torch import nn
+
+from cache.codecs import Codec
+from cache.heads import DetectorHeads
+from configs.schema import LossSettings, Settings
+from train_head.criterion import LossWeights, VitaCriterion
+from train_head.data import VideoSet
+from train_head.head import HeadConfig, VitaHead
+from train_head.mask_folding import MapDecoding
+from train_head.matcher import CostWeights
+
+
+def head_config(settings: Settings, videos: VideoSet) -> HeadConfig:
+    """Sizes of the head: what the settings choose, and what detector and labels dictate."""
+    heads, chosen = videos.feature_cache.heads, settings.head
+    first = videos.feature_cache.video(videos.feature_cache.video_names()[0])
+    return HeadConfig(
+        num_classes=len(videos.labels.categories),
+        num_frame_queries=first.frame_queries([0]).shape[2],
+        num_queries=chosen.num_queries,
+        hidden_dim=chosen.hidden_dim,
+        num_heads=chosen.num_heads,
+        ffn_dim=chosen.ffn_dim,
+        enc_layers=chosen.enc_layers,
+        dec_layers=chosen.dec_layers,
+        window=chosen.window,
+        mask_dim=chosen.mask_dim,
+        detector_dim=heads.hidden_dim,
+        map_dim=map_channels(heads),
+        shift_in_training=chosen.shift_in_training,
+        use_sim=settings.loss.sim_weight > 0,
+    )
+
+
+def map_channels(heads: DetectorHeads) -> int:
+    """C of the detector's FPN map."""
+    return int(heads.arrays["mask_features.weight"].shape[1])
+
+
+def decoding_of(codec: Codec, num_channels: int) -> MapDecoding:
+    """Read a codec's matrix and mean off what it makes of the unit embeddings; the identity stays implicit."""
+    identity = np.eye(num_channels, dtype=np.float32)
+    weights, constant = codec.fold(identity)
+    if constant is None and np.array_equal(weights, identity):
+        return MapDecoding()
+    return MapDecoding(
+        matrix_CR=torch.from_numpy(np.asarray(weights, dtype=np.float32)),
+        mean_C=None if constant is None else torch.from_numpy(np.asarray(constant, dtype=np.float32)),
+    )
+
+
+def build_criterion(chosen: LossSettings) -> VitaCriterion:
+    """Losses with the settings' weights; the matching uses the same three, as in the release."""
+    return VitaCriterion(
+        weights=LossWeights(
+            label=chosen.class_weight,
+            mask=chosen.mask_weight,
+            dice=chosen.dice_weight,
+            similarity=chosen.sim_weight,
+            no_object=chosen.no_object_weight,
+        ),
+        cost_weights=CostWeights(label=chosen.class_weight, mask=chosen.mask_weight, dice=chosen.dice_weight),
+    )
+
+
+def build_optimizer(head: VitaHead, settings: Settings) -> torch.optim.AdamW:
+    """AdamW; norms and embeddings are not decayed (REFERENCE section 4)."""
+    free: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    for module in head.modules():
+        target = free if isinstance(module, nn.LayerNorm | nn.Embedding) else decayed
+        target.extend(module.parameters(recurse=False))
+    groups = [
+        {"params": decayed, "weight_decay": settings.train.weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=settings.train.learning_rate)
+
+
+def learning_rate(settings: Settings, step: int) -> float:
+    """Rate of step 0, 1, ...: linear warm-up, then times `decay_factor` at every one of `decay_steps`."""
+    train = settings.train
+    warm = min(1.0, (step + 1) / max(1, train.warmup))
+    return float(train.learning_rate * warm * train.decay_factor ** bisect.bisect_right(train.decay_steps, step))

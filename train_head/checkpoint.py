@@ -1,0 +1,93 @@
+"""A run's checkpoint: the head, and what is needed to go on training and to refuse another cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cache.errors import FingerprintMismatch, WeightsError
+from cache.fingerprint import Fingerprint
+from cache.reader import FeatureCache
+from train_head.head import HeadConfig, VitaHead
+
+CHECKPOINT = "checkpoint.pt"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """State after `step` training steps; `head` has the release's names without their prefix."""
+
+    step: int
+    seconds: float  # spent training, over all sessions
+    config: HeadConfig
+    head: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, Any]
+    fingerprint: Fingerprint  # of the cache it was trained from
+    category_names: tuple[str, ...]
+
+    def build_head(self, device: torch.device | str) -> VitaHead:
+        """Return the head in evaluation mode."""
+        head = VitaHead(self.config)
+        head.load_state_dict(dict(self.head))
+        return head.to(device).eval()
+
+    def require_cache(self, feature_cache: FeatureCache, where: Path) -> None:
+        """Raise FingerprintMismatch where the head was trained on other features than this cache holds."""
+        differences = self.fingerprint.differences(feature_cache.fingerprint)
+        if differences:
+            raise FingerprintMismatch(
+                f"this head was trained on other features than {feature_cache.path} holds: the head (here) and "
+                f"the cache (there) differ in {'; '.join(differences)}",
+                where=where,
+                hint="train a head from this cache (`make train name=...`), or point cache.path at the head's cache",
+            )
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write atomically: a killed run leaves the old checkpoint or the new one."""
+    state = {
+        "version": _VERSION,
+        "step": checkpoint.step,
+        "seconds": checkpoint.seconds,
+        "config": dataclasses.asdict(checkpoint.config),
+        "head": dict(checkpoint.head),
+        "optimizer": dict(checkpoint.optimizer),
+        "fingerprint": checkpoint.fingerprint.to_json(),
+        "category_names": list(checkpoint.category_names),
+    }
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint; nothing in it can run code. Raises WeightsError for anything but a whole one."""
+    if not path.is_file():
+        raise WeightsError("no trained head here", where=path, hint="`make train` with the same config writes one")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        return Checkpoint(
+            step=state["step"],
+            seconds=state["seconds"],
+            config=HeadConfig(**state["config"]),
+            head=state["head"],
+            optimizer=state["optimizer"],
+            fingerprint=Fingerprint.from_json(state["fingerprint"], where=path),
+            category_names=tuple(state["category_names"]),
+        )
+    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(
+            f"not a checkpoint of vita-cache: {reason}", where=path, hint="delete it to train anew"
+        ) from error

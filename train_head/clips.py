@@ -1,0 +1,133 @@
+"""Clips of cached videos: which ones, in which order, and everything a training step needs of them.
+
+Clip number i of a run depends on (seed, i) alone, so a run can stop and resume anywhere, with any number of
+data workers, and see the same clips.
+
+Shapes: T frames, L detector layers, Q frame queries, C channels, R stored channels, H×W the stored map,
+N objects, h×w input pixels without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cache import masks
+from cache.errors import AnnotationError
+from cache.labels import Labels
+from cache.layout import video_group_name
+from cache.reader import FeatureCache
+from train_head.targets import ClipTargets, clip_targets
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipConfig:
+    """How clips are drawn: T frames within `frame_range` of a random reference frame of the video."""
+
+    num_frames: int
+    frame_range: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """T frames of one video, in order."""
+
+    index: int
+    video_id: int
+    frames: tuple[int, ...]
+    frame_queries_TLQC: Tensor  # as stored: before the detector's decoder_norm
+    map_TRHW: Tensor  # as stored, in the codec's number type
+    targets: ClipTargets
+
+    def pin_memory(self) -> Clip:
+        """Copy to page-locked memory (called by the data loader)."""
+        return Clip(
+            index=self.index,
+            video_id=self.video_id,
+            frames=self.frames,
+            frame_queries_TLQC=self.frame_queries_TLQC.pin_memory(),
+            map_TRHW=self.map_TRHW.pin_memory(),
+            targets=self.targets.pin_memory(),
+        )
+
+
+class ClipDataset(Dataset[Clip]):
+    """Clip i of an endless, shuffled stream over the videos that have labels."""
+
+    def __init__(
+        self, feature_cache: FeatureCache, labels: Labels, video_ids: Sequence[int], config: ClipConfig
+    ) -> None:
+        """`video_ids`: the videos to train on; those without a labelled object are left out, as in the release.
+
+        Raises AnnotationError where nothing is left, IncompleteVideo where the cache lacks one of them.
+        """
+        self.feature_cache, self.labels, self.config = feature_cache, labels, config
+        self.video_ids = [video_id for video_id in video_ids if labels.tracks_of(video_id)]
+        if not self.video_ids:
+            raise AnnotationError("no video with a labelled object to train on", where=feature_cache.path)
+        for video_id in self.video_ids:
+            feature_cache.video(video_group_name(video_id))
+        self._epochs: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, index: int) -> Clip:
+        """Read clip number `index`, 0 or more, without an upper bound."""
+        video_id = self.video_at(index)
+        cached = self.feature_cache.video(video_group_name(video_id))
+        rng = np.random.default_rng([self.config.seed, 1, index])
+        frames = draw_frames(rng, cached.attributes.num_frames, self.config.num_frames, self.config.frame_range)
+        return Clip(
+            index=index,
+            video_id=video_id,
+            frames=frames,
+            frame_queries_TLQC=torch.from_numpy(cached.frame_queries(frames)),
+            map_TRHW=torch.from_numpy(cached.mask_features(frames)),
+            targets=read_targets(self.labels, video_id, frames, cached.attributes.image_hw),
+        )
+
+    def video_at(self, index: int) -> int:
+        """Return the video of clip `index`: every epoch is its own permutation of all videos."""
+        epoch, position = divmod(index, len(self.video_ids))
+        if epoch not in self._epochs:
+            permutation = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(self.video_ids))
+            self._epochs = {epoch: permutation}
+        return self.video_ids[int(self._epochs[epoch][position])]
+
+
+def draw_frames(rng: np.random.Generator, video_length: int, num_frames: int, frame_range: int) -> tuple[int, ...]:
+    """Draw a clip's frames in ascending order: a reference frame and others within `frame_range` of it.
+
+    VITA: the others are drawn with replacement, as in the release; a video of one frame repeats it.
+    """
+    reference = int(rng.integers(video_length))
+    near = range(max(0, reference - frame_range), min(video_length, reference + frame_range + 1))
+    others = [frame for frame in near if frame != reference] or [reference]
+    return tuple(sorted([reference, *rng.choice(others, num_frames - 1).tolist()]))
+
+
+def read_targets(labels: Labels, video_id: int, frames: Sequence[int], image_hw: tuple[int, int]) -> ClipTargets:
+    """Decode the labels of some frames of a video at the network's input size (nearest, as the release resizes)."""
+    tracks = [track for track in labels.tracks_of(video_id) if not track.iscrowd]
+    masks_NThw = torch.zeros(len(tracks), len(frames), *image_hw, dtype=torch.uint8)
+    for row, track in enumerate(tracks):
+        for column, frame in enumerate(frames):
+            rle = track.segmentations[frame]
+            if rle is not None:
+                masks_NThw[row, column] = _resized(torch.from_numpy(masks.mask(rle)), image_hw)
+    return clip_targets(
+        torch.tensor([labels.category_index[track.category_id] for track in tracks], dtype=torch.int64),
+        torch.arange(len(tracks)),
+        masks_NThw,
+    )
+
+
+def _resized(mask_hw: Tensor, image_hw: tuple[int, int]) -> Tensor:
+    if tuple(mask_hw.shape) == image_hw:
+        return mask_hw
+    resized: Tensor = torch.nn.functional.interpolate(mask_hw[None, None], image_hw, mode="nearest-exact")[0, 0]
+    return resized

@@ -1,0 +1,98 @@
+"""From a config to caches, labels and video ids: what stage two trains on and what it is evaluated on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cache.annotations import load_labels
+from cache.codecs import Codec
+from cache.errors import AnnotationError, ConfigError, FingerprintMismatch
+from cache.labels import Labels
+from cache.layout import video_group_name
+from cache.reader import FeatureCache
+from cache.splits import Split, holdout_split
+from configs.schema import Settings
+from configs.schema import Split as SplitName
+from configs.splits import SplitPaths, train_split, valid_split
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSet:
+    """Some videos of one cache, with the labels that the cache carries."""
+
+    split: str
+    feature_cache: FeatureCache
+    labels: Labels  # of these videos only
+    holdout: Split | None  # how the train videos were divided, where they were
+
+    @property
+    def video_ids(self) -> tuple[int, ...]:
+        """Ids in file order."""
+        return tuple(video.id for video in self.labels.videos)
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of the cache."""
+        return self.feature_cache.codec
+
+
+def open_training_set(settings: Settings) -> VideoSet:
+    """Open the train cache without the videos held out; refuses a cache that lacks a video or the labels."""
+    return _open(settings, train_split(settings), "train")
+
+
+def open_evaluation_set(settings: Settings) -> VideoSet:
+    """Open the videos that `evaluate.split` names.
+
+    `auto` is the validation set where the config names one, or else the hold-out. Raises ConfigError where
+    there is neither, FingerprintMismatch where the cache holds other features than the settings ask for.
+    """
+    wanted = settings.evaluate.split
+    valid = valid_split(settings)
+    if wanted is SplitName.auto:
+        wanted = SplitName.holdout if valid is None else SplitName.valid
+    if wanted is SplitName.valid:
+        if valid is None:
+            raise ConfigError("evaluate.split is valid, but data.valid_labels is null", hint="use holdout")
+        return _open(settings, valid, "valid")
+    if wanted is SplitName.holdout and settings.data.holdout == 0:
+        raise ConfigError(
+            "nothing to evaluate on: no validation labels, and no train videos held out",
+            where="settings data.valid_labels, data.holdout",
+            hint="set data.holdout=0.1 before training",
+        )
+    return _open(settings, train_split(settings), wanted.value)
+
+
+def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
+    feature_cache = FeatureCache.open(paths.features, preload=settings.cache.preload)
+    _require_settings(feature_cache, settings)
+    labels = load_labels(feature_cache.labels_path)
+    holdout = None
+    if split != "valid" and settings.data.holdout > 0:
+        holdout = holdout_split(labels, settings.data.holdout, settings.data.holdout_seed)
+        labels = labels.subset(holdout.train_ids if split == "train" else holdout.holdout_ids)
+    if split == "train" and not labels.has_tracks:
+        raise AnnotationError("the train split has no annotations", where=feature_cache.labels_path)
+    for video in labels.videos:
+        feature_cache.video(video_group_name(video.id))
+    return VideoSet(split=split, feature_cache=feature_cache, labels=labels, holdout=holdout)
+
+
+def _require_settings(feature_cache: FeatureCache, settings: Settings) -> None:
+    """Check what the settings say about features against what the cache holds; the weights may be elsewhere."""
+    stored, detector = feature_cache.fingerprint, settings.detector
+    wanted = {
+        "detector.num_layers": (stored.num_layers, detector.num_layers),
+        "detector.short_edge": (stored.short_edge or None, detector.short_edge),
+        "cache.codec": (stored.codec, settings.cache.codec),
+    }
+    for key, (held, asked) in wanted.items():
+        if held != asked:
+            raise FingerprintMismatch(
+                f"the cache was extracted with another {key}",
+                where=feature_cache.path,
+                expected=asked,
+                got=held,
+                hint=f"set {key}={held}, or extract into another cache.path with `make extract`",
+            )

@@ -1,0 +1,88 @@
+"""Frame-level matches of a run: computed when a frame is first seen, then remembered, since nothing can change them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cache.category_map import category_pairs
+from cache.labels import Labels
+from configs.schema import FrameMatching, Settings
+from train_head.clips import Clip
+from train_head.data import VideoSet
+from train_head.detector_predictions import FrozenHeads
+from train_head.frame_matches import frame_points, label_map, match_frames
+from train_head.mask_folding import MapDecoding
+from train_head.matcher import CostWeights
+from train_head.targets import ClipTargets
+
+
+class FrameMemory:
+    """Adds to a clip's targets which detector query is which object in each frame.
+
+    Shapes: T frames, L detector layers, N objects of the clip, A tracks of the video.
+    """
+
+    def __init__(
+        self,
+        labels: Labels,
+        heads: FrozenHeads,
+        decoding: MapDecoding,
+        label_map_KJ: Tensor,
+        num_points: int,
+        cost_weights: CostWeights,
+    ) -> None:
+        self.labels, self.heads, self.decoding, self.label_map_KJ = labels, heads, decoding, label_map_KJ
+        self.num_points, self.cost_weights = num_points, cost_weights
+        self._known: dict[tuple[int, int], Tensor] = {}  # (video, frame) -> (L, A), -1 where not matched
+
+    def with_matches(self, clip: Clip, targets: ClipTargets) -> ClipTargets:
+        """Return `targets`, the clip's on the computing device, with their `frame_queries_LTN`."""
+        unknown = [f for f in dict.fromkeys(clip.frames) if (clip.video_id, f) not in self._known]
+        if unknown:
+            self._compute(clip, targets, unknown)
+        matches_TLA = torch.stack([self._known[clip.video_id, frame] for frame in clip.frames])
+        matches_LTN = matches_TLA.transpose(0, 1)[..., targets.identities_N]
+        return replace(targets, frame_queries_LTN=matches_LTN)
+
+    def _compute(self, clip: Clip, targets: ClipTargets, frames: list[int]) -> None:
+        device = targets.labels_N.device
+        rows = torch.tensor([clip.frames.index(frame) for frame in frames])
+        chosen = replace(targets, present_NT=targets.present_NT[:, rows], masks_NThw=targets.masks_NThw[:, rows])
+        normed_TLQC = self.heads.normed(clip.frame_queries_TLQC[rows].to(device))
+        points_TP2 = frame_points(self.labels.video_by_id[clip.video_id].name, frames, self.num_points)
+        matches_LTN = match_frames(
+            self.heads.predict(normed_TLQC, self.decoding),
+            clip.map_TRHW[rows].to(device),
+            chosen,
+            self.label_map_KJ,
+            points_TP2.to(device),
+            self.cost_weights,
+        )
+        num_tracks = len(self.labels.tracks_of(clip.video_id))
+        for column, frame in enumerate(frames):
+            matches_LA = matches_LTN.new_full((len(matches_LTN), num_tracks), -1)
+            matches_LA[:, targets.identities_N] = matches_LTN[:, column]
+            self._known[clip.video_id, frame] = matches_LA
+
+
+def build_frame_memory(settings: Settings, videos: VideoSet, heads: FrozenHeads, decoding: MapDecoding) -> FrameMemory:
+    """Build the memory that `loss.frame_matching` asks for; raises ConfigError where it cannot apply."""
+    device = heads.decoder_norm.weight.device
+    stored, labels, loss = videos.feature_cache.heads, videos.labels, settings.loss
+    names = {
+        FrameMatching.category_map: "category_map",
+        FrameMatching.mask_only: "mask_only",
+        FrameMatching.release: "release",
+    }
+    pairs = category_pairs(labels.categories, stored.category_names)
+    return FrameMemory(
+        labels,
+        heads,
+        decoding,
+        label_map(names[loss.frame_matching], len(labels.categories), stored.num_classes, pairs).to(device),  # type: ignore[arg-type]
+        loss.num_points,
+        CostWeights(label=loss.class_weight, mask=loss.mask_weight, dice=loss.dice_weight),
+    )

@@ -1,0 +1,90 @@
+"""The folder of a run, `<runs>/<name>/`: its resolved settings, where it came from, and its metrics over time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from cache.errors import ConfigError
+from cache.fingerprint import Provenance
+from cache.splits import Split
+from configs.schema import Settings
+
+CONFIG, PROVENANCE, SPLIT, METRICS_LOG = "config.yaml", "provenance.json", "split.json", "metrics.jsonl"
+
+# Settings that may differ when a run goes on: they change no weight.
+_FREE = ("device", "runs", "evaluate", "data.root", "cache.path", "cache.preload", "train.workers")
+_FREE_PACE = ("train.log_every", "train.checkpoint_every")
+
+
+def open_run(settings: Settings, holdout: Split | None) -> Path:
+    """Create the run's folder, or check that the one that is there belongs to the same settings.
+
+    Raises ConfigError naming each setting in which a run of this name differs.
+    """
+    folder = Path(settings.runs) / settings.name
+    resolved = OmegaConf.structured(settings)
+    if (folder / CONFIG).exists():
+        differences = _differences(OmegaConf.load(folder / CONFIG), resolved)
+        if differences:
+            raise ConfigError(
+                f"a run of this name has other settings: {'; '.join(differences)}",
+                where=folder,
+                hint="choose another name=..., or delete the folder to train anew",
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(resolved, folder / CONFIG)
+        provenance = Provenance.gather({"cache": settings.cache.path, "data": settings.data.root})
+        (folder / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=2))
+    if holdout is not None:
+        (folder / SPLIT).write_text(json.dumps(holdout.to_json(), indent=1))
+    return folder
+
+
+def _differences(stored: Any, wanted: DictConfig) -> list[str]:
+    before, now = _flat(OmegaConf.to_container(stored)), _flat(OmegaConf.to_container(wanted, enum_to_str=True))
+    free = (*_FREE, *_FREE_PACE)
+    return [
+        f"{key} was {before.get(key)}, now {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not any(key == f or key.startswith(f"{f}.") for f in free)
+    ]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return leaves
+
+
+class MetricsLog:
+    """Appends one JSON line per logged step; a resumed run first drops the lines after its checkpoint."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        self.path = folder / METRICS_LOG
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= resume_step]
+        self.path.write_text("".join(f"{line}\n" for line in kept))
+
+    def _lines(self) -> list[str]:
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().splitlines()
+        return [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Append the values of one step."""
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def read_metrics_log(folder: Path) -> list[dict[str, float]]:
+    """Return the logged steps of a run, in order."""
+    path = folder / METRICS_LOG
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
