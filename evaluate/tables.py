@@ -1,0 +1,87 @@
+"""Tables on the console: metrics by method, seconds and bytes by stage."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configs.schema import Settings
+from configs.splits import all_splits
+from evaluate.stage import BASELINE, HEAD, Evaluation
+from train_head.checkpoint import CHECKPOINT
+from train_head.run_folder import read_metrics_log
+
+HEADLINE = ("AP", "AP50", "AP75", "AR1", "AR10")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """What a stage took and left on disk; None where it is not known."""
+
+    stage: str
+    seconds: float | None
+    bytes: int | None
+
+
+def evaluation_table(evaluation: Evaluation) -> str:
+    """Metrics x 100 by method, or a sentence where the split has no public labels."""
+    rows = {method: m.to_json() for method, m in evaluation.metrics.items() if m is not None}
+    results = evaluation.folder / "results.zip"
+    if not rows:
+        return f"split {evaluation.split} has no labels: predictions to submit are in {results}"
+    return f"{metrics_table(rows)}\nsplit {evaluation.split}; predictions in {results}"
+
+
+def metrics_table(rows: dict[str, dict[str, Any]]) -> str:
+    """One row per method, one decimal, `-` where undefined."""
+    width = max(len(name) for name in rows) + 2
+    lines = [" " * width + "".join(f"{name:>7}" for name in HEADLINE)]
+    lines += [
+        f"{method:<{width}}" + "".join(percent(row[name]).rjust(7) for name in HEADLINE) for method, row in rows.items()
+    ]
+    return "\n".join(lines)
+
+
+def percent(value: object) -> str:
+    """A fraction as a percentage with one decimal."""
+    return f"{100 * value:.1f}" if isinstance(value, int | float) else "-"
+
+
+def read_metrics(run: Path) -> dict[str, dict[str, Any]]:
+    """Return metrics.json of a run by method; empty where nothing is evaluated yet."""
+    paths = {HEAD: run / "metrics.json", BASELINE: run / BASELINE / "metrics.json"}
+    return {method: json.loads(path.read_text()) for method, path in paths.items() if path.exists()}
+
+
+def stage_costs(settings: Settings) -> list[StageCost]:
+    """Seconds and bytes of every stage of a run that has happened."""
+    run = Path(settings.runs) / settings.name
+    costs = []
+    for split in all_splits(settings):
+        record = split.features / "extraction.json"
+        if record.exists():
+            stored = json.loads(record.read_text())
+            costs.append(StageCost(stage=f"extract {split.name}", seconds=stored["seconds"], bytes=stored["bytes"]))
+    log = read_metrics_log(run)
+    if log and (run / CHECKPOINT).exists():
+        size = (run / CHECKPOINT).stat().st_size
+        costs.append(StageCost(stage="train", seconds=log[-1]["seconds"], bytes=size))
+    for method, metrics in read_metrics(run).items():
+        results = run / ("" if method == HEAD else method) / "results.json"
+        costs.append(StageCost(stage=f"evaluate {method}", seconds=metrics["seconds"], bytes=results.stat().st_size))
+    return costs
+
+
+def run_summary(settings: Settings) -> str:
+    """The table that ends `make demo`: metrics by method, then seconds and bytes by stage."""
+    metrics = read_metrics(Path(settings.runs) / settings.name)
+    parts = [metrics_table(metrics)] if metrics else []
+    costs = [f"{'stage':<20}{'seconds':>9}{'MB':>10}"]
+    costs += [f"{c.stage:<20}{_number(c.seconds):>9}{_number(c.bytes, 1e6):>10}" for c in stage_costs(settings)]
+    return "\n\n".join([*parts, "\n".join(costs)])
+
+
+def _number(value: float | None, unit: float = 1.0) -> str:
+    return "-" if value is None else f"{value / unit:.1f}"
