@@ -87,15 +87,26 @@ def infer_backbone(shapes: Shapes) -> BackboneConfig:
 
 def describe_backbone(config: Mask2FormerConfig) -> str:
     """The official name of a backbone of these sizes, or its kind and sizes where it has none."""
-    sizes = _backbone_sizes(config)
+    return _name_of(backbone_of(config))
+
+
+def backbone_name(shapes: Shapes) -> str | None:
+    """The same from official `backbone.*` keys; None where they are neither a ResNet's nor a Swin's."""
+    try:
+        return _name_of(infer_backbone(shapes))
+    except (WeightsError, ValueError):
+        return None
+
+
+def _name_of(backbone: BackboneConfig) -> str:
+    sizes = _backbone_sizes(backbone)
     for name in ARCHITECTURES:
-        if _backbone_sizes(official_config(name)) == sizes:
+        if _backbone_sizes(backbone_of(official_config(name))) == sizes:
             return name
     return " ".join(str(size) for size in sizes)
 
 
-def _backbone_sizes(config: Mask2FormerConfig) -> tuple[object, ...]:
-    backbone = backbone_of(config)
+def _backbone_sizes(backbone: BackboneConfig) -> tuple[object, ...]:
     depths = list(backbone.depths or ())
     if isinstance(backbone, SwinConfig):
         return ("swin", backbone.embed_dim, depths, list(backbone.num_heads), backbone.window_size)

@@ -74,14 +74,23 @@ def read_official_checkpoint(path: Path) -> OfficialCheckpoint:
 
     Raises WeightsError when it is missing, truncated, unsafe, or not of the form {"model": {key: tensor}}.
     """
-    model = _model_dict(path)
+    model = read_model(path)
     head_keys = tuple(key for key in model if key.startswith(_HEAD_PREFIX))
     ignored_keys = tuple(key for key in model if _IGNORED.fullmatch(key))
-    skipped = {*head_keys, *ignored_keys}
     renamed = tuple((old, new) for old, new in _OLD_NAMES.items() if old in model and new not in model)
     names = dict(renamed)
-    tensors = {names.get(key, key): _as_tensor(path, key, value) for key, value in model.items() if key not in skipped}
+    tensors = {names.get(key, key): tensor for key, tensor in model.items() if is_detector_weight(key)}
     return OfficialCheckpoint(tensors=tensors, head_keys=head_keys, ignored_keys=ignored_keys, renamed=renamed)
+
+
+def is_detector_weight(key: str) -> bool:
+    """Whether an official name is a weight of the detector: not the VITA head's, no counter, no derived table."""
+    return not key.startswith(_HEAD_PREFIX) and _IGNORED.fullmatch(key) is None
+
+
+def read_model(path: Path) -> dict[str, Tensor]:
+    """Every tensor of an official `.pkl` or `.pth` file under the name it has there; errors as above."""
+    return {key: _as_tensor(path, key, value) for key, value in _model_dict(path).items()}
 
 
 def weight_files(path: Path) -> list[Path]:

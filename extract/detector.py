@@ -49,11 +49,25 @@ class FrameFeatures:
 
 
 class FrameDetector(Protocol):
-    """A frozen image detector that extraction can run; engines differ, features do not."""
+    """A frozen image detector that extraction can run; engines differ, features do not.
+
+    precision: what the forward pass really uses. pixel_mean, pixel_std: RGB, in 0..255, applied by `features`.
+    category_names: of the classes, in order, or empty. report: how the weights were matched, if they were loaded.
+    """
+
+    precision: str
+    pixel_mean: tuple[float, ...]
+    pixel_std: tuple[float, ...]
+    category_names: tuple[str, ...]
+    report: LoadReport | None
 
     @property
     def num_layers(self) -> int:
         """L, how many of the last decoder layers `features` returns."""
+
+    @property
+    def architecture(self) -> str:
+        """What, beside the weights, decides the features; part of the cache's fingerprint."""
 
     def features(self, images_BCHW: Tensor) -> FrameFeatures:
         """Features of RGB images of one size, values 0..255, already resized by the caller."""
@@ -101,6 +115,8 @@ class TransformersDetector:
         module: nn.Module = model  # the library's own `to` and `eval` carry no types
         module.to(self.device).eval().requires_grad_(False)
         self.model = model
+        self.pixel_mean: tuple[float, ...] = PIXEL_MEAN
+        self.pixel_std: tuple[float, ...] = PIXEL_STD
         self.category_names = category_names
         self.report = report
         self._num_layers = num_layers
@@ -121,9 +137,7 @@ class TransformersDetector:
         images_BCHW: (B, 3, H, W) RGB, uint8 or float, values 0..255, any device.
         Raises FrameError on another shape.
         """
-        if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
-            raise FrameError("not a batch of RGB images", expected="(B, 3, H, W)", got=tuple(images_BCHW.shape))
-        images_BCHW = images_BCHW.to(self.device, torch.float32)
+        images_BCHW = require_frame_batch(images_BCHW).to(self.device, torch.float32)
         return self.features_of_canvas(normalise_and_pad(images_BCHW))
 
     @torch.no_grad()
@@ -138,22 +152,35 @@ class TransformersDetector:
 
     def prediction_heads(self) -> DetectorHeads:
         """The frozen heads as float32 numpy arrays under their official names."""
-        official = to_official(key_table(self.model.config), self.model.state_dict())
-        arrays = {}
-        for name, symbols in HEAD_SHAPES.items():
-            owner = PIXEL_DECODER if name.startswith("mask_features.") else PREDICTOR
-            tensor = official[f"{owner}.{name}"].float()
-            arrays[name] = tensor.reshape(tensor.shape[: len(symbols)]).cpu().numpy()
-        return DetectorHeads(arrays=arrays, category_names=self.category_names)
+        return official_heads(to_official(key_table(self.model.config), self.model.state_dict()), self.category_names)
 
 
-def normalise_and_pad(images_BCHW: Tensor) -> Tensor:
+def official_heads(state: Mapping[str, Tensor], category_names: tuple[str, ...]) -> DetectorHeads:
+    """The prediction heads among a detector's tensors under their official names."""
+    arrays = {}
+    for name, symbols in HEAD_SHAPES.items():
+        owner = PIXEL_DECODER if name.startswith("mask_features.") else PREDICTOR
+        tensor = state[f"{owner}.{name}"].float()
+        arrays[name] = tensor.reshape(tensor.shape[: len(symbols)]).cpu().numpy()
+    return DetectorHeads(arrays=arrays, category_names=category_names)
+
+
+def require_frame_batch(images_BCHW: Tensor) -> Tensor:
+    """Return the images, or raise FrameError where they are not (B, 3, H, W)."""
+    if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3:
+        raise FrameError("not a batch of RGB images", expected="(B, 3, H, W)", got=tuple(images_BCHW.shape))
+    return images_BCHW
+
+
+def normalise_and_pad(
+    images_BCHW: Tensor, mean: tuple[float, ...] = PIXEL_MEAN, std: tuple[float, ...] = PIXEL_STD
+) -> Tensor:
     """(x - mean) / std per channel, then zeros at the bottom and right up to multiples of 32 (in this order).
 
     images_BCHW: float32 RGB in 0..255. The padding is zero after normalising, as in Mask2Former.
     """
-    mean_C11 = images_BCHW.new_tensor(PIXEL_MEAN).view(3, 1, 1)
-    std_C11 = images_BCHW.new_tensor(PIXEL_STD).view(3, 1, 1)
+    mean_C11 = images_BCHW.new_tensor(mean).view(3, 1, 1)
+    std_C11 = images_BCHW.new_tensor(std).view(3, 1, 1)
     height, width = images_BCHW.shape[-2:]
     padding = (0, -width % PADDING_DIVISOR, 0, -height % PADDING_DIVISOR)
     return functional.pad((images_BCHW - mean_C11) / std_C11, padding)

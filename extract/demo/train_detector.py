@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
+from extract.demo.pretrain import DensePretraining
 from extract.demo.shapes import DETECTOR_CATEGORIES
 from extract.demo.stills import make_still
 
@@ -27,7 +29,8 @@ PIXEL_MEAN = torch.tensor([123.675, 116.280, 103.530]).view(3, 1, 1)
 PIXEL_STD = torch.tensor([58.395, 57.120, 57.375]).view(3, 1, 1)
 IMAGE_SIZES = ((90, 160), (96, 120))  # the two aspect ratios of the demo's videos
 NUM_HELD_OUT = 64
-_HELD_OUT_OFFSET = 10_000_000
+_STILLS_PER_SEED = 1_000_000
+_HELD_OUT_OFFSET = 900_000_000
 
 _ALL_STAGES: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 
@@ -88,41 +91,80 @@ def _pad(images: Tensor, divisor: int = 32) -> Tensor:
     return nn.functional.pad(images, (0, -width % divisor, 0, -height % divisor))
 
 
-def train(output: Path, iterations: int, batch_size: int, learning_rate: float, seed: int) -> None:
+def train(output: Path, pretraining: int, iterations: int, batch_size: int, learning_rate: float, seed: int) -> None:
     """Train and write the detector folder; the checkpoint beside it is removed when training is done."""
     torch.manual_seed(seed)
     model = build_model().train()
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.02)
+    dense = DensePretraining(model.model.pixel_level_module, model.config.mask_feature_size, len(DETECTOR_CATEGORIES))
+    output.mkdir(parents=True, exist_ok=True)
+
+    def dense_loss(batch: Batch) -> Tensor:
+        loss: Tensor = dense(batch["pixel_values"], batch["mask_labels"], batch["class_labels"])
+        return loss
+
+    def set_loss(batch: Batch) -> Tensor:
+        loss: Tensor = model(**batch).loss
+        return loss
+
+    first = _Phase(name="pretrain", iterations=pretraining, batch_size=batch_size, learning_rate=2 * learning_rate)
+    second = _Phase(name="train", iterations=iterations, batch_size=batch_size, learning_rate=learning_rate)
+    checkpoints = [output / f"{phase.name}.pt" for phase in (first, second)]
+    _run_phase(first, dense, model, dense_loss, checkpoints[0], seed)
+    _run_phase(second, model, model, set_loss, checkpoints[1], seed + 1)
+    model.half().save_pretrained(output, safe_serialization=True)
+    for checkpoint in checkpoints:
+        checkpoint.unlink()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Phase:
+    name: str
+    iterations: int
+    batch_size: int
+    learning_rate: float
+
+
+def _run_phase(
+    phase: _Phase,
+    trained: nn.Module,
+    model: nn.Module,
+    loss_of: Callable[[Batch], Tensor],
+    checkpoint: Path,
+    seed: int,
+) -> None:
+    """Train one phase to its end, from its checkpoint if there is one."""
+    optimizer = torch.optim.AdamW(trained.parameters(), phase.learning_rate, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=iterations + 1, pct_start=0.05, div_factor=20, final_div_factor=100
+        optimizer, phase.learning_rate, total_steps=phase.iterations + 1, pct_start=0.05, div_factor=20
     )
-    checkpoint = output / "training.pt"
     step = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
+        trained.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         step = state["step"]
-    output.mkdir(parents=True, exist_ok=True)
-    stream = StillBatches(iterations - step, batch_size, first_seed=step * batch_size)
-    progress = tqdm(DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=8), mininterval=5)
+    first_still = seed * _STILLS_PER_SEED + step * phase.batch_size
+    stream = StillBatches(phase.iterations - step, phase.batch_size, first_still)
+    loader = DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=8)
+    progress = tqdm(loader, desc=phase.name, mininterval=5, disable=step == phase.iterations)
     for batch in progress:
-        torch.manual_seed(seed + step)  # the loss draws its points from the global generator
-        loss = model(**batch).loss
+        torch.manual_seed(seed + step)  # Mask2Former's loss draws its points from the global generator
+        loss = loss_of(batch)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         step += 1
         progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-        if step % 500 == 0 or step == iterations:
-            _save_checkpoint(checkpoint, model, optimizer, schedule, step)
-            print(json.dumps({"step": step, "time": round(time.time()), **held_out_quality(model)}), flush=True)
-            model.train()
-    model.half().save_pretrained(output, safe_serialization=True)
-    checkpoint.unlink()
+        if step % 500 == 0 or step == phase.iterations:
+            _save_checkpoint(checkpoint, trained, optimizer, schedule, step)
+            print(
+                json.dumps({"phase": phase.name, "step": step, "loss": loss.item(), **held_out_quality(model)}),
+                flush=True,
+            )
+            trained.train()
 
 
 def _save_checkpoint(path: Path, model: nn.Module, optimizer: Any, schedule: Any, step: int) -> None:
@@ -171,12 +213,20 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m extract.demo.train_detector", description=__doc__)
     parser.add_argument("--output", type=Path, default=DEMO_DETECTOR)
-    parser.add_argument("--iterations", type=int, default=12000)
+    parser.add_argument("--pretraining", type=int, default=2500)
+    parser.add_argument("--iterations", type=int, default=9000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    train(arguments.output, arguments.iterations, arguments.batch_size, arguments.learning_rate, arguments.seed)
+    train(
+        arguments.output,
+        arguments.pretraining,
+        arguments.iterations,
+        arguments.batch_size,
+        arguments.learning_rate,
+        arguments.seed,
+    )
 
 
 if __name__ == "__main__":

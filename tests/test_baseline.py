@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from cache.category_map import category_pairs
+from cache.heads import HEAD_SHAPES, DetectorHeads
+from cache.labels import Category
+from evaluate.baseline import follow_queries, track_without_training
+from train_head.detector_predictions import FrozenHeads
+from train_head.mask_folding import MapDecoding
+
+
+def test_shuffled_queries_are_followed_back() -> None:
+    generator = torch.Generator().manual_seed(0)
+    identity_QC = torch.randn(6, 16, generator=generator)
+    orders = [torch.arange(6), *(torch.randperm(6, generator=generator) for _ in range(4))]
+    drifting_TQC = torch.stack(
+        [(identity_QC + 0.1 * t * torch.randn(6, 16, generator=generator))[order] for t, order in enumerate(orders)]
+    )
+    followed_TQ = follow_queries(drifting_TQC)
+    for order, row in zip(orders, followed_TQ, strict=True):
+        assert torch.equal(order[row], torch.arange(6))
+
+
+def test_tracks_of_a_detector_worked_by_hand() -> None:
+    """Two queries that swap places in the second frame; the mask logit of query e at pixel z is (e·z)."""
+    sizes = {"C": 2, "E": 2, "F": 2, "K+1": 3}
+    arrays = {n: np.zeros([sizes[s] for s in shape], dtype=np.float32) for n, shape in HEAD_SHAPES.items()}
+    arrays["decoder_norm.weight"][:] = 1
+    for name in ("mask_embed.layers.0", "mask_embed.layers.1", "mask_embed.layers.2", "mask_features"):
+        arrays[f"{name}.weight"][:] = np.eye(2)
+    arrays["class_embed.weight"][:2] = 4 * np.eye(2)
+    heads = DetectorHeads(arrays=arrays, category_names=("cat", "dog"))
+    frozen = FrozenHeads(heads)
+    queries_TQC = torch.tensor([[[1.0, -1.0], [-1.0, 1.0]], [[-1.0, 1.0], [1.0, -1.0]]])
+    map_TRHW = torch.full((2, 2, 2, 2), -1.0)
+    map_TRHW[:, 0, :, 0] = 1.0  # the first query's half is on the left in both frames
+    map_TRHW[:, 1, :, 1] = 1.0
+    tracks = track_without_training(
+        frozen,
+        frozen.normed(queries_TQC),
+        [map_TRHW[:1], map_TRHW[1:]],
+        decoding=MapDecoding(),
+        label_map_KJ=torch.tensor([[0.0, 1.0], [1.0, 0.0]]),  # label 0 is dog, label 1 is cat
+        image_hw=(8, 8),
+        original_hw=(8, 8),
+        top_k=2,
+    )
+    assert sorted(tracks.labels) == [0, 1]
+    from cache import masks
+
+    for label, masks_T in zip(tracks.labels, tracks.masks, strict=True):
+        left = [rle is not None and bool(masks.mask(rle)[:, 0].all()) for rle in masks_T]
+        right = [rle is not None and bool(masks.mask(rle)[:, -1].all()) for rle in masks_T]
+        assert (left, right) == (([False] * 2, [True] * 2) if label == 0 else ([True] * 2, [False] * 2))
+
+
+def test_categories_are_paired_by_table_or_by_name() -> None:
+    own = [Category(id=3, name="Star"), Category(id=9, name="ring"), Category(id=11, name="circle")]
+    assert category_pairs(own, ["circle", "star", "heart"]) == [(0, 1), (2, 0)]
+
+
+def test_the_published_tables_are_used_for_the_published_sets() -> None:
+    import json
+    from pathlib import Path
+
+    golden = json.loads((Path(__file__).parent / "golden" / "categories.json").read_text())
+    from extract.coco_names import COCO_CATEGORIES
+
+    names, ids = list(COCO_CATEGORIES.values()), list(COCO_CATEGORIES)
+    for dataset in ("ytvis_2019", "ytvis_2021", "ovis"):
+        categories = [Category(id=c["id"], name=c["name"]) for c in golden[dataset]]
+        pairs = category_pairs(categories, names)
+        found = {(str(ids[detector]), categories[label].id) for label, detector in pairs}
+        assert found == {tuple(pair) for pair in golden[f"coco_to_{dataset}"].items()}

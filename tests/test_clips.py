@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cache import masks
+from cache.annotations import load_labels
+from cache.errors import AnnotationError, IncompleteVideo
+from cache.reader import FeatureCache
+from train_head.clips import ClipConfig, ClipDataset, draw_frames, read_targets
+
+
+def open_dataset(features: Path, seed: int = 3) -> ClipDataset:
+    feature_cache = FeatureCache.open(features / "train")
+    labels = load_labels(feature_cache.labels_path)
+    config = ClipConfig(num_frames=4, frame_range=2, seed=seed)
+    return ClipDataset(feature_cache, labels, [video.id for video in labels.videos], config)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 9, 40])
+def test_frames_lie_around_a_reference_frame(length: int) -> None:
+    seen: set[int] = set()
+    for seed in range(200):
+        frames = draw_frames(np.random.default_rng(seed), length, 5, 3)
+        assert len(frames) == 5
+        assert list(frames) == sorted(frames)
+        assert 0 <= frames[0] and frames[-1] < length
+        assert frames[-1] - frames[0] <= 6
+        seen.update(frames)
+    assert seen == set(range(length))
+
+
+def test_the_reference_frame_comes_once_where_there_are_others() -> None:
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        reference = int(np.random.default_rng(seed).integers(10))
+        assert draw_frames(rng, 10, 6, 20).count(reference) == 1
+
+
+def test_every_epoch_visits_every_labelled_video_once(tiny_cache: Path) -> None:
+    dataset = open_dataset(tiny_cache)
+    count = len(dataset.video_ids)
+    epochs = [[dataset.video_at(i) for i in range(start, start + count)] for start in (0, count, 2 * count)]
+    assert all(sorted(epoch) == sorted(dataset.video_ids) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+
+
+def test_a_clip_depends_on_seed_and_index_alone(tiny_cache: Path) -> None:
+    first, second = open_dataset(tiny_cache), open_dataset(tiny_cache)
+    clips = {index: first[index] for index in (9, 0, 4)}
+    for index in (4, 9, 0):
+        again = second[index]
+        assert again.video_id == clips[index].video_id
+        assert again.frames == clips[index].frames
+        assert torch.equal(again.map_TRHW, clips[index].map_TRHW)
+        assert torch.equal(again.targets.masks_NThw, clips[index].targets.masks_NThw)
+    other = open_dataset(tiny_cache, seed=4)
+    assert any(other[i].frames != first[i].frames or other[i].video_id != first[i].video_id for i in range(6))
+
+
+def test_a_clip_carries_the_cached_frames_and_the_labels_of_them(tiny_cache: Path) -> None:
+    dataset = open_dataset(tiny_cache)
+    clip = dataset[1]
+    cached = dataset.feature_cache.video(str(clip.video_id))
+    for position, frame in enumerate(clip.frames):
+        assert np.array_equal(clip.map_TRHW[position].numpy(), cached.mask_features([frame])[0])
+        assert np.array_equal(clip.frame_queries_TLQC[position].numpy(), cached.frame_queries([frame])[0])
+    tracks = dataset.labels.tracks_of(clip.video_id)
+    for row, identity in enumerate(clip.targets.identities_N.tolist()):
+        track = tracks[identity]
+        assert clip.targets.labels_N[row] == dataset.labels.category_index[track.category_id]
+        for position, frame in enumerate(clip.frames):
+            rle = track.segmentations[frame]
+            expected = np.zeros(clip.targets.image_hw) if rle is None else masks.mask(rle)
+            assert np.array_equal(clip.targets.masks_NThw[row, position].numpy(), expected)
+            assert bool(clip.targets.present_NT[row, position]) == bool(expected.any())
+
+
+def test_labels_are_resized_to_the_networks_input(tiny_cache: Path) -> None:
+    labels = load_labels(tiny_cache / "train" / "annotations.json")
+    track = labels.tracks[0]
+    frame = next(i for i, rle in enumerate(track.segmentations) if rle is not None)
+    video = labels.video_by_id[track.video_id]
+    doubled = read_targets(labels, video.id, [frame], (2 * video.height, 2 * video.width))
+    row = doubled.identities_N.tolist().index(labels.tracks_of(video.id).index(track))
+    rle = track.segmentations[frame]
+    assert rle is not None
+    assert np.array_equal(doubled.masks_NThw[row, 0].numpy(), masks.mask(rle).repeat(2, 0).repeat(2, 1))
+
+
+def test_videos_without_objects_or_features_are_refused(tiny_cache: Path) -> None:
+    feature_cache = FeatureCache.open(tiny_cache / "train")
+    labels = load_labels(feature_cache.labels_path)
+    config = ClipConfig(num_frames=2, frame_range=2, seed=0)
+    with pytest.raises(AnnotationError, match="no video with a labelled object"):
+        ClipDataset(feature_cache, labels, [], config)
+    other = FeatureCache.open(tiny_cache / "valid")
+    with pytest.raises(IncompleteVideo, match="make extract"):
+        ClipDataset(other, labels, [video.id for video in labels.videos], config)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cache.errors import ConfigError
+from configs.load import CONFIG_FOLDER, find_config, load_settings
+from configs.schema import Device, Precision
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_loads_and_says_what_it_is(path: Path) -> None:
+    settings = load_settings(str(path))
+    assert settings.name == path.stem
+    header = path.read_text().split("name:")[0]
+    assert all(line.startswith("#") for line in header.strip().splitlines())
+    assert "Expected AP" in header and "make " in header
+
+
+@pytest.mark.parametrize("dataset", ["ytvis2019", "ytvis2021", "ovis"])
+@pytest.mark.parametrize(("model", "edge"), [("r50", 360), ("r101", 360), ("swinl", 448)])
+def test_configs_of_the_benchmarks(dataset: str, model: str, edge: int) -> None:
+    settings = load_settings(f"{dataset}_{model}")
+    assert settings.detector.short_edge == edge
+    assert settings.evaluate.top_k == (20 if dataset == "ovis" else 10)
+    assert settings.train.frame_range == (8 if dataset == "ovis" else 20)
+    assert settings.data.holdout == 0.1
+
+
+def test_overrides_reach_nested_values_with_their_types() -> None:
+    settings = load_settings("demo", ["train.learning_rate=3e-4", "device=cpu", "data.valid_labels=null",
+                                      "data.valid_frames=null", "train.decay_steps=[5,7]", "train.precision=float32"])  # fmt: skip
+    assert settings.train.learning_rate == 3e-4
+    assert settings.device is Device.cpu
+    assert settings.train.precision is Precision.float32
+    assert settings.data.valid_labels is None
+    assert settings.train.decay_steps == [5, 7]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.iteration=5", "did you mean train.iterations"),
+        ("trian.iterations=5", "did you mean train"),
+        ("iterations=5", "train.iterations"),
+        ("learning_rate=5", "train.learning_rate"),
+        ("train.iterations=many", "train.iterations"),
+        ("device=tpu", "device"),
+        ("train.iterations=0", "more than 0"),
+        ("train.learning_rate=-1", "more than 0"),
+        ("data.holdout=1.5", "0 <= x < 1"),
+        ("head.num_heads=7", "divisor of head.hidden_dim"),
+        ("detector.short_edge=5", "32 to 1333"),
+        ("train.decay_steps=[9,3]", "increasing"),
+        ("name=../elsewhere", "folder name"),
+        ("data.valid_labels=null", "both"),
+        ("no_equals_sign", "key=value"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
+        load_settings("demo", [override])
+
+
+def test_a_yaml_file_is_checked_like_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("train: {iteratons: 5}\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml.*iteratons(.|\n)*train.iterations"):
+        load_settings(str(path))
+    path.write_text("train: [1, 2\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        load_settings(str(path))
+    path.write_text("- 1\n- 2\n")
+    with pytest.raises(ConfigError, match="not a mapping"):
+        load_settings(str(path))
+
+
+def test_an_unknown_config_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="did you mean ytvis2019_r50"):
+        find_config("ytvis2019_r5")
