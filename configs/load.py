@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cache.errors import ConfigError
-from configs.schema import Settings
+from configs.schema import DetectorEngine, Settings
 
 CONFIG_FOLDER = Path(__file__).parent
 
@@ -139,6 +139,11 @@ def _validate_relations(s: Settings, where: str) -> None:
         "head.num_heads": (heads == 0, s.head.num_heads, f"a divisor of head.hidden_dim {s.head.hidden_dim}"),
         "data.holdout": (0 <= s.data.holdout < 1, s.data.holdout, "a share of the videos, 0 <= x < 1"),
         "detector.short_edge": (edge is None or 32 <= edge <= 1333, edge, "32 to 1333 pixels, or null"),
+        "detector.config_file": (
+            (s.detector.engine is DetectorEngine.detectron2) == (s.detector.config_file is not None),
+            s.detector.config_file,
+            "a detectron2 YAML with detector.engine=detectron2, null with another engine",
+        ),
         "train.decay_steps": (
             s.train.decay_steps == sorted(s.train.decay_steps),
             s.train.decay_steps,

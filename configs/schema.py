@@ -23,6 +23,20 @@ class Precision(Enum):
     float16 = "float16"
 
 
+class DetectorEngine(Enum):
+    """What runs the detector: stock `transformers`, or detectron2 with the user's config file and code base."""
+
+    transformers = "transformers"
+    detectron2 = "detectron2"
+
+
+class PaddedArea(Enum):
+    """What the padding of the network's input is to the mask losses."""
+
+    ignore = "ignore"  # no point lies on it
+    background = "background"  # VITA: as the release, but as far only as the cache stores padding (under one stride)
+
+
 class FrameMatching(Enum):
     """How a frozen detector's predictions are matched to a frame's objects for the similarity loss."""
 
@@ -59,6 +73,8 @@ class DetectorSettings:
 
     weights: str = "extract/demo/detector"  # Hugging Face folder, or official .pkl / .pth
     architecture: str | None = None  # r50, r101, swin-l; null reads it from the weights
+    engine: DetectorEngine = DetectorEngine.transformers
+    config_file: str | None = None  # of engine=detectron2: the YAML of the Mask2Former or VITA code base
     num_layers: int = 3  # cached decoder layers, the last ones: training uses all, inference the last
     short_edge: int | None = 360  # pixels; null keeps the native size
     batch_frames: int = 8
@@ -86,7 +102,8 @@ class HeadSettings:
     enc_layers: int = 6
     dec_layers: int = 3
     window: int = 6  # frames per encoder window; 0 attends to all
-    shift_in_training: bool = False
+    shift_in_training: bool = False  # VITA: the release shifts windows in inference only
+    shift_short_videos: bool = True  # VITA: the release shifts, and so splits, also videos that fit one window
 
 
 @dataclass
@@ -100,6 +117,8 @@ class LossSettings:
     no_object_weight: float = 0.1
     num_points: int = 12544
     frame_matching: FrameMatching = FrameMatching.category_map
+    padded_area: PaddedArea = PaddedArea.ignore  # VITA: the release has background; the cache stores no padding
+    absent_frames: bool = True  # VITA: the release's mask cross-entropy counts frames without the object too
 
 
 @dataclass
@@ -110,6 +129,7 @@ class TrainSettings:
     batch_clips: int = 8
     num_frames: int = 5  # per clip
     frame_range: int = 20  # clip frames lie within this many frames of the reference frame
+    replacement: bool = True  # VITA: the release draws a clip's frames with replacement
     learning_rate: float = 5e-5
     weight_decay: float = 0.05
     warmup: int = 10
@@ -128,6 +148,7 @@ class EvaluateSettings:
 
     split: Split = Split.auto
     top_k: int = 10  # tracks per video: 10 for YouTube-VIS, 20 for OVIS
+    repeats: bool = True  # VITA: the release may give one video query several labels
     chunk_frames: int = 16  # frames whose masks are decoded at once
     report_videos: int = 6
 

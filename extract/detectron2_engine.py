@@ -9,11 +9,7 @@ Shape legend: B images, H W pixels (or the stride-4 map), Q frame queries, C que
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,21 +19,15 @@ from cache.errors import ConfigError, WeightsError
 from cache.heads import DetectorHeads
 from extract.architectures import backbone_name
 from extract.checkpoints import LoadReport, is_detector_weight, read_official_checkpoint
-from extract.coco_names import COCO_CATEGORIES
 from extract.detector import (
-    PADDING_DIVISOR,
     PRECISIONS,
     FrameFeatures,
     normalise_and_pad,
     official_heads,
     require_frame_batch,
 )
+from extract.detectron2_config import category_names, describe_model, pixel_statistics, read_config
 from extract.loading import check_shapes
-
-CODE_BASES = {"Vita": "vita"}
-"""Packages that have to be imported for a config's META_ARCHITECTURE, beside `mask2former`."""
-
-_OPERATOR = "MultiScaleDeformableAttention"
 
 
 class Detectron2Detector:
@@ -62,8 +52,8 @@ class Detectron2Detector:
         self.precision = precision if self.device.type == "cuda" else "float32"
         self.model: Any = model.to(self.device).eval().requires_grad_(False)
         self.architecture, self.num_layers, self.report = architecture, num_layers, report
-        self.pixel_mean, self.pixel_std = _pixel_statistics(config)
-        self.category_names = _category_names(config)
+        self.pixel_mean, self.pixel_std = pixel_statistics(config)
+        self.category_names = category_names(config)
         self._flip_channels = config.INPUT.FORMAT == "BGR"
 
     @torch.no_grad()
@@ -111,7 +101,7 @@ def load_detectron2_detector(
     read, or where it asks for something that a cache cannot hold; WeightsError where a tensor is missing,
     unexpected or of the wrong shape.
     """
-    config = _read_config(config_file, torch.device(device))
+    config = read_config(config_file, torch.device(device))
     num_decoder_layers = config.MODEL.MASK_FORMER.DEC_LAYERS - 1
     if not 1 <= num_layers <= num_decoder_layers:
         raise ConfigError(
@@ -124,84 +114,12 @@ def load_detectron2_detector(
     return Detectron2Detector(
         model,
         config,
-        architecture=_describe(config, report.backbone),
+        architecture=describe_model(config, report.backbone),
         num_layers=num_layers,
         precision=precision,
         device=device,
         report=report,
     )
-
-
-def _read_config(config_file: Path, device: torch.device) -> Any:
-    if not config_file.is_file():
-        raise ConfigError("no such detectron2 config file", where=config_file, hint="check detector.config_file")
-    _require("detectron2", hint="`make detectron2` installs it")
-    from detectron2.config import CfgNode, get_cfg
-    from detectron2.projects.deeplab import add_deeplab_config
-
-    try:
-        stated = CfgNode.load_yaml_with_base(str(config_file))
-        meta_architecture = stated.get("MODEL", {}).get("META_ARCHITECTURE", "MaskFormer")
-        config = get_cfg()
-        add_deeplab_config(config)
-        mask2former = _import_code_base("mask2former", device)
-        mask2former.add_maskformer2_config(config)
-        if meta_architecture in CODE_BASES:
-            _import_code_base(CODE_BASES[meta_architecture], device).add_vita_config(config)
-        config.merge_from_other_cfg(stated)
-    except (KeyError, AssertionError, OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"detectron2 cannot read it: {error}", where=config_file) from error
-    config.MODEL.DEVICE = device.type
-    _require_fitting(config, config_file)
-    config.freeze()
-    return config
-
-
-def _require_fitting(config: Any, config_file: Path) -> None:
-    """Refuse configs whose features a cache of format 1 could not hold."""
-    stride, divisor = config.MODEL.SEM_SEG_HEAD.COMMON_STRIDE, config.MODEL.MASK_FORMER.SIZE_DIVISIBILITY
-    if stride != 4:
-        raise ConfigError("FPN map of another stride", where=config_file, expected=4, got=stride)
-    if divisor != PADDING_DIVISOR:
-        where = f"{config_file}, MODEL.MASK_FORMER.SIZE_DIVISIBILITY"
-        raise ConfigError("images padded otherwise", where=where, expected=PADDING_DIVISOR, got=divisor)
-
-
-def _require(package: str, *, hint: str) -> None:
-    if package not in sys.modules and importlib.util.find_spec(package) is None:
-        raise ConfigError(f"detector.engine=detectron2 needs {package}, which is not installed here", hint=hint)
-
-
-def _import_code_base(package: str, device: torch.device) -> Any:
-    hint = "put a checkout of Mask2Former or VITA on the path: PYTHONPATH=/path/to/checkout make extract ..."
-    _require(package, hint=hint)
-    _provide_operator(device)
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise ConfigError(f"cannot import {package}: {error}", hint="install what it needs (such as timm)") from error
-
-
-def _provide_operator(device: torch.device) -> None:
-    """Let the code base's own PyTorch function do what its operator, compiled for CUDA only, would do.
-
-    Only where that is missing or the device is not CUDA; the code base imports the operator by this name.
-    """
-    compiled = _OPERATOR in sys.modules or importlib.util.find_spec(_OPERATOR) is not None
-    if not compiled or device.type != "cuda":
-        operator: Any = ModuleType(_OPERATOR)
-        operator.ms_deform_attn_forward = _deformable_attention
-        sys.modules[_OPERATOR] = operator
-
-
-def _deformable_attention(
-    value: Tensor, shapes: Tensor, _starts: Tensor, locations: Tensor, weights: Tensor, _step: int
-) -> Tensor:
-    functions: Any = importlib.import_module("mask2former.modeling.pixel_decoder.ops.functions.ms_deform_attn_func")
-    attended: Tensor = functions.ms_deform_attn_core_pytorch(value, shapes, locations, weights)
-    return attended
 
 
 def _build(config: Any, config_file: Path) -> nn.Module:
@@ -242,31 +160,3 @@ def _load_weights(model: nn.Module, weights: Path, config: Any) -> LoadReport:
         ignored_keys=checkpoint.ignored_keys,
         renamed=checkpoint.renamed,
     )
-
-
-def _describe(config: Any, backbone: str) -> str:
-    """Name the model by its content: backbone, meta-architecture, and a digest of every model setting."""
-    settings = config.MODEL.clone()
-    settings.defrost()
-    settings.WEIGHTS = settings.DEVICE = ""  # a path and a place, not content
-    digest = hashlib.sha256(settings.dump().encode()).hexdigest()
-    return f"{backbone}, detectron2 {config.MODEL.META_ARCHITECTURE} {digest[:12]}"
-
-
-def _pixel_statistics(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation in the order R, G, B."""
-    order = -1 if config.INPUT.FORMAT == "BGR" else 1
-    mean, std = tuple(config.MODEL.PIXEL_MEAN[::order]), tuple(config.MODEL.PIXEL_STD[::order])
-    return tuple(float(value) for value in mean), tuple(float(value) for value in std)
-
-
-def _category_names(config: Any) -> tuple[str, ...]:
-    """Names that the code base has registered for the training set, COCO's for 80 classes, or none."""
-    from detectron2.data import MetadataCatalog
-
-    num_classes = config.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    for dataset in config.DATASETS.TRAIN:
-        names = MetadataCatalog.get(dataset).get("thing_classes", [])
-        if len(names) == num_classes:
-            return tuple(names)
-    return tuple(COCO_CATEGORIES.values()) if num_classes == len(COCO_CATEGORIES) else ()

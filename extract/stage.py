@@ -22,7 +22,8 @@ from configs.command import device_name, precision_name
 from configs.schema import Settings
 from configs.splits import SplitPaths, all_splits
 from extract.checkpoints import weights_sha256
-from extract.detector import PADDING_DIVISOR, PIXEL_MEAN, PIXEL_STD, TransformersDetector, load_detector
+from extract.detector import PADDING_DIVISOR, FrameDetector
+from extract.engines import open_detector
 from extract.frames import frame_batches, network_size, require_frames
 
 EXTRACTION_RECORD = "extraction.json"
@@ -50,28 +51,23 @@ def extract(settings: Settings, only: Sequence[str] = ()) -> None:
         require_frames(content.videos, split.frames)
     weights = Path(settings.detector.weights)
     device = device_name(settings.device)
-    detector = load_detector(
-        weights,
-        architecture=settings.detector.architecture,
-        num_layers=settings.detector.num_layers,
-        precision=precision_name(settings.detector.precision, device),
-        device=device,
-    )
+    precision = precision_name(settings.detector.precision, device)
+    detector = open_detector(settings.detector, precision=precision, device=device)
     print(detector.report)
     wanted = fingerprint(settings, detector, weights_sha256(weights))
     for split, content in zip(splits, labels, strict=True):
         _extract_split(settings, detector, wanted, split, content)
 
 
-def fingerprint(settings: Settings, detector: TransformersDetector, weights_digest: str) -> Fingerprint:
+def fingerprint(settings: Settings, detector: FrameDetector, weights_digest: str) -> Fingerprint:
     """Compose the fingerprint of a cache with these settings and this detector."""
     return Fingerprint(
         weights_sha256=weights_digest,
         architecture=detector.architecture,
         num_layers=settings.detector.num_layers,
         short_edge=settings.detector.short_edge or 0,
-        pixel_mean=PIXEL_MEAN,
-        pixel_std=PIXEL_STD,
+        pixel_mean=detector.pixel_mean,
+        pixel_std=detector.pixel_std,
         padding_divisor=PADDING_DIVISOR,
         precision=detector.precision,
         codec=settings.cache.codec,
@@ -79,7 +75,7 @@ def fingerprint(settings: Settings, detector: TransformersDetector, weights_dige
 
 
 def _extract_split(
-    settings: Settings, detector: TransformersDetector, wanted: Fingerprint, split: SplitPaths, labels: Labels
+    settings: Settings, detector: FrameDetector, wanted: Fingerprint, split: SplitPaths, labels: Labels
 ) -> None:
     writer = CacheWriter.open(
         split.features,
@@ -108,7 +104,7 @@ def _extract_split(
 
 def _extract_video(
     settings: Settings,
-    detector: TransformersDetector,
+    detector: FrameDetector,
     writer: CacheWriter,
     frames_folder: Path,
     video: Video,

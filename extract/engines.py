@@ -1,0 +1,43 @@
+"""Which engine runs the detector that a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from configs.schema import DetectorEngine, DetectorSettings
+from extract.detector import FrameDetector, load_detector
+
+
+def open_detector(chosen: DetectorSettings, *, precision: str, device: str) -> FrameDetector:
+    """Load the frozen detector of a config with its engine; errors are those of the engine's loader."""
+    return _ENGINES[chosen.engine](chosen, precision, device)
+
+
+def _transformers(chosen: DetectorSettings, precision: str, device: str) -> FrameDetector:
+    return load_detector(
+        Path(chosen.weights),
+        architecture=chosen.architecture,
+        num_layers=chosen.num_layers,
+        precision=precision,
+        device=device,
+    )
+
+
+def _detectron2(chosen: DetectorSettings, precision: str, device: str) -> FrameDetector:
+    from extract.detectron2_engine import load_detectron2_detector
+
+    assert chosen.config_file is not None  # configs/load.py
+    return load_detectron2_detector(
+        Path(chosen.weights),
+        Path(chosen.config_file),
+        num_layers=chosen.num_layers,
+        precision=precision,
+        device=device,
+    )
+
+
+_ENGINES: Mapping[DetectorEngine, Callable[[DetectorSettings, str, str], FrameDetector]] = {
+    DetectorEngine.transformers: _transformers,
+    DetectorEngine.detectron2: _detectron2,
+}
