@@ -33,7 +33,8 @@ from cache.layout import (
     write_file_atomically,
 )
 from cache.reader import FeatureCache, Root, video_groups
-from cache.sink import VideoSink, write_array
+from cache.shard_writer import write_array
+from cache.sink import VideoSink
 
 
 class CacheWriter:
@@ -108,8 +109,11 @@ class CacheWriter:
             stored = {**attributes.to_json(), "source": self._sources.get(name.partition("@")[0])}
             write_file_atomically(folder / METADATA, group_metadata({"complete": False, **stored}))
             sink = VideoSink(folder, attributes, self.codec, self.fingerprint.num_layers)
-            yield sink
-            sink.finish()
+            try:
+                yield sink
+                sink.finish()
+            finally:
+                sink.close()
             _sync_tree(folder)
             write_file_atomically(folder / METADATA, group_metadata({"complete": True, **stored}))
             sync_to_disk(folder.parent)
