@@ -119,6 +119,8 @@ class MaskDecoder:
         for track in self.masks:
             track.extend([None] * len(logits_tMHW))
         frame_G, query_G = (logits_tMHW.amax(dim=(-2, -1)) > 0).nonzero(as_tuple=True)
+        if len(frame_G) == 0:
+            return
         pixels = max(self.image_hw[0] * self.image_hw[1], self.original_hw[0] * self.original_hw[1])
         group = max(1, _PIXELS_AT_ONCE // pixels)
         for frames, queries in zip(torch.split(frame_G, group), torch.split(query_G, group), strict=True):

@@ -27,7 +27,7 @@ def test_frames_lie_around_a_reference_frame(length: int) -> None:
         frames = draw_frames(np.random.default_rng(seed), length, 5, 3)
         assert len(frames) == 5
         assert list(frames) == sorted(frames)
-        assert 0 <= frames[0] and frames[-1] < length
+        assert frames[0] >= 0 and frames[-1] < length
         assert frames[-1] - frames[0] <= 6
         seen.update(frames)
     assert seen == set(range(length))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,7 @@ def test_the_world_has_the_promised_difficulties() -> None:
         lookalikes += len({id(actor.sprite.texture) for actor in labelled}) < len(labelled)
         for actor in labelled:
             inside = [bool(silhouette(actor.at(t), FRAME_SIZES[0]).sum() >= 8) for t in range(20)]
-            flips = sum(a != b for a, b in zip(inside[:-1], inside[1:], strict=True))
+            flips = sum(a != b for a, b in pairwise(inside))
             left_and_back += inside[0] and inside[-1] and flips >= 2
     assert min(lookalikes, unlabelled, left_and_back) >= 8
 

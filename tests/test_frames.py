@@ -30,9 +30,7 @@ def save_jpeg(path: Path, height: int = 20, width: int = 30, **options: object) 
         ((90, 160), None, (90, 160)),
     ],
 )
-def test_network_size_worked_by_hand(
-    original: tuple[int, int], edge: int | None, expected: tuple[int, int]
-) -> None:
+def test_network_size_worked_by_hand(original: tuple[int, int], edge: int | None, expected: tuple[int, int]) -> None:
     assert network_size(original, edge) == expected
 
 
@@ -65,12 +63,12 @@ def test_a_truncated_jpeg_is_one_clear_error(tmp_path: Path) -> None:
 def test_what_is_no_image_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.jpg"
     path.write_bytes(content)
-    with pytest.raises(FrameError, match="x.jpg"):
+    with pytest.raises(FrameError, match=r"x\.jpg"):
         read_frame(path, (2, 2))
 
 
 def test_a_frame_of_another_size_names_both_sizes(tmp_path: Path) -> None:
-    with pytest.raises(FrameError, match="expected 31x20, got 30x20"):
+    with pytest.raises(FrameError, match=r"expected 31x20, got 30x20"):
         read_frame(save_jpeg(tmp_path / "a.jpg"), (20, 31))
 
 
