@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from cache.errors import VitaCacheError
+from cache.codecs import Codec, codec_identity
+from cache.errors import CorruptData, VitaCacheError
 from cache.fingerprint import Fingerprint
 from cache.layout import ANNOTATIONS, FRAME_QUERIES, FRAMES_PER_SHARD, MASK_FEATURES
 from cache.reader import CachedVideo, FeatureCache
@@ -52,39 +53,41 @@ def summarise(path: Path) -> Summary:
         videos=len(videos),
         incomplete=feature_cache.incomplete(),
         frames=sum(video.attributes.num_frames for video in videos),
-        frame_query_bytes=sum(_size(video.folder / FRAME_QUERIES) for video in videos),
-        mask_feature_bytes=sum(_size(video.folder / MASK_FEATURES) for video in videos),
+        frame_query_bytes=sum(video.store.size(video.name, FRAME_QUERIES) for video in videos),
+        mask_feature_bytes=sum(video.store.size(video.name, MASK_FEATURES) for video in videos),
         fingerprint=feature_cache.fingerprint,
         fingerprint_sha256=feature_cache.fingerprint.digest(),
         provenance=list(feature_cache.root.sessions),
     )
 
 
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 def verify_root(feature_cache: FeatureCache) -> Iterator[Finding]:
     """Check all but the videos: heads, codec, labels, unfinished videos, and videos unknown to the labels."""
     where = str(feature_cache.path)
-    for rule, load in (("codec", lambda: feature_cache.codec), ("detector", lambda: feature_cache.heads)):
+    for rule, load in (("codec", lambda: _own_codec(feature_cache)), ("detector", lambda: feature_cache.heads)):
         try:
             load()
         except VitaCacheError as error:
             yield Finding(where=where, rule=rule, message=str(error))
-    if feature_cache.root.codec_name != feature_cache.fingerprint.codec:
-        yield Finding(where=where, rule="codec", message="codec and fingerprint disagree")
     for name in feature_cache.incomplete():
         yield Finding(where=f"{where}: video {name!r}", rule="complete", message="extraction did not finish")
     yield from _verify_labels(feature_cache)
 
 
+def _own_codec(feature_cache: FeatureCache) -> Codec:
+    """The codec, if it is the one that the fingerprint tells of."""
+    codec, wanted = feature_cache.codec, feature_cache.fingerprint.codec
+    if codec_identity(codec) != wanted:
+        raise CorruptData("codec and fingerprint disagree", expected=wanted, got=codec_identity(codec))
+    return codec
+
+
 def _verify_labels(feature_cache: FeatureCache) -> Iterator[Finding]:
-    labels = feature_cache.path / ANNOTATIONS
-    if not labels.exists():
+    labels, content = feature_cache.path / ANNOTATIONS, feature_cache.store.annotations()
+    if content is None:
         return
     try:
-        sources = video_sources(labels.read_bytes())
+        sources = video_sources(content)
     except VitaCacheError as error:
         yield Finding(where=str(labels), rule="labels", message=str(error))
         return

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import zarr
 from numpy.typing import NDArray
 
+from cache.annotations import Labels, parse_labels
 from cache.codecs import Codec, select_codec
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
 from cache.fingerprint import Fingerprint
-from cache.frames import FrameArray, HeldFrames, open_frames
+from cache.frames import FrameArray, HeldFrames
 from cache.heads import DetectorHeads
+from cache.json_entries import parse_json
 from cache.layout import (
     ANNOTATIONS,
     CODEC,
@@ -28,9 +28,8 @@ from cache.layout import (
     VIDEOS,
     VideoAttributes,
     checked_name,
-    is_complete,
-    read_group_attributes,
 )
+from cache.stores import Store, open_store
 
 RESUME_HINT = "run `make extract` with the same settings: it continues and extracts only what is missing"
 
@@ -46,9 +45,9 @@ class Root:
     """Provenance, one mapping for each writing session."""
 
     @classmethod
-    def read(cls, path: Path) -> Root:
+    def read(cls, store: Store) -> Root:
         """Read and check. Raises CacheError for no cache, FormatVersionError for another format version."""
-        attributes = read_group_attributes(path)
+        path, attributes = store.path, store.attributes("")
         if attributes is None or attributes.get("format") != FORMAT_NAME:
             raise CacheError("no feature cache here", where=path, hint="`make extract` writes one")
         if attributes.get("format_version") != FORMAT_VERSION:
@@ -71,11 +70,21 @@ class Root:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipArrays:
+    """Everything stored of some frames."""
+
+    frame_queries: NDArray[Any]
+    """(len(frames), L, Q, C) float16, pre-norm."""
+    mask_features: NDArray[Any]
+    """(len(frames), R, H, W) in the codec's dtype."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CachedVideo:
     """A complete video of a cache."""
 
     name: str
-    folder: Path
+    store: Store
     attributes: VideoAttributes
     source: str | None
     """Digest of the frames' names and size in the label file (fingerprint.source_digest); None: no labels."""
@@ -87,29 +96,42 @@ class CachedVideo:
         The array is the caller's own. Raises CorruptData for missing or damaged bytes and IndexError for
         frames outside [0, T).
         """
-        return self._queries.read(self._chosen(frames))
+        return self.queries.read(self._chosen(frames))
 
     def mask_features(self, frames: Sequence[int] | None = None) -> NDArray[Any]:
         """Encoded mask features (len(frames), R, H, W) in the codec's dtype; else as frame_queries."""
-        return self._maps.read(self._chosen(frames))
+        return self.maps.read(self._chosen(frames))
+
+    def read_clip(self, frames: Sequence[int], out: ClipArrays | None = None) -> ClipArrays:
+        """All fields of some frames, into `out` if given: buffers of one's own are read into without a copy.
+
+        The arrays of `out` must be C-contiguous and of the fields' dtypes and shapes (len(frames), ...). Raises
+        as frame_queries does; `out` then holds anything.
+        """
+        return ClipArrays(
+            frame_queries=self.queries.read(frames, None if out is None else out.frame_queries),
+            mask_features=self.maps.read(frames, None if out is None else out.mask_features),
+        )
 
     def _chosen(self, frames: Sequence[int] | None) -> Sequence[int]:
         return range(self.attributes.num_frames) if frames is None else frames
 
     @cached_property
-    def _queries(self) -> FrameArray:
+    def queries(self) -> FrameArray:
+        """The queries (T, L, Q, C), unread."""
         return self._open(FRAME_QUERIES, ())
 
     @cached_property
-    def _maps(self) -> FrameArray:
+    def maps(self) -> FrameArray:
+        """The encoded mask features (T, R, H, W), unread."""
         return self._open(MASK_FEATURES, self.attributes.map_hw)
 
     def _open(self, field: str, last_axes: tuple[int, ...]) -> FrameArray:
-        array = open_frames(self.folder / field)
+        array = self.store.frames(self.name, field)
         fits = len(array.shape) == 4 and array.shape[4 - len(last_axes) :] == last_axes
         if not fits or array.shape[0] != self.attributes.num_frames:
             expected = f"{self.attributes.num_frames} frames, 4 axes, the last {last_axes}"
-            where = self.folder / field
+            where = f"{self.store.path}: video {self.name!r}, {field}"
             raise CorruptData("array does not fit the video", where=where, expected=expected, got=array.shape)
         return HeldFrames(array) if self.preload else array
 
@@ -117,17 +139,24 @@ class CachedVideo:
 class FeatureCache:
     """A cache opened for reading. Picklable; arrays are opened by the process that first reads them."""
 
-    def __init__(self, path: Path, root: Root, *, preload: bool) -> None:
-        self.path, self.root, self.preload = path, root, preload
+    def __init__(self, store: Store, root: Root, *, preload: bool) -> None:
+        self.store, self.root, self.preload = store, root, preload
         self._videos: dict[str, CachedVideo] = {}
 
     @classmethod
     def open(cls, path: Path | str, *, preload: bool = False) -> FeatureCache:
-        """Open the cache at `path`; with `preload` every video stays in memory once it has been read.
+        """Open the cache at `path`: a folder, an HDF5 file or a remote address (see cache.stores.open_store).
 
-        Raises CacheError where there is none, FormatVersionError for another version of the format.
+        With `preload` every video stays in memory once it has been read. Raises CacheError where there is no
+        cache, FormatVersionError for another version of the format.
         """
-        return cls(Path(path), Root.read(Path(path)), preload=preload)
+        store = open_store(path)
+        return cls(store, Root.read(store), preload=preload)
+
+    @property
+    def path(self) -> Path:
+        """Where the cache lies, for messages."""
+        return self.store.path
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the videos read so far, which every process keeps for itself."""
@@ -141,31 +170,36 @@ class FeatureCache:
     @cached_property
     def codec(self) -> Codec:
         """The codec of the mask features, with its fitted arrays."""
-        arrays = read_arrays(self.path / CODEC)
+        arrays = self.store.arrays(CODEC)
         return select_codec(self.root.codec_name, self.root.codec_parameters, arrays)
 
     @cached_property
     def heads(self) -> DetectorHeads:
         """The detector's frozen prediction heads. Raises CorruptData, WeightsError where they are damaged."""
-        attributes = read_group_attributes(self.path / DETECTOR) or {}
+        attributes = self.store.attributes(DETECTOR) or {}
         names = tuple(attributes.get("category_names", ()))
-        return DetectorHeads(arrays=read_arrays(self.path / DETECTOR), category_names=names)
+        return DetectorHeads(arrays=self.store.arrays(DETECTOR), category_names=names)
 
-    @property
-    def labels_path(self) -> Path:
-        """The copy of the data set's label file. Raises CacheError where there is none."""
-        path = self.path / ANNOTATIONS
-        if not path.exists():
-            raise CacheError("the cache has no labels", where=path, hint="run `make extract` with a label file")
-        return path
+    def labels_json(self) -> bytes:
+        """The data set's label file, byte for byte. Raises CacheError where the cache has none."""
+        content = self.store.annotations()
+        if content is None:
+            where = self.path / ANNOTATIONS
+            raise CacheError("the cache has no labels", where=where, hint="run `make extract` with a label file")
+        return content
+
+    def labels(self) -> Labels:
+        """The labels that the cache carries. Raises CacheError where there are none, AnnotationError if broken."""
+        where = str(self.path / ANNOTATIONS)
+        return parse_labels(parse_json(self.labels_json(), where), where)
 
     def video_names(self) -> list[str]:
         """Names of the complete videos (`<video id>[@<view>]`), sorted."""
-        return [name for name, complete in self._groups() if complete]
+        return [name for name, complete in self.store.videos() if complete]
 
     def incomplete(self) -> list[str]:
         """Names of videos whose extraction has begun but not finished, sorted."""
-        return [name for name, complete in self._groups() if not complete]
+        return [name for name, complete in self.store.videos() if not complete]
 
     def video(self, name: str) -> CachedVideo:
         """Raises IncompleteVideo where the video is not there as a whole."""
@@ -174,39 +208,15 @@ class FeatureCache:
         return self._videos[name]
 
     def _read_video(self, name: str) -> CachedVideo:
-        folder = self.path / VIDEOS / checked_name(name)
-        attributes = read_group_attributes(folder)
+        attributes = self.store.attributes(f"{VIDEOS}/{checked_name(name)}")
+        where = f"{self.path}: video {name!r}"
         if attributes is None or attributes.get("complete") is not True:
             what = "video is not in the cache" if attributes is None else "the video's extraction did not finish"
-            raise IncompleteVideo(what, where=f"{self.path}: video {name!r}", hint=RESUME_HINT)
+            raise IncompleteVideo(what, where=where, hint=RESUME_HINT)
         return CachedVideo(
             name=name,
-            folder=folder,
-            attributes=VideoAttributes.from_json(attributes, where=folder),
+            store=self.store,
+            attributes=VideoAttributes.from_json(attributes, where=where),
             source=attributes.get("source"),
             preload=self.preload,
         )
-
-    def _groups(self) -> Iterator[tuple[str, bool]]:
-        return video_groups(self.path)
-
-
-def video_groups(path: Path) -> Iterator[tuple[str, bool]]:
-    """(name, complete) of every video folder of the cache at `path`, sorted by name."""
-    folder = path / VIDEOS
-    for name in sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else ():
-        yield name, is_complete(folder / name)
-
-
-def read_arrays(folder: Path) -> dict[str, NDArray[Any]]:
-    """All small arrays of a group, whole. Raises CorruptData for damaged or missing bytes."""
-    arrays = {}
-    for name in sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else ():
-        try:
-            array = np.asarray(zarr.open_array(str(folder / name), mode="r")[...])
-        except (ValueError, OSError, LookupError) as error:
-            raise CorruptData(f"unreadable: {error}", where=folder / name) from error
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise CorruptData("missing or non-finite numbers", where=folder / name)
-        arrays[name] = array
-    return arrays

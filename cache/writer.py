@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from cache.codecs import Codec
+from cache.codecs import Codec, codec_identity
 from cache.errors import AnnotationError, CacheError, FingerprintMismatch
 from cache.fingerprint import Fingerprint, Provenance, source_digest
 from cache.heads import DetectorHeads
@@ -32,9 +32,10 @@ from cache.layout import (
     sync_to_disk,
     write_file_atomically,
 )
-from cache.reader import FeatureCache, Root, video_groups
+from cache.reader import FeatureCache, Root
 from cache.shard_writer import write_array
 from cache.sink import VideoSink
+from cache.stores import FolderStore, video_groups
 
 
 class CacheWriter:
@@ -72,8 +73,9 @@ class CacheWriter:
         frames by the name of a video already extracted; CacheError where `path` is something else.
         """
         path = Path(path)
-        if codec.name != fingerprint.codec:
-            raise CacheError("codec differs from the fingerprint", expected=fingerprint.codec, got=codec.name)
+        if codec_identity(codec) != fingerprint.codec:
+            what = "codec differs from the fingerprint"
+            raise CacheError(what, expected=fingerprint.codec, got=codec_identity(codec))
         sources = {} if labels_json is None else video_sources(labels_json)
         path.mkdir(parents=True, exist_ok=True)
         with _locked(path, wait=True):
@@ -123,7 +125,7 @@ class CacheWriter:
         if self._recorded:
             return
         with _locked(self.path, wait=True):
-            root = Root.read(self.path)
+            root = Root.read(FolderStore(path=self.path))
             _write_root(self.path, self.fingerprint, self.codec, [*root.sessions, asdict(self._provenance)])
         self._recorded = True
 
@@ -140,7 +142,7 @@ def video_sources(labels_json: bytes) -> dict[str, str]:
 
 def _check_continuation(path: Path, fingerprint: Fingerprint, sources: Mapping[str, str]) -> None:
     hint = "extract into another path, set the old values again, or delete this cache"
-    Root.read(path).fingerprint.require(fingerprint, where=path, hint=hint)
+    Root.read(FolderStore(path=path)).fingerprint.require(fingerprint, where=path, hint=hint)
     for name, complete in video_groups(path):
         stored = (read_group_attributes(path / VIDEOS / name) or {}).get("source") if complete else None
         wanted = sources.get(name.partition("@")[0], stored)

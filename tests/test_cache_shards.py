@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from cache_samples import attributes_of, open_writer, random_features, write_video
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -21,6 +20,7 @@ from cache.errors import CorruptData
 from cache.frames import FrameArray, ZarrFrames, open_frames
 from cache.reader import FeatureCache
 from cache.shards import ShardedFrames
+from tests.cache_samples import attributes_of, open_writer, random_features, write_video
 
 NUM_FRAMES = 150
 Opener = Callable[[Path], FrameArray]

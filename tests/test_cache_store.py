@@ -13,7 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from cache_samples import (
+from numpy.typing import NDArray
+
+from cache.__main__ import main
+from cache.codecs import select_codec
+from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
+from cache.layout import VideoAttributes, View, crop_map, video_group_name
+from cache.reader import FeatureCache
+from cache.writer import CacheWriter
+from tests.cache_samples import (
     FINGERPRINT,
     MAP_HW,
     NUM_LAYERS,
@@ -28,14 +36,6 @@ from cache_samples import (
     write_until_killed,
     write_video,
 )
-from numpy.typing import NDArray
-
-from cache.__main__ import main
-from cache.codecs import select_codec
-from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
-from cache.layout import VideoAttributes, View, crop_map, video_group_name
-from cache.reader import FeatureCache
-from cache.writer import CacheWriter
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_heads_labels_and_codec_travel_with_the_cache(path: Path) -> None:
     labels = labels_of({7: 5})
     open_writer(path, labels)
     feature_cache, heads = FeatureCache.open(path), random_heads()
-    assert feature_cache.labels_path.read_bytes() == labels
+    assert feature_cache.labels_json() == labels
     assert feature_cache.heads.category_names == heads.category_names
     assert feature_cache.heads.arrays.keys() == heads.arrays.keys()
     for name, array in heads.arrays.items():
@@ -365,7 +365,7 @@ def test_unknown_codecs_are_refused(path: Path) -> None:
 def test_a_cache_without_labels_says_so(path: Path) -> None:
     open_writer(path)
     with pytest.raises(CacheError, match="no labels"):
-        _ = FeatureCache.open(path).labels_path
+        FeatureCache.open(path).labels_json()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"attributes": 3}'])

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_samples import FINGERPRINT, labels_of, open_writer, random_heads, write_video
 
 from cache.codecs import select_codec
 from cache.errors import AnnotationError, CorruptData, FingerprintMismatch
@@ -17,6 +16,7 @@ from cache.fingerprint import Fingerprint, Provenance, sha256_file, source_diges
 from cache.layout import View, video_group_name
 from cache.reader import FeatureCache
 from cache.writer import CacheWriter
+from tests.cache_samples import FINGERPRINT, labels_of, open_writer, random_heads, write_video
 
 OTHER_VALUES: dict[str, Any] = {
     "weights_sha256": "cd" * 32,
@@ -113,19 +113,19 @@ def test_row_changed_objects_and_categories_only_replace_the_label_file(path: Pa
     labels["annotations"] = [{"id": 1, "video_id": 1, "category_id": 1}]
     writer = open_writer(path, json.dumps(labels).encode())
     assert writer.pending(["1", "2"]) == []
-    assert json.loads(FeatureCache.open(path).labels_path.read_bytes()) == labels
+    assert json.loads(FeatureCache.open(path).labels_json()) == labels
 
 
 def test_row_no_label_file_keeps_the_old_one(path: Path) -> None:
     open_writer(path, None)
-    assert FeatureCache.open(path).labels_path.read_bytes() == labels_of({1: 5, 2: 3})
+    assert FeatureCache.open(path).labels_json() == labels_of({1: 5, 2: 3})
 
 
 @pytest.mark.parametrize("labels", [labels_of({1: 6, 2: 3}), labels_of({1: 5, 2: 3}, prefix="other/")])
 def test_row_other_frames_under_a_known_name_are_refused(path: Path, labels: bytes) -> None:
     with pytest.raises(FingerprintMismatch, match=r"video '1': the label file lists other frames[\s\S]*delete"):
         open_writer(path, labels)
-    assert FeatureCache.open(path).labels_path.read_bytes() == labels_of({1: 5, 2: 3})
+    assert FeatureCache.open(path).labels_json() == labels_of({1: 5, 2: 3})
 
 
 def test_row_added_views_are_extracted_beside(path: Path) -> None:
