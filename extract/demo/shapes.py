@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 VIDEO_CATEGORIES = ("circle", "square", "triangle", "star", "cross", "ring", "arrow", "moon")
 # The detector's world overlaps only in part with the videos', as COCO does with YouTube-VIS:
 # ring, arrow and moon are new to it, and it knows two shapes that no video has.
-DETECTOR_CATEGORIES = ("circle", "square", "triangle", "star", "cross", "hexagon", "heart")
+DETECTOR_CATEGORIES = ("circle", "square", "triangle", "star", "cross", "heart", "ell")
 
 _SUPERSAMPLE = 3
 
@@ -81,8 +81,8 @@ def _unit_outline(category: str) -> list[Floats]:
             )
         ],
         "moon": [_moon() * 1.05],
-        "hexagon": [_ring_points(6)],
         "heart": [_heart()],
+        "ell": [np.array([[-0.7, -1.1], [-0.1, -1.1], [-0.1, 0.5], [0.9, 0.5], [0.9, 1.1], [-0.7, 1.1]])],
     }
     return outlines[category]
 

@@ -43,8 +43,8 @@ def _random_sprite(rng: np.random.Generator, background: Floats) -> Sprite:
     return Sprite(
         category=str(rng.choice(DETECTOR_CATEGORIES)),
         center_xy=(float(rng.uniform(-4, width + 4)), float(rng.uniform(-4, height + 4))),
-        radius=float(np.exp(rng.uniform(np.log(7), np.log(28)))),
+        radius=float(rng.uniform(8, 27)),
         angle=float(rng.uniform(0, 2 * np.pi)),
-        stretch=float(np.exp(rng.uniform(-0.22, 0.22))),
+        stretch=float(np.exp(rng.uniform(-0.18, 0.18))),
         texture=random_texture(rng, background),
     )

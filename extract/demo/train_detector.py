@@ -213,8 +213,8 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(prog="python -m extract.demo.train_detector", description=__doc__)
     parser.add_argument("--output", type=Path, default=DEMO_DETECTOR)
-    parser.add_argument("--pretraining", type=int, default=2500)
-    parser.add_argument("--iterations", type=int, default=9000)
+    parser.add_argument("--pretraining", type=int, default=5000)
+    parser.add_argument("--iterations", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)

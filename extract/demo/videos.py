@@ -168,7 +168,7 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
     temporary.replace(root / f"{split}.json")
 
 
-def write_demo_data(root: Path, num_train: int = 80, num_valid: int = 30) -> None:
+def write_demo_data(root: Path, num_train: int = 160, num_valid: int = 40) -> None:
     """Write whichever split is not there yet."""
     for split, count in (("train", num_train), ("valid", num_valid)):
         if not (root / f"{split}.json").exists():
