@@ -44,6 +44,7 @@ def track_without_training(
     image_hw: tuple[int, int],
     original_hw: tuple[int, int],
     top_k: int,
+    repeats: bool = True,
 ) -> VideoTracks:
     """Find tracks with nothing but the detector: matched queries, class logits averaged over time.
 
@@ -54,7 +55,7 @@ def track_without_training(
     aligned_TQC = torch.take_along_dim(normed_TQC, order_TQ.to(normed_TQC.device)[..., None], dim=1)
     predictions = heads.predict(aligned_TQC, decoding)
     probability_QJ = predictions.class_logits.mean(dim=0).softmax(dim=-1)[:, :-1]
-    found = best_labels(probability_QJ @ label_map_KJ.t(), top_k)
+    found = best_labels(probability_QJ @ label_map_KJ.t(), top_k, repeats)
     decoder = MaskDecoder(len(found.queries_M), image_hw, original_hw, normed_TQC.device)
     weights_TMR = predictions.mask_weights.weights_R[:, found.queries_M]
     const_TM = predictions.mask_weights.const[:, found.queries_M]

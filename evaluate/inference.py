@@ -53,6 +53,7 @@ def predict_video(
     image_hw: tuple[int, int],
     original_hw: tuple[int, int],
     top_k: int,
+    repeats: bool = True,
 ) -> VideoTracks:
     """Find the tracks of one video.
 
@@ -62,7 +63,7 @@ def predict_video(
     the map has to cover the input (and one more row or column where it was padded).
     """
     outputs = head.predict(frame_queries_TQC)
-    found = best_labels(outputs.class_logits_VK.float().softmax(dim=-1)[:, :-1], top_k)
+    found = best_labels(outputs.class_logits_VK.float().softmax(dim=-1)[:, :-1], top_k, repeats)
     weights = head.fold_masks(outputs.mask_embed_VC[found.queries_M], decoding)
     decoder = MaskDecoder(len(found.queries_M), image_hw, original_hw, frame_queries_TQC.device)
     for map_tRHW in maps:
@@ -83,12 +84,18 @@ def assemble_tracks(found: Candidates, decoder: MaskDecoder) -> VideoTracks:
     )
 
 
-def best_labels(probability_VK: Tensor, top_k: int) -> Candidates:
+def best_labels(probability_VK: Tensor, top_k: int, repeats: bool = True) -> Candidates:
     """Find the best (query, label) pairs of the V × K grid of class probabilities ("no object" left out).
 
-    VITA: as in the release a query can be taken several times; its masks are decoded once.
+    VITA: by default a query can be taken several times, as in the release; its masks are decoded once. Without
+    `repeats` only its best label counts.
     """
     num_labels = probability_VK.shape[1]
+    if not repeats:
+        best_V, label_V = probability_VK.max(dim=1)
+        scores_N, queries_N = best_V.topk(min(top_k, len(best_V)))
+        rows_N = torch.arange(len(queries_N), device=queries_N.device)
+        return Candidates(class_scores_N=scores_N, labels_N=label_V[queries_N], queries_M=queries_N, row_N=rows_N)
     scores_N, index_N = probability_VK.flatten().topk(min(top_k, probability_VK.numel()))
     queries_M, row_N = torch.unique(index_N // num_labels, return_inverse=True)
     return Candidates(class_scores_N=scores_N, labels_N=index_N % num_labels, queries_M=queries_M, row_N=row_N)

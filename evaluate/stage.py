@@ -76,6 +76,7 @@ def head_predictor(settings: Settings, videos: VideoSet, run: Path) -> VideoPred
             image_hw=cached.attributes.image_hw,
             original_hw=cached.attributes.original_hw,
             top_k=settings.evaluate.top_k,
+            repeats=settings.evaluate.repeats,
         )
 
     return predict
@@ -99,6 +100,7 @@ def baseline_predictor(settings: Settings, videos: VideoSet) -> VideoPredictor:
             image_hw=cached.attributes.image_hw,
             original_hw=cached.attributes.original_hw,
             top_k=settings.evaluate.top_k,
+            repeats=settings.evaluate.repeats,
         )
 
     return predict

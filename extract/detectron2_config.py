@@ -29,20 +29,19 @@ def read_config(config_file: Path, device: torch.device) -> Any:
     if not config_file.is_file():
         raise ConfigError("no such detectron2 config file", where=config_file, hint="check detector.config_file")
     _require("detectron2", hint="`make detectron2` installs it")
-    from detectron2.config import CfgNode, get_cfg
+    from detectron2.config import get_cfg
     from detectron2.projects.deeplab import add_deeplab_config
 
     config = get_cfg()
     add_deeplab_config(config)
-    _import_code_base("mask2former", device).add_maskformer2_config(config)
+    mask2former = _import_code_base("mask2former", device)
+    mask2former.add_maskformer2_config(config)
+    # VITA's copy of Mask2Former reads VITA's settings also where only a detector is built
+    if (Path(mask2former.__file__).parents[1] / "vita").is_dir():
+        _import_code_base("vita", device).add_vita_config(config)
     try:
-        stated = CfgNode.load_yaml_with_base(str(config_file))
-        if "VITA" in stated.get("MODEL", {}):
-            _import_code_base("vita", device).add_vita_config(config)
         config.merge_from_file(str(config_file), allow_unsafe=False)
     except (KeyError, AssertionError, OSError, ValueError, YAMLError) as error:
-        if isinstance(error, ConfigError):
-            raise
         reason = " ".join(str(error).split())
         raise ConfigError(f"detectron2 cannot read it: {reason}", where=config_file) from error
     config.MODEL.DEVICE = device.type

@@ -39,7 +39,7 @@ def load_model(weights: Path, *, architecture: str | None) -> LoadedModel:
     """Read the weights and find a place for each of them; see `extract.detector.load_detector`."""
     if architecture is not None and architecture not in ARCHITECTURES:
         raise ConfigError("unknown architecture", expected=f"{', '.join(ARCHITECTURES)} or null", got=architecture)
-    with _quiet_transformers():
+    with quiet_transformers():
         loaded = _load_folder(weights) if weights.is_dir() else _load_official(weights)
     if architecture not in (None, loaded.report.backbone):
         raise WeightsError("another backbone", where=weights, expected=architecture, got=loaded.report.backbone)
@@ -143,7 +143,7 @@ def _refuse_partial(
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence the library's bar, its table of mismatches (we raise instead) and its doubts about ResNet."""
     verbosity, bar = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)

@@ -10,7 +10,7 @@ from torch import nn
 
 from cache.codecs import Codec
 from cache.heads import DetectorHeads
-from configs.schema import LossSettings, Settings
+from configs.schema import LossSettings, PaddedArea, Settings
 from train_head.criterion import LossWeights, VitaCriterion
 from train_head.data import VideoSet
 from train_head.head import HeadConfig, VitaHead
@@ -36,6 +36,7 @@ def head_config(settings: Settings, videos: VideoSet) -> HeadConfig:
         detector_dim=heads.hidden_dim,
         map_dim=map_channels(heads),
         shift_in_training=chosen.shift_in_training,
+        shift_short_videos=chosen.shift_short_videos,
         use_sim=settings.loss.sim_weight > 0,
     )
 
@@ -68,6 +69,8 @@ def build_criterion(chosen: LossSettings) -> VitaCriterion:
             no_object=chosen.no_object_weight,
         ),
         cost_weights=CostWeights(label=chosen.class_weight, mask=chosen.mask_weight, dice=chosen.dice_weight),
+        padded_area="background" if chosen.padded_area is PaddedArea.background else "ignore",
+        absent_frames=chosen.absent_frames,
     )
 
 

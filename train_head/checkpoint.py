@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cache.errors import FingerprintMismatch, WeightsError
+from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.fingerprint import Fingerprint
 from cache.reader import FeatureCache
 from train_head.head import HeadConfig, VitaHead
@@ -48,6 +48,17 @@ class Checkpoint:
                 f"the cache (there) differ in {'; '.join(differences)}",
                 where=where,
                 hint="train a head from this cache (`make train name=...`), or point cache.path at the head's cache",
+            )
+
+    def require_config(self, wanted: HeadConfig, where: Path) -> None:
+        """Raise ConfigError where the settings ask for another head than this."""
+        mine, others = dataclasses.asdict(self.config), dataclasses.asdict(wanted)
+        differing = [f"head.{name} is {mine[name]}" for name in mine if mine[name] != others[name]]
+        if differing:
+            raise ConfigError(
+                f"the settings ask for another head: in the checkpoint {', '.join(differing)}",
+                where=where,
+                hint="set these to train on from it",
             )
 
 

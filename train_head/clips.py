@@ -32,6 +32,7 @@ class ClipConfig:
     num_frames: int
     frame_range: int
     seed: int
+    replacement: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +81,8 @@ class ClipDataset(Dataset[Clip]):
         video_id = self.video_at(index)
         cached = self.feature_cache.video(video_group_name(video_id))
         rng = np.random.default_rng([self.config.seed, 1, index])
-        frames = draw_frames(rng, cached.attributes.num_frames, self.config.num_frames, self.config.frame_range)
+        config, video_length = self.config, cached.attributes.num_frames
+        frames = draw_frames(rng, video_length, config.num_frames, config.frame_range, config.replacement)
         return Clip(
             index=index,
             video_id=video_id,
@@ -99,15 +101,23 @@ class ClipDataset(Dataset[Clip]):
         return self.video_ids[int(self._epochs[epoch][position])]
 
 
-def draw_frames(rng: np.random.Generator, video_length: int, num_frames: int, frame_range: int) -> tuple[int, ...]:
+def draw_frames(
+    rng: np.random.Generator, video_length: int, num_frames: int, frame_range: int, replacement: bool = True
+) -> tuple[int, ...]:
     """Draw a clip's frames in ascending order: a reference frame and others within `frame_range` of it.
 
-    VITA: the others are drawn with replacement, as in the release; a video of one frame repeats it.
+    VITA: by default the others are drawn with replacement, as in the release. Without it, frames repeat only
+    where there are not enough; a video of one frame always repeats it.
     """
     reference = int(rng.integers(video_length))
     near = range(max(0, reference - frame_range), min(video_length, reference + frame_range + 1))
     others = [frame for frame in near if frame != reference] or [reference]
-    return tuple(sorted([reference, *rng.choice(others, num_frames - 1).tolist()]))
+    if replacement:
+        drawn = rng.choice(others, num_frames - 1)
+    else:
+        rounds = -(-(num_frames - 1) // len(others))
+        drawn = np.concatenate([rng.permutation(others) for _ in range(rounds)] or [[]])[: num_frames - 1]
+    return tuple(sorted([reference, *map(int, drawn)]))
 
 
 def read_targets(labels: Labels, video_id: int, frames: Sequence[int], image_hw: tuple[int, int]) -> ClipTargets:

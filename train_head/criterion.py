@@ -92,6 +92,7 @@ class VitaCriterion:
     weights: LossWeights = field(default_factory=LossWeights)
     cost_weights: CostWeights = field(default_factory=CostWeights)
     padded_area: PaddedArea = "ignore"
+    absent_frames: bool = True  # VITA: the release's cross-entropy counts frames without the object too
 
     def __call__(
         self,
@@ -171,7 +172,8 @@ class VitaCriterion:
             points_TMP2 = torch.unflatten(points_GP2, 0, (T, M))
             labels_TMP = _labels_at(target, match.object_DLM, points_TMP2, area_hw)
             logits_GP = sample_logits(logits_GHW, points_GP2, area_hw)
-            mask_M, dice_M = _point_losses(logits_GP.view(labels_TMP.shape), labels_TMP)
+            counted_TM = None if self.absent_frames else target.present_NT[match.object_DLM.flatten()].t()
+            mask_M, dice_M = _point_losses(logits_GP.view(labels_TMP.shape), labels_TMP, counted_TM)
             mask_D = mask_D + mask_M.view(D, -1).sum(dim=1)
             dice_D = dice_D + dice_M.view(D, -1).sum(dim=1)
         return mask_D, dice_D
@@ -200,9 +202,10 @@ def _labels_at(target: ClipTargets, object_DLM: Tensor, points_TMP2: Tensor, are
     return labels_SP.view(T, len(objects), layers, P).transpose(1, 2).reshape(T, num_matched, P)
 
 
-def _point_losses(logits_TMP: Tensor, labels_TMP: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, mean over T·P points, and dice over all points of the clip: both (M)."""
-    mask_M = F.binary_cross_entropy_with_logits(logits_TMP, labels_TMP, reduction="none").mean(dim=(0, 2))
+def _point_losses(logits_TMP: Tensor, labels_TMP: Tensor, counted_TM: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, mean over the points of the counted frames (None: of all), and dice over all: both (M)."""
+    mask_TM = F.binary_cross_entropy_with_logits(logits_TMP, labels_TMP, reduction="none").mean(dim=2)
+    mask_M = mask_TM.mean(dim=0) if counted_TM is None else (mask_TM * counted_TM).sum(dim=0) / counted_TM.sum(dim=0)
     probability_TMP = logits_TMP.sigmoid()
     overlap_M = (probability_TMP * labels_TMP).sum(dim=(0, 2))
     area_M = (probability_TMP + labels_TMP).sum(dim=(0, 2))

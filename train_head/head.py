@@ -41,6 +41,7 @@ class HeadConfig:
     detector_dim: int = 256  # channels of the frame queries
     map_dim: int = 256  # channels of the detector's FPN map
     shift_in_training: bool = False  # VITA: the release shifts windows in inference only
+    shift_short_videos: bool = True  # VITA: the release also splits videos of at most one window by the shift
     use_sim: bool = True
 
     def __post_init__(self) -> None:
@@ -124,7 +125,8 @@ class VitaHead(nn.Module):
 
     def predict(self, frame_queries_TQC: Tensor) -> VideoOutputs:
         """Whole-video outputs: shifted windows, last layers only (REFERENCE §5)."""
-        encoded_NTQC = self.encode(frame_queries_TQC[None], shift=True)
+        shift = self.config.shift_short_videos or len(frame_queries_TQC) > self.config.window
+        encoded_NTQC = self.encode(frame_queries_TQC[None], shift)
         queries_VC = self.decoder_norm(self.decode(encoded_NTQC)[-1][0])
         return VideoOutputs(class_logits_VK=self.class_embed(queries_VC), mask_embed_VC=self.mask_embed(queries_VC))
 

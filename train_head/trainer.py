@@ -75,8 +75,10 @@ class Trainer:
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         checkpoint.require_cache(self.videos.feature_cache, self.folder / CHECKPOINT)
+        checkpoint.require_config(self.head.config, self.folder / CHECKPOINT)
         self.head.load_state_dict(dict(checkpoint.head))
-        self.optimizer.load_state_dict(dict(checkpoint.optimizer))
+        if checkpoint.optimizer:  # an imported release has none
+            self.optimizer.load_state_dict(dict(checkpoint.optimizer))
         self.step, self.seconds = checkpoint.step, checkpoint.seconds
 
     def run(self) -> None:
@@ -105,7 +107,12 @@ class Trainer:
 
     def _batches(self) -> Iterator[list[Clip]]:
         train = self.settings.train
-        config = ClipConfig(num_frames=train.num_frames, frame_range=train.frame_range, seed=self.settings.seed)
+        config = ClipConfig(
+            num_frames=train.num_frames,
+            frame_range=train.frame_range,
+            seed=self.settings.seed,
+            replacement=train.replacement,
+        )
         dataset = ClipDataset(self.videos.feature_cache, self.videos.labels, self.videos.video_ids, config)
         loader: DataLoader[Clip] = DataLoader(
             dataset,
