@@ -1,9 +1,10 @@
-"""Stage two on the command line: `python -m train_head train CONFIG [key=value ...]`."""
+"""Stage two on the command line: train a head from the cache, exchange released heads, count parameters."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from configs.command import run_command
 from configs.load import load_settings
@@ -11,13 +12,33 @@ from configs.load import load_settings
 
 def main() -> int:
     """Parse the command line and run one verb."""
+    arguments = _parser().parse_args()
+    run = {"train": _train, "import-release": _import_release, "export-release": _export_release, "info": _info}
+    return run_command(lambda: run[arguments.verb](arguments))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train_head", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="train the head from the cache; goes on from its checkpoint")
     train.add_argument("config", help="a YAML file, or the short name of one in configs/")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
-    arguments = parser.parse_args()
-    return run_command(lambda: _train(arguments))
+    importing = verbs.add_parser("import-release", help="make a run of the head in a released VITA checkpoint")
+    importing.add_argument("file", type=Path, help="vita.pth: {'model': {'vita_module.*': ...}}, detector included")
+    importing.add_argument("--output", type=Path, required=True, help="folder of the run, such as runs/NAME")
+    importing.add_argument("--cache", type=Path, required=True, help="what was extracted with the file's detector")
+    importing.add_argument("--num-heads", type=int, default=8, help="attention heads (default: %(default)s)")
+    importing.add_argument("--window", type=int, default=6, help="frames per window, 0 = all (default: %(default)s)")
+    exporting = verbs.add_parser("export-release", help="write a run's head as a VITA checkpoint")
+    exporting.add_argument("run", type=Path, help="folder of the run, such as runs/NAME")
+    exporting.add_argument("file", type=Path, help="the .pth to write")
+    exporting.add_argument("--detector", type=Path, help="official .pkl or .pth whose detector goes into the file")
+    info = verbs.add_parser("info", help="parameters of detector and head, and their ratio")
+    info.add_argument("config", nargs="?", help="a config; without one, the official detectors with either head")
+    info.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    info.add_argument("--release", type=Path, metavar="FILE", help="a released VITA checkpoint, instead of a config")
+    info.add_argument("--classes", type=int, default=40, help="categories, where no labels tell (default: %(default)s)")
+    return parser
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -25,6 +46,40 @@ def _train(arguments: argparse.Namespace) -> int:
 
     folder = train(load_settings(arguments.config, arguments.overrides))
     print(f"trained: {folder}")
+    return 0
+
+
+def _import_release(arguments: argparse.Namespace) -> int:
+    from train_head.release import import_file
+
+    print(
+        import_file(
+            arguments.file,
+            arguments.output,
+            arguments.cache,
+            num_heads=arguments.num_heads,
+            window=arguments.window,
+        )
+    )
+    return 0
+
+
+def _export_release(arguments: argparse.Namespace) -> int:
+    from train_head.release import export_file
+
+    print(export_file(arguments.run, arguments.file, arguments.detector))
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from train_head.parameter_table import official_table, release_table, settings_table
+
+    if arguments.release is not None:
+        print(release_table(arguments.release))
+    elif arguments.config is None:
+        print(official_table(arguments.classes))
+    else:
+        print(settings_table(load_settings(arguments.config, arguments.overrides), arguments.classes))
     return 0
 
 

@@ -1,0 +1,206 @@
+"""Released VITA checkpoints (detector and `vita_module.*` in one file) to our checkpoint and back, bit for bit.
+
+A head is nothing without the features that it was trained on: importing needs the cache that it will read, takes
+that cache's fingerprint, and checks that the file's own detector is the one that filled the cache.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.errors import ConfigError, FingerprintMismatch, WeightsError
+from cache.fingerprint import Provenance, sha256_file
+from cache.heads import HEAD_SHAPES
+from cache.reader import FeatureCache
+from train_head.build import map_channels
+from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from train_head.detector_files import read_weight_file
+from train_head.head import RELEASE_PREFIX, HeadConfig, VitaHead, strip_release_prefix
+from train_head.run_folder import PROVENANCE
+
+_LISTED = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedHead:
+    """A checkpoint made of a released file, and in words how its detector relates to the cache's."""
+
+    checkpoint: Checkpoint
+    detector: str
+
+
+def import_file(source: Path, run: Path, features: Path, *, num_heads: int, window: int) -> str:
+    """Write the head of a released file as a run's checkpoint; returns what was done, in words.
+
+    Raises ConfigError where the run has a head already; else as `import_release` and the file's reader.
+    """
+    if (run / CHECKPOINT).exists():
+        raise ConfigError("this run has a head already", where=run, hint="choose another --output")
+    feature_cache = FeatureCache.open(features)
+    imported = import_release(
+        source, read_weight_file(source), sha256_file(source), feature_cache, num_heads=num_heads, window=window
+    )
+    run.mkdir(parents=True, exist_ok=True)
+    provenance = Provenance.gather({"release": str(source), "cache": str(features)})
+    (run / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=2))
+    save_checkpoint(run / CHECKPOINT, imported.checkpoint)
+    config = imported.checkpoint.config
+    return (
+        f"{run / CHECKPOINT}: {config.enc_layers} encoder + {config.dec_layers} decoder layers, "
+        f"{config.num_queries} video queries, {config.num_classes} categories; assumed: {config.num_heads} attention "
+        f"heads, window {config.window}\n{imported.detector}"
+    )
+
+
+def export_file(run: Path, target: Path, detector: Path | None) -> str:
+    """Write a run's head, and a detector's tensors if asked, as a VITA checkpoint; returns what was done."""
+    checkpoint = load_checkpoint(run / CHECKPOINT)
+    others = {} if detector is None else read_weight_file(detector)
+    model = export_release(checkpoint.head, others)
+    temporary = target.with_suffix(".tmp")
+    torch.save({"model": model, "iteration": checkpoint.step}, temporary)
+    temporary.replace(target)
+    return f"{target}: {len(checkpoint.head)} tensors of the head, {len(model) - len(checkpoint.head)} others"
+
+
+def import_release(
+    source: Path,
+    tensors: Mapping[str, Tensor],
+    weights_sha256: str,
+    feature_cache: FeatureCache,
+    *,
+    num_heads: int = 8,
+    window: int = 6,
+) -> ImportedHead:
+    """Make a checkpoint of step 0 from the head in `tensors`, all that the file `source` holds.
+
+    `num_heads` and `window` cannot be read from shapes; 8 and 6 are the release's.
+    Raises WeightsError where the file holds no VITA head or one of other sizes than the cache's features and
+    labels, FingerprintMismatch where its detector is not the one that filled the cache.
+    """
+    state = strip_release_prefix(tensors)
+    config = release_config(state, source, num_heads=num_heads, window=window)
+    _require_names(state, config, source)
+    categories = feature_cache.labels().categories
+    _require_sizes(config, feature_cache, len(categories), source)
+    detector = _compare_detectors(tensors, weights_sha256, feature_cache, source)
+    checkpoint = Checkpoint(
+        step=0,
+        seconds=0.0,
+        config=config,
+        head=state,
+        optimizer={},
+        fingerprint=feature_cache.fingerprint,
+        category_names=tuple(category.name for category in categories),
+    )
+    return ImportedHead(checkpoint=checkpoint, detector=detector)
+
+
+def export_release(head: Mapping[str, Tensor], detector: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put a head (without prefix) and the tensors of a detector file together under the release's names.
+
+    A head that the detector file may hold itself is replaced. An empty `detector` gives the head alone.
+    """
+    others = {name: tensor for name, tensor in detector.items() if not name.startswith(RELEASE_PREFIX)}
+    return others | {RELEASE_PREFIX + name: tensor.cpu() for name, tensor in head.items()}
+
+
+def release_config(state: Mapping[str, Tensor], source: Path, *, num_heads: int, window: int) -> HeadConfig:
+    """Read the sizes of a head off its tensors' shapes (names without prefix); raises WeightsError."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    if not shapes:
+        raise WeightsError(
+            "no VITA head in this file", where=source, expected=f"tensors named {RELEASE_PREFIX}*", got="none"
+        )
+    try:
+        return HeadConfig(
+            num_classes=shapes["class_embed.bias"][0] - 1,
+            num_frame_queries=shapes["fq_pos.weight"][0],
+            num_queries=shapes["query_embed.weight"][0],
+            hidden_dim=shapes["decoder_norm.weight"][0],
+            num_heads=num_heads,
+            ffn_dim=shapes["transformer_ffn_layers.0.linear1.bias"][0],
+            enc_layers=_depth(shapes, "enc_self_attn"),
+            dec_layers=_depth(shapes, "transformer_cross_attention_layers"),
+            window=window,
+            mask_dim=shapes["vita_mask_features.weight"][0],
+            detector_dim=shapes["input_proj_dec.weight"][1],
+            map_dim=shapes["vita_mask_features.weight"][1],
+            use_sim="sim_embed_frame.weight" in shapes,
+        )
+    except (KeyError, IndexError) as error:
+        hint = "heads built with MODEL.VITA.ENFORCE_INPUT_PROJ False have no input_proj_dec and are not read"
+        raise WeightsError(f"not the head of VITA: {error} is missing", where=source, hint=hint) from error
+
+
+def _depth(shapes: Mapping[str, tuple[int, ...]], name: str) -> int:
+    pattern = re.compile(rf"{name}\.(\d+)\.")
+    return len({match[1] for key in shapes if (match := pattern.match(key))})
+
+
+def _require_names(state: Mapping[str, Tensor], config: HeadConfig, source: Path) -> None:
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in VitaHead(config).state_dict().items()}
+    wrong = [name for name in expected.keys() | state.keys() if name not in state or name not in expected]
+    wrong += [name for name in expected.keys() & state.keys() if state[name].shape != expected[name]]
+    if wrong:
+        listed = ", ".join(sorted(wrong)[:_LISTED])
+        raise WeightsError(
+            f"{len(wrong)} tensors of the head are missing, unexpected or of another shape: {listed}", where=source
+        )
+
+
+def _require_sizes(config: HeadConfig, feature_cache: FeatureCache, num_categories: int, source: Path) -> None:
+    heads = feature_cache.heads
+    num_queries = feature_cache.video(feature_cache.video_names()[0]).frame_queries([0]).shape[2]
+    pairs = {
+        "frame queries": (num_queries, config.num_frame_queries),
+        "channels of a frame query": (heads.hidden_dim, config.detector_dim),
+        "channels of the feature map": (map_channels(heads), config.map_dim),
+        "categories": (num_categories, config.num_classes),
+    }
+    for words, (held, wanted) in pairs.items():
+        if held != wanted:
+            raise WeightsError(
+                f"the head does not fit {feature_cache.path}: {words}",
+                where=source,
+                expected=f"{held} (cache)",
+                got=wanted,
+                hint="extract with the detector and the labels that this head was trained with",
+            )
+
+
+def _compare_detectors(
+    tensors: Mapping[str, Tensor], weights_sha256: str, feature_cache: FeatureCache, source: Path
+) -> str:
+    if weights_sha256 == feature_cache.fingerprint.weights_sha256:
+        return "the cache was extracted from this very file"
+    own = {name: tensors.get(_official_name(name)) for name in HEAD_SHAPES}
+    if all(tensor is None for tensor in own.values()):
+        return "the file holds no detector: whether the head belongs to this cache is taken on trust"
+    stored = feature_cache.heads.arrays
+    differing = [
+        name
+        for name, tensor in own.items()
+        if tensor is None or not np.array_equal(tensor.float().numpy().reshape(-1), stored[name].reshape(-1))
+    ]
+    if differing:
+        raise FingerprintMismatch(
+            f"the file's own detector is not the one that filled {feature_cache.path}: {differing[0]} differs",
+            where=source,
+            hint=f"extract with detector.weights={source} into another cache.path, and import with that --cache",
+        )
+    return "the cache was extracted from another file, whose detector has the same prediction heads"
+
+
+def _official_name(name: str) -> str:
+    part = "pixel_decoder" if name.startswith("mask_features.") else "predictor"
+    return f"sem_seg_head.{part}.{name}"
