@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchvision.utils import draw_segmentation_masks
+from scipy.ndimage import binary_erosion
 
 from cache import masks
 from cache.errors import FrameError
@@ -57,17 +56,16 @@ def predicted_tracks(
 
 
 def draw_frame(image: NDArray[np.uint8], tracks: Sequence[DrawnTrack], frame: int) -> NDArray[np.uint8]:
-    """Lay the tracks' masks of one frame over its image (h, w, 3)."""
-    present = [(i, rle) for i, t in enumerate(tracks) if (rle := t.segmentations[frame]) is not None]
-    if not present:
-        return image
-    drawn = draw_segmentation_masks(
-        torch.from_numpy(image).permute(2, 0, 1).contiguous(),
-        torch.from_numpy(np.stack([masks.mask(rle) for _, rle in present])).bool(),
-        alpha=0.6,
-        colors=[PALETTE[index % len(PALETTE)] for index, _ in present],
-    )
-    return np.asarray(drawn.permute(1, 2, 0).numpy())
+    """Lay the tracks' masks of one frame over its image (h, w, 3), the first track on top, edges opaque."""
+    drawn = image.astype(np.float32)
+    for index, track in reversed(list(enumerate(tracks))):
+        rle = track.segmentations[frame]
+        if rle is not None:
+            mask = masks.mask(rle).astype(bool)
+            colour = np.array(PALETTE[index % len(PALETTE)], dtype=np.float32)
+            drawn[mask] = 0.5 * image[mask] + 0.5 * colour
+            drawn[mask & ~binary_erosion(mask)] = colour
+    return drawn.astype(np.uint8)
 
 
 def read_image(folder: Path, video: Video, frame: int) -> NDArray[np.uint8]:
