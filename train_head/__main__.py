@@ -13,7 +13,13 @@ from configs.load import load_settings
 def main() -> int:
     """Parse the command line and run one verb."""
     arguments = _parser().parse_args()
-    run = {"train": _train, "import-release": _import_release, "export-release": _export_release, "info": _info}
+    run = {
+        "train": _train,
+        "sweep": _sweep,
+        "import-release": _import_release,
+        "export-release": _export_release,
+        "info": _info,
+    }
     return run_command(lambda: run[arguments.verb](arguments))
 
 
@@ -21,8 +27,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m train_head", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="train the head from the cache; goes on from its checkpoint")
-    train.add_argument("config", help="a YAML file, or the short name of one in configs/")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    sweep = verbs.add_parser("sweep", help="train and evaluate every combination of settings such as seed=0,1,2")
+    for verb in (train, sweep):
+        verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
+        verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     importing = verbs.add_parser("import-release", help="make a run of the head in a released VITA checkpoint")
     importing.add_argument("file", type=Path, help="vita.pth: {'model': {'vita_module.*': ...}}, detector included")
     importing.add_argument("--output", type=Path, required=True, help="folder of the run, such as runs/NAME")
@@ -46,6 +54,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     folder = train(load_settings(arguments.config, arguments.overrides))
     print(f"trained: {folder}")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from train_head.sweep import sweep
+
+    print(sweep(arguments.config, arguments.overrides))
     return 0
 
 

@@ -1,0 +1,85 @@
+"""Sweeps: one run per combination of comma-separated settings, all from one cache, and one table at the end."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cache.errors import VitaCacheError
+from configs.load import load_settings
+
+METRICS = ("AP", "AP50", "AP75", "AR1", "AR10")
+_COMMA = re.compile(r",(?![^\[]*\])")  # commas inside [1,2] belong to a value
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRun:
+    """One combination: its run's name, its settings, and the part of them that is not the seed."""
+
+    name: str
+    overrides: tuple[str, ...]
+    variant: str
+
+
+def plan(base_name: str, overrides: Sequence[str]) -> list[SweepRun]:
+    """Expand `a=1,2 seed=0,1` into its product; what does not vary is passed on and does not enter the names."""
+    fixed: list[str] = []
+    varied: list[list[str]] = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        values = _COMMA.split(value)
+        if len(values) > 1:
+            varied.append([f"{key}={single}" for single in values])
+        else:
+            fixed.append(override)
+    runs = []
+    for chosen in itertools.product(*varied):
+        variant = " ".join(word for word in chosen if not word.startswith("seed="))
+        suffix = "-".join(re.sub(r"[^\w.=-]", "", word) for word in chosen)
+        name = f"{base_name}-{suffix}" if suffix else base_name
+        runs.append(SweepRun(name=name, overrides=(*fixed, *chosen), variant=variant))
+    return runs
+
+
+def sweep(config: str, overrides: Sequence[str]) -> str:
+    """Train and evaluate every combination, skipping what is done, and return the table.
+
+    Every run is a process of its own, so that one cannot influence another. Raises ConfigError for impossible
+    settings before the first run starts, VitaCacheError where a run fails.
+    """
+    base = load_settings(config, [word for word in overrides if not _COMMA.search(word.partition("=")[2])])
+    runs = plan(base.name, overrides)
+    settings = [load_settings(config, [*run.overrides, f"name={run.name}"]) for run in runs]
+    for run in runs:
+        for module, verb in (("train_head", "train"), ("evaluate", "run")):
+            command = [sys.executable, "-m", module, verb, config, *run.overrides, f"name={run.name}"]
+            if subprocess.run(command, check=False).returncode:
+                raise VitaCacheError(f"`{module} {verb}` failed", where=f"run {run.name}", hint="see its message above")
+    files = [Path(s.runs) / s.name / "metrics.json" for s in settings]
+    return table([run.variant for run in runs], [json.loads(file.read_text()) for file in files])
+
+
+def table(variants: Sequence[str], metrics: Sequence[dict[str, float | None]]) -> str:
+    """One row per variant: mean ± sample standard deviation x 100 over its seeds."""
+    width = max(len(variant) for variant in variants) + 2
+    lines = [f"{'':<{width}}{'seeds':>6}" + "".join(f"{key:>14}" for key in METRICS)]
+    for variant in dict.fromkeys(variants):
+        rows = [row for name, row in zip(variants, metrics, strict=True) if name == variant]
+        cells = "".join(f"{_mean_and_spread([row[key] for row in rows]):>14}" for key in METRICS)
+        lines.append(f"{variant or 'all':<{width}}{len(rows):>6}{cells}")
+    return "\n".join(lines)
+
+
+def _mean_and_spread(values: Sequence[float | None]) -> str:
+    defined = [100 * value for value in values if value is not None]
+    if not defined:
+        return "-"
+    spread = f" ± {statistics.stdev(defined):.1f}" if len(defined) > 1 else ""
+    return f"{statistics.mean(defined):.1f}{spread}"
