@@ -12,6 +12,8 @@ import numpy as np
 from fastcrc import crc32
 from numpy.typing import NDArray
 
+from cache.compression import ZSTD_METADATA
+
 DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "|i1", "uint8": "|u1", "int16": "<i2"}
 CRC_BYTES = 4
 ENTRY_BYTES = 16
@@ -54,11 +56,13 @@ def prescribed_metadata(
 ) -> dict[str, Any]:
     """The entries of zarr.json that the fast reader relies on; `codecs` is what the array itself states."""
     little = {"name": "bytes", "configuration": {"endian": "little"}}
+    stated = _inner(codecs)
     # The byte order of one-byte elements may be left out.
-    bytes_codec = {"name": "bytes"} if dtype.itemsize == 1 and {"name": "bytes"} in _inner(codecs) else little
+    bytes_codec = {"name": "bytes"} if dtype.itemsize == 1 and {"name": "bytes"} in stated else little
+    compression = [ZSTD_METADATA] if is_compressed(codecs) else []
     sharding = {
         "chunk_shape": [1, *shape[1:]],
-        "codecs": [bytes_codec, {"name": "crc32c"}],
+        "codecs": [bytes_codec, *compression, {"name": "crc32c"}],
         "index_codecs": [little, {"name": "crc32c"}],
         "index_location": "end",
     }
@@ -71,6 +75,11 @@ def prescribed_metadata(
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "storage_transformers": [],
     }
+
+
+def is_compressed(codecs: Any) -> bool:
+    """Whether an array's chunks are compressed as ours are (compression.py)."""
+    return ZSTD_METADATA in _inner(codecs)
 
 
 def _inner(codecs: Any) -> list[Any]:

@@ -13,8 +13,9 @@ from typing import IO, Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.codecs import BytesCodec
 
+from cache.compression import compress, zarr_codecs
 from cache.layout import FRAMES_PER_SHARD, fill_value
 from cache.shard_layout import CRC_BYTES, crc32c, encode_index, shard_name
 
@@ -22,15 +23,17 @@ from cache.shard_layout import CRC_BYTES, crc32c, encode_index, shard_name
 class ShardWriter:
     """One array (num_frames, ...) of a video, written frame by frame; memory does not depend on its length."""
 
-    def __init__(self, folder: Path, num_frames: int, example: NDArray[Any], axes: tuple[str, ...]) -> None:
+    def __init__(
+        self, folder: Path, num_frames: int, example: NDArray[Any], axes: tuple[str, ...], *, compressed: bool = False
+    ) -> None:
         """`example`: frames (any number, ...) of the array's shape and dtype."""
         shape = (num_frames, *example.shape[1:])
         self._folder, self._num_axes = folder, len(shape)
         self._frames_per_shard = min(FRAMES_PER_SHARD, num_frames)
-        self._num_shards = 0
+        self._num_shards, self._compressed = 0, compressed
         self._file: IO[bytes] | None = None
         self._entries: list[tuple[int, int]] = []
-        create_array(folder, shape, example.dtype, axes, self._frames_per_shard)
+        create_array(folder, shape, example.dtype, axes, self._frames_per_shard, compressed=compressed)
 
     def append(self, frames: NDArray[Any]) -> None:
         """Write the next frames, of the example's shape and dtype."""
@@ -38,7 +41,8 @@ class ShardWriter:
             if self._file is None:
                 self._file = (self._folder / shard_name(self._num_shards, self._num_axes)).open("wb")
                 self._num_shards += 1
-            content = np.ascontiguousarray(frame).reshape(-1).view(np.uint8).data
+            elements = np.ascontiguousarray(frame)
+            content = compress(elements) if self._compressed else elements.reshape(-1).view(np.uint8).data
             self._entries.append((self._file.tell(), len(content) + CRC_BYTES))
             self._file.write(content)
             self._file.write(crc32c(content).to_bytes(CRC_BYTES, "little"))
@@ -64,6 +68,8 @@ def create_array(
     dtype: np.dtype[Any],
     axes: tuple[str, ...] | None = None,
     frames_per_shard: int | None = None,
+    *,
+    compressed: bool = False,
 ) -> zarr.Array[Any]:
     """An array of the prescribed layout: sharded frame by frame, or one chunk without shards if small."""
     return zarr.create_array(
@@ -74,7 +80,7 @@ def create_array(
         shards=None if frames_per_shard is None else (frames_per_shard, *shape[1:]),
         filters=None,
         serializer=BytesCodec(endian="little"),
-        compressors=[Crc32cCodec()],
+        compressors=zarr_codecs(compressed),
         fill_value=fill_value(dtype),
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=axes,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.compression import decompress, max_bytes
 from cache.errors import CorruptData
 from cache.shard_layout import (
     ABSENT,
@@ -24,12 +26,15 @@ from cache.shard_layout import (
     crc32c,
     decode_index,
     index_bytes,
+    is_compressed,
     prescribed_metadata,
     shard_name,
 )
 
 BLOCK_BYTES = 1 << 19
 """Read and verified at a time: fits the second-level cache, and a system call's cost vanishes."""
+SPLIT_BYTES = 1 << 22
+"""From here on two threads share a read, so that checksums cost no time where a core is free."""
 FRAMES_PER_CALL = 256
 """Two buffers a frame; the kernel takes 1,024 buffers a call (IOV_MAX)."""
 
@@ -42,6 +47,7 @@ class ShardedFrames:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     frames_per_shard: int
+    compressed: bool = False
     _indexes: dict[int, list[tuple[int, int]]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -54,7 +60,13 @@ class ShardedFrames:
         frames_per_shard = int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
         if metadata != metadata | prescribed_metadata(shape, dtype, frames_per_shard, metadata["codecs"]):
             return None
-        return cls(folder=folder, shape=shape, dtype=dtype, frames_per_shard=frames_per_shard)
+        return cls(
+            folder=folder,
+            shape=shape,
+            dtype=dtype,
+            frames_per_shard=frames_per_shard,
+            compressed=is_compressed(metadata["codecs"]),
+        )
 
     @property
     def frame_bytes(self) -> int:
@@ -69,6 +81,18 @@ class ShardedFrames:
         out = checked_output(self.shape, self.dtype, frames, out)
         buffer = out.reshape(-1).view(np.uint8).data
         order = sorted(range(len(frames)), key=frames.__getitem__)
+        middle = len(order) // 2 if len(order) * self.frame_bytes >= SPLIT_BYTES else 0
+        if middle == 0:
+            self._read_rows(frames, order, buffer)
+            return out
+        with ThreadPoolExecutor(max_workers=1) as other:  # Ends with the call: nothing to lose in a fork.
+            second_half = other.submit(self._read_rows, frames, order[middle:], buffer)
+            self._read_rows(frames, order[:middle], buffer)
+            second_half.result()
+        return out
+
+    def _read_rows(self, frames: Sequence[int], order: list[int], buffer: memoryview) -> None:
+        """Read those rows of the buffer that `order` names, by ascending frame."""
         start = 0
         while start < len(order):
             shard = frames[order[start]] // self.frames_per_shard
@@ -77,7 +101,6 @@ class ShardedFrames:
                 stop += 1
             self._read_shard(shard, [(frames[row], row) for row in order[start:stop]], buffer)
             start = stop
-        return out
 
     def _read_shard(self, shard: int, wanted: list[tuple[int, int]], buffer: memoryview) -> None:
         """Read (frame, row of the buffer) pairs of one shard, in ascending order of frames."""
@@ -86,9 +109,14 @@ class ShardedFrames:
         except OSError as error:
             raise self._corrupt(f"shard cannot be opened: {error.strerror}", wanted[0][0]) from error
         try:
-            offsets = self._offsets(descriptor, shard, wanted)
-            for run in _runs(offsets, self.frame_bytes + CRC_BYTES):
-                self._read_run(descriptor, offsets[run.start], wanted[run.start : run.stop], buffer)
+            entries = self._entries(descriptor, shard, wanted)
+            for run in _runs(entries):
+                if self.compressed:
+                    self._read_compressed(
+                        descriptor, entries[run.start : run.stop], wanted[run.start : run.stop], buffer
+                    )
+                else:
+                    self._read_run(descriptor, entries[run.start][0], wanted[run.start : run.stop], buffer)
         finally:
             os.close(descriptor)
 
@@ -112,19 +140,33 @@ class ShardedFrames:
                 raise self._corrupt("checksum mismatch", frame)
             checksum = 0
 
-    def _offsets(self, descriptor: int, shard: int, wanted: list[tuple[int, int]]) -> list[int]:
-        """Where the frames' chunks start in the shard's file, in bytes."""
+    def _read_compressed(
+        self, descriptor: int, entries: list[tuple[int, int]], wanted: list[tuple[int, int]], buffer: memoryview
+    ) -> None:
+        """Read compressed frames that lie side by side in one call, then check and unpack each."""
+        content = memoryview(bytearray(sum(size for _, size in entries)))
+        if not _read_fully(descriptor, [content], entries[0][0]):
+            raise self._corrupt("shard ends too early", wanted[0][0])
+        for (_, size), (frame, row) in zip(entries, wanted, strict=True):
+            chunk, crc, content = content[: size - CRC_BYTES], content[size - CRC_BYTES : size], content[size:]
+            if crc32c(chunk) != int.from_bytes(crc, "little"):
+                raise self._corrupt("checksum mismatch", frame)
+            if not decompress(chunk, buffer[row * self.frame_bytes : (row + 1) * self.frame_bytes]):
+                raise self._corrupt("chunk does not unpack to a frame", frame)
+
+    def _entries(self, descriptor: int, shard: int, wanted: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Where the frames' chunks lie in the shard's file: (offset, size) in bytes."""
         if shard not in self._indexes:
             self._indexes[shard] = self._read_index(descriptor, shard)
-        index, chunk_bytes, offsets = self._indexes[shard], self.frame_bytes + CRC_BYTES, []
+        index, chunk_bytes, entries = self._indexes[shard], self.frame_bytes + CRC_BYTES, []
         for frame, _ in wanted:
             offset, size = index[frame % self.frames_per_shard]
             if offset == ABSENT and size == ABSENT:
                 raise self._corrupt("frame was never written", frame)
-            if size != chunk_bytes:
+            if not CRC_BYTES < size <= max_bytes(chunk_bytes) if self.compressed else size != chunk_bytes:
                 raise self._corrupt(f"chunk of {size} bytes instead of {chunk_bytes}", frame)
-            offsets.append(offset)
-        return offsets
+            entries.append((offset, size))
+        return entries
 
     def _read_index(self, descriptor: int, shard: int) -> list[tuple[int, int]]:
         """Offset and size of each chunk of the shard."""
@@ -159,15 +201,17 @@ def checked_output(
     return out
 
 
-def _runs(offsets: list[int], chunk_bytes: int) -> Iterator[range]:
-    """Split sorted chunks into ranges that lie side by side on disk, a block each or one large chunk."""
-    limit = max(1, min(FRAMES_PER_CALL, BLOCK_BYTES // chunk_bytes))
-    start = 0
-    for stop in range(1, len(offsets) + 1):
-        adjacent = stop < len(offsets) and offsets[stop] == offsets[stop - 1] + chunk_bytes
-        if not adjacent or stop - start == limit:
+def _runs(entries: list[tuple[int, int]]) -> Iterator[range]:
+    """Split sorted chunks (offset, size) into ranges that lie side by side on disk, a block each or one large chunk."""
+    start = filled = 0
+    for stop, (offset, size) in enumerate(entries):
+        adjacent = stop > 0 and offset == sum(entries[stop - 1])
+        if stop > start and (not adjacent or stop - start == FRAMES_PER_CALL or filled + size > BLOCK_BYTES):
             yield range(start, stop)
-            start = stop
+            start, filled = stop, 0
+        filled += size
+    if start < len(entries):
+        yield range(start, len(entries))
 
 
 def _read_fully(descriptor: int, buffers: list[memoryview], offset: int) -> bool:

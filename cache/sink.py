@@ -42,10 +42,10 @@ class VideoSink:
         maps = self._codec.encode(maps_TCHW)
         self._refuse_non_finite(maps, maps_TCHW, "mask features")
         if self._writers is None:
-            total = self._attributes.num_frames
+            total, packed = self._attributes.num_frames, self._codec.compressed
             self._writers = (
                 ShardWriter(self._folder / FRAME_QUERIES, total, queries, ("T", "L", "Q", "C")),
-                ShardWriter(self._folder / MASK_FEATURES, total, maps, ("T", "R", "H", "W")),
+                ShardWriter(self._folder / MASK_FEATURES, total, maps, ("T", "R", "H", "W"), compressed=packed),
             )
         for writer, frames in zip(self._writers, (queries, maps), strict=True):
             writer.append(frames)

@@ -139,6 +139,10 @@ def _validate_relations(s: Settings, where: str) -> None:
         "head.num_heads": (heads == 0, s.head.num_heads, f"a divisor of head.hidden_dim {s.head.hidden_dim}"),
         "data.holdout": (0 <= s.data.holdout < 1, s.data.holdout, "a share of the videos, 0 <= x < 1"),
         "detector.short_edge": (edge is None or 32 <= edge <= 1333, edge, "32 to 1333 pixels, or null"),
+        "cache.min_mask_iou": (0 < s.cache.min_mask_iou <= 1, s.cache.min_mask_iou, "0 < x <= 1"),
+        "cache.logit_step": (0 < s.cache.logit_step <= 1, s.cache.logit_step, "0 < x <= 1"),
+        "cache.identity_share": (0 < s.cache.identity_share <= 1, s.cache.identity_share, "0 < x <= 1"),
+        "cache.calibration_frames": (s.cache.calibration_frames >= 2, s.cache.calibration_frames, "2 or more"),
         "detector.config_file": (
             (s.detector.engine is DetectorEngine.detectron2) == (s.detector.config_file is not None),
             s.detector.config_file,

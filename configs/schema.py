@@ -30,6 +30,15 @@ class DetectorEngine(Enum):
     detectron2 = "detectron2"
 
 
+class CodecName(Enum):
+    """How mask features are stored; auto is the smallest whose masks stay true (`cache.min_mask_iou`)."""
+
+    float16 = "float16"
+    int8 = "int8"
+    logit = "logit"
+    auto = "auto"
+
+
 class PaddedArea(Enum):
     """What the padding of the network's input is to the mask losses."""
 
@@ -86,7 +95,11 @@ class CacheSettings:
     """Where the features lie: one cache per split, `<path>/train` and `<path>/valid`."""
 
     path: str = "caches/demo"
-    codec: str = "float16"
+    codec: CodecName = CodecName.float16
+    min_mask_iou: float = 0.99  # of codec=auto: the detector's masks from stored against those from exact features
+    logit_step: float = 1 / 128  # of codec=logit: share of the logits' standard deviation; auto chooses it
+    identity_share: float = 0.01  # λ of the logit codec: how much it cares for what the detector does not look at
+    calibration_frames: int = 96  # that codecs are fitted to and, every third one, judged on
     preload: bool = False  # keep every video read in memory: for sets that fit
 
 

@@ -16,7 +16,8 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="run the frozen detector over every video not yet in the cache")
     data = verbs.add_parser("demo-data", help="generate the demo's videos where the config expects them")
-    for verb in (run, data):
+    calibrate = verbs.add_parser("calibrate", help="measure the codecs on sample frames, without extracting")
+    for verb in (run, data, calibrate):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     arguments = parser.parse_args()
@@ -29,6 +30,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from extract.demo.videos import write_demo_data
 
         write_demo_data(Path(settings.data.root))
+    elif arguments.verb == "calibrate":
+        from extract.stage import print_rate_distortion
+
+        print_rate_distortion(settings)
     else:
         from extract.stage import extract
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cache.annotations import Labels, Video, load_labels
-from cache.codecs import select_codec
+from cache.codecs import Codec, codec_identity
+from cache.codecs.rate_distortion import format_table, write_calibration
 from cache.errors import AnnotationError
 from cache.fingerprint import Fingerprint, Provenance
 from cache.layout import VideoAttributes, video_group_name
@@ -21,6 +22,7 @@ from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
 from configs.schema import Settings
 from configs.splits import SplitPaths, all_splits
+from extract.calibration import ChosenCodec, calibrate, choose_codec
 from extract.checkpoints import weights_sha256
 from extract.detector import PADDING_DIVISOR, FrameDetector
 from extract.engines import open_detector
@@ -49,17 +51,30 @@ def extract(settings: Settings, only: Sequence[str] = ()) -> None:
         if not content.videos:
             raise AnnotationError("the label file has no videos", where=split.labels)
         require_frames(content.videos, split.frames)
-    weights = Path(settings.detector.weights)
+    detector = _open_detector(settings)
+    chosen = choose_codec(settings, detector)
+    if chosen.calibration is not None:
+        print(format_table(chosen.calibration))
+    wanted = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), chosen.codec)
+    for split, content in zip(splits, labels, strict=True):
+        _extract_split(settings, detector, wanted, chosen, split, content)
+
+
+def print_rate_distortion(settings: Settings) -> None:
+    """Measure every codec on sample frames of the train split; nothing is extracted or stored."""
+    _, calibration = calibrate(settings, _open_detector(settings))
+    print(format_table(calibration))
+
+
+def _open_detector(settings: Settings) -> FrameDetector:
     device = device_name(settings.device)
     precision = precision_name(settings.detector.precision, device)
     detector = open_detector(settings.detector, precision=precision, device=device)
     print(detector.report)
-    wanted = fingerprint(settings, detector, weights_sha256(weights))
-    for split, content in zip(splits, labels, strict=True):
-        _extract_split(settings, detector, wanted, split, content)
+    return detector
 
 
-def fingerprint(settings: Settings, detector: FrameDetector, weights_digest: str) -> Fingerprint:
+def fingerprint(settings: Settings, detector: FrameDetector, weights_digest: str, codec: Codec) -> Fingerprint:
     """Compose the fingerprint of a cache with these settings and this detector."""
     return Fingerprint(
         weights_sha256=weights_digest,
@@ -70,23 +85,30 @@ def fingerprint(settings: Settings, detector: FrameDetector, weights_digest: str
         pixel_std=detector.pixel_std,
         padding_divisor=PADDING_DIVISOR,
         precision=detector.precision,
-        codec=settings.cache.codec,
+        codec=codec_identity(codec),
     )
 
 
 def _extract_split(
-    settings: Settings, detector: FrameDetector, wanted: Fingerprint, split: SplitPaths, labels: Labels
+    settings: Settings,
+    detector: FrameDetector,
+    wanted: Fingerprint,
+    chosen: ChosenCodec,
+    split: SplitPaths,
+    labels: Labels,
 ) -> None:
     writer = CacheWriter.open(
         split.features,
         fingerprint=wanted,
         heads=detector.prediction_heads(),
-        codec=select_codec(settings.cache.codec),
+        codec=chosen.codec,
         labels_json=split.labels.read_bytes(),
         provenance=Provenance.gather(
             {"weights": settings.detector.weights, "labels": str(split.labels), "frames": str(split.frames)}
         ),
     )
+    if chosen.calibration is not None:
+        write_calibration(split.features, chosen.calibration)
     pending = set(writer.pending([video_group_name(video.id) for video in labels.videos]))
     videos = [video for video in labels.videos if video_group_name(video.id) in pending]
     started = time.perf_counter()

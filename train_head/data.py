@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cache.annotations import load_labels
 from cache.codecs import Codec
 from cache.errors import AnnotationError, ConfigError, FingerprintMismatch
 from cache.labels import Labels
 from cache.layout import video_group_name
 from cache.reader import FeatureCache
 from cache.splits import Split, holdout_split
-from configs.schema import Settings
+from configs.schema import CodecName, Settings
 from configs.schema import Split as SplitName
 from configs.splits import SplitPaths, train_split, valid_split
 
@@ -67,13 +66,13 @@ def open_evaluation_set(settings: Settings) -> VideoSet:
 def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
     feature_cache = FeatureCache.open(paths.features, preload=settings.cache.preload)
     _require_settings(feature_cache, settings)
-    labels = load_labels(feature_cache.labels_path)
+    labels = feature_cache.labels()
     holdout = None
     if split != "valid" and settings.data.holdout > 0:
         holdout = holdout_split(labels, settings.data.holdout, settings.data.holdout_seed)
         labels = labels.subset(holdout.train_ids if split == "train" else holdout.holdout_ids)
     if split == "train" and not labels.has_tracks:
-        raise AnnotationError("the train split has no annotations", where=feature_cache.labels_path)
+        raise AnnotationError("the train split has no annotations", where=feature_cache.path)
     for video in labels.videos:
         feature_cache.video(video_group_name(video.id))
     return VideoSet(split=split, feature_cache=feature_cache, labels=labels, holdout=holdout)
@@ -82,10 +81,11 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
 def _require_settings(feature_cache: FeatureCache, settings: Settings) -> None:
     """Check what the settings say about features against what the cache holds; the weights may be elsewhere."""
     stored, detector = feature_cache.fingerprint, settings.detector
+    codec = feature_cache.root.codec_name
     wanted = {
         "detector.num_layers": (stored.num_layers, detector.num_layers),
         "detector.short_edge": (stored.short_edge or None, detector.short_edge),
-        "cache.codec": (stored.codec, settings.cache.codec),
+        "cache.codec": (codec, codec if settings.cache.codec is CodecName.auto else settings.cache.codec.value),
     }
     for key, (held, asked) in wanted.items():
         if held != asked:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -9,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.codecs.float16 import Float16
+from cache.codecs.int8 import Int8
+from cache.codecs.logit import Logit
 from cache.errors import CacheError
 
 
@@ -21,6 +25,8 @@ class Codec(Protocol):
 
     name: ClassVar[str]
     dtype: ClassVar[np.dtype[Any]]
+    compressed: ClassVar[bool]
+    """Whether frames are stored compressed without loss: it pays where the numbers are far from uniform."""
 
     @property
     def parameters(self) -> Mapping[str, Any]:
@@ -51,7 +57,7 @@ class Codec(Protocol):
         ...
 
 
-CODECS: dict[str, type[Float16]] = {"float16": Float16}
+CODECS: dict[str, type[Float16 | Int8 | Logit]] = {"float16": Float16, "int8": Int8, "logit": Logit}
 
 
 def select_codec(
@@ -61,3 +67,17 @@ def select_codec(
     if name not in CODECS:
         raise CacheError("unknown codec", got=repr(name), expected=" or ".join(CODECS))
     return CODECS[name].load(parameters or {}, arrays or {})
+
+
+def codec_identity(codec: Codec) -> str:
+    """What the fingerprint says of a codec: its name and, where it was fitted, `:` and 16 digits of its content.
+
+    Two fits store different numbers for the same frame, so their caches are not interchangeable.
+    """
+    if not codec.parameters and not codec.arrays:
+        return codec.name
+    arrays = {name: np.ascontiguousarray(array, "<f4") for name, array in sorted(codec.arrays.items())}
+    shapes = {name: array.shape for name, array in arrays.items()}
+    header = json.dumps({"parameters": dict(codec.parameters), "shapes": shapes}, sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(header.encode() + b"".join(array.tobytes() for array in arrays.values()))
+    return f"{codec.name}:{digest.hexdigest()[:16]}"

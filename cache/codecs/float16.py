@@ -20,6 +20,7 @@ class Float16:
 
     name: ClassVar[str] = "float16"
     dtype: ClassVar[np.dtype[Any]] = np.dtype("<f2")
+    compressed: ClassVar[bool] = False
 
     @property
     def parameters(self) -> Mapping[str, Any]:

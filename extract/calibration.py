@@ -1,0 +1,149 @@
+"""Fitting and choosing the codec before extraction, on a seeded sample of frames spread over the videos."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cache.annotations import Video, load_labels
+from cache.codecs import Codec
+from cache.codecs.fit import Statistics, StatisticsAccumulator
+from cache.codecs.float16 import Float16
+from cache.codecs.int8 import Int8
+from cache.codecs.logit import Logit
+from cache.codecs.rate_distortion import Calibration, Distortion, read_calibration, smallest_faithful
+from cache.detector_masks import predict_queries
+from cache.errors import FingerprintMismatch
+from cache.layout import METADATA, Size, crop_map
+from cache.reader import FeatureCache
+from configs.schema import CacheSettings, CodecName, Settings
+from configs.splits import all_splits, train_split
+from extract.detector import FrameDetector
+from extract.distortion import DistortionMeter, JudgedFrame
+from extract.frames import load_frame, network_size
+
+SEED = 0
+"""Not the run's seed: runs of several seeds share a cache."""
+LOGIT_STEPS = (1 / 32, 1 / 64, 1 / 90, 1 / 128, 1 / 180, 1 / 256, 1 / 512)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChosenCodec:
+    """The codec of a config's caches, and the measurements behind it (None where none were made)."""
+
+    codec: Codec
+    calibration: Calibration | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleFrame:
+    """A frame of the sample as the detector gives it: queries (L, Q, C), cropped map (C, H, W)."""
+
+    frame_queries_LQC: NDArray[np.float32]
+    map_CHW: NDArray[np.float32]
+    image_hw: Size
+
+
+def choose_codec(settings: Settings, detector: FrameDetector) -> ChosenCodec:
+    """The codec of a cache that the config has already begun, else one fitted to its train split.
+
+    So all splits share one fit, and a continued cache keeps its own. Raises FingerprintMismatch where that
+    is another codec than the settings ask for.
+    """
+    wanted = settings.cache.codec
+    for split in all_splits(settings):
+        if (split.features / METADATA).exists():
+            feature_cache = FeatureCache.open(split.features)
+            held = feature_cache.root.codec_name
+            if wanted not in (CodecName.auto, CodecName(held)):
+                raise FingerprintMismatch(
+                    "the cache was begun with another codec",
+                    where=split.features,
+                    expected=wanted.value,
+                    got=held,
+                    hint=f"set cache.codec={held}, or extract into another cache.path",
+                )
+            return ChosenCodec(codec=feature_cache.codec, calibration=read_calibration(split.features))
+    if wanted is CodecName.float16:
+        return ChosenCodec(codec=Float16(), calibration=None)
+    codec, calibration = calibrate(settings, detector)
+    return ChosenCodec(codec=codec, calibration=calibration)
+
+
+def calibrate(settings: Settings, detector: FrameDetector) -> tuple[Codec, Calibration]:
+    """Fit the codecs to two thirds of the calibration frames and measure them on the others."""
+    split, heads = train_split(settings), detector.prediction_heads()
+    sample = draw_frames(load_labels(split.labels).videos, settings.cache.calibration_frames)
+    held_out, fitted = sample[::3], [frame for index, frame in enumerate(sample) if index % 3]
+    accumulator = StatisticsAccumulator(heads.feature_dim)
+    for frame in _run(settings, detector, split.frames, fitted, "fit codecs"):
+        accumulator.add(frame.map_CHW[None], predict_queries(heads, frame.frame_queries_LQC).embeddings_QF)
+    statistics = accumulator.statistics()
+    meters = _candidates(settings.cache, statistics)
+    for frame in _run(settings, detector, split.frames, held_out, "judge codecs"):
+        judged = JudgedFrame.of(heads, frame.frame_queries_LQC, frame.map_CHW, frame.image_hw)
+        for meter in meters:
+            meter.add(judged)
+    results = [(meter.codec, meter.result()) for meter in meters]
+    results.sort(key=lambda result: result[1].bytes_per_frame)
+    chosen = _chosen(settings.cache, results)
+    calibration = Calibration(
+        rows=tuple(row for _, row in results),
+        chosen=chosen,
+        min_mask_iou=settings.cache.min_mask_iou,
+        fitted_frames=len(fitted),
+        held_out_frames=len(held_out),
+    )
+    return results[chosen][0], calibration
+
+
+def draw_frames(videos: Sequence[Video], num_frames: int) -> list[tuple[Video, int]]:
+    """Draw frames from as many videos as possible: each video once in random order, then all of them again.
+
+    Taking every third one holds out whole videos, where there are as many as frames.
+    """
+    rng = np.random.default_rng(SEED)
+    drawn: list[tuple[Video, int]] = []
+    while len(drawn) < num_frames:
+        order = rng.permutation(len(videos))[: num_frames - len(drawn)]
+        drawn += [(videos[index], int(rng.integers(videos[index].length))) for index in order.tolist()]
+    return drawn
+
+
+def _run(
+    settings: Settings, detector: FrameDetector, folder: Path, frames: Sequence[tuple[Video, int]], title: str
+) -> Iterator[SampleFrame]:
+    for video, index in tqdm(frames, desc=title, unit="frame"):
+        original_hw = (video.height, video.width)
+        image_hw = network_size(original_hw, settings.detector.short_edge)
+        image_CHW = load_frame(folder / video.file_names[index], original_hw, image_hw)
+        features = detector.features(image_CHW[None])
+        map_CHW = crop_map(features.mask_features_BCHW[0].float().cpu().numpy(), image_hw)
+        yield SampleFrame(
+            frame_queries_LQC=features.frame_queries_BLQC[0].float().cpu().numpy(),
+            map_CHW=np.ascontiguousarray(map_CHW, np.float32),
+            image_hw=image_hw,
+        )
+
+
+def _candidates(chosen: CacheSettings, statistics: Statistics) -> list[DistortionMeter]:
+    meters = [DistortionMeter(codec, "", statistics.mean_C) for codec in (Float16(), Int8.fit(statistics))]
+    for step in sorted({*LOGIT_STEPS, chosen.logit_step}):
+        codec = Logit.fit(statistics, relative_step=step, identity_share=chosen.identity_share)
+        meters.append(DistortionMeter(codec, f"1/{1 / step:g}", statistics.mean_C))
+    return meters
+
+
+def _chosen(settings: CacheSettings, results: Sequence[tuple[Codec, Distortion]]) -> int:
+    if settings.codec is CodecName.auto:
+        return smallest_faithful([row for _, row in results], settings.min_mask_iou)
+    for index, (codec, _) in enumerate(results):
+        step = codec.relative_step if isinstance(codec, Logit) else settings.logit_step
+        if codec.name == settings.codec.value and step == settings.logit_step:
+            return index
+    raise AssertionError(f"no codec {settings.codec.value} among the candidates")
