@@ -39,6 +39,13 @@ class CodecName(Enum):
     auto = "auto"
 
 
+class CheckpointChoice(Enum):
+    """Which of a run's checkpoints to evaluate; best needs train.evaluate_every."""
+
+    last = "last"
+    best = "best"
+
+
 class PaddedArea(Enum):
     """What the padding of the network's input is to the mask losses."""
 
@@ -139,7 +146,8 @@ class TrainSettings:
     """The training run."""
 
     iterations: int = 130_000
-    batch_clips: int = 8
+    batch_clips: int = 8  # of all processes together
+    accumulate: int = 1  # micro-batches that a process cuts its share into, to save memory
     num_frames: int = 5  # per clip
     frame_range: int = 20  # clip frames lie within this many frames of the reference frame
     replacement: bool = True  # VITA: the release draws a clip's frames with replacement
@@ -149,10 +157,13 @@ class TrainSettings:
     decay_steps: list[int] = field(default_factory=lambda: [75_000])
     decay_factor: float = 0.1
     clip_norm: float = 0.01
+    ema: float = 0.0  # decay of a moving average of the weights, which is then evaluated; 0 keeps none
+    time_budget: float = 0.0  # seconds after which a run stops, with a checkpoint; 0 is no limit
     precision: Precision = Precision.auto
     workers: int = 2
     log_every: int = 20
     checkpoint_every: int = 1000
+    evaluate_every: int = 0  # steps between evaluations while training, which keep the best checkpoint; 0 is never
 
 
 @dataclass
@@ -160,6 +171,7 @@ class EvaluateSettings:
     """Whole-video inference and scoring."""
 
     split: Split = Split.auto
+    checkpoint: CheckpointChoice = CheckpointChoice.last
     top_k: int = 10  # tracks per video: 10 for YouTube-VIS, 20 for OVIS
     repeats: bool = True  # VITA: the release may give one video query several labels
     chunk_frames: int = 16  # frames whose masks are decoded at once

@@ -15,6 +15,7 @@ TERMS = ("class", "mask", "dice", "similarity")
 
 def loss_curves_svg(log: Sequence[dict[str, float]]) -> str:
     """Draw the total loss and the final layer's terms over steps; the <svg> element, without an XML header."""
+    log = [entry for entry in log if "loss" in entry]
     steps = [entry["step"] for entry in log]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.2), layout="constrained")
     left.plot(steps, [entry["loss"] for entry in log], color="#0a6ebd")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,14 +14,14 @@ from torch import Tensor
 from cache.category_map import category_pairs
 from cache.reader import CachedVideo
 from configs.command import device_name
-from configs.schema import Settings
+from configs.schema import CheckpointChoice, Settings
 from evaluate.baseline import track_without_training
 from evaluate.inference import VideoTracks, predict_video
 from evaluate.metrics import VideoMetrics, evaluate_tracks
 from evaluate.results import TrackPrediction, write_results
 from evaluate.whole_video import VideoPredictor, map_chunks, predict_videos
 from train_head.build import decoding_of, map_channels
-from train_head.checkpoint import CHECKPOINT, load_checkpoint
+from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
 from train_head.data import VideoSet, open_evaluation_set
 from train_head.detector_predictions import FrozenHeads
 from train_head.frame_matches import label_map
@@ -58,11 +58,22 @@ def evaluate(settings: Settings) -> Evaluation:
     return Evaluation(folder=run, split=videos.split, metrics=metrics, seconds=seconds)
 
 
+def score_head(settings: Settings) -> float | None:
+    """AP of the run's newest checkpoint, without writing anything; None where the split has no labels."""
+    videos = open_evaluation_set(settings)
+    if not videos.labels.has_tracks:
+        return None
+    newest = replace(settings, evaluate=replace(settings.evaluate, checkpoint=CheckpointChoice.last))
+    predictor = head_predictor(newest, videos, Path(settings.runs) / settings.name)
+    return evaluate_tracks(videos.labels, predict_videos(videos, predictor, "evaluate")).AP
+
+
 def head_predictor(settings: Settings, videos: VideoSet, run: Path) -> VideoPredictor:
     """Whole-video inference by the head in the run's checkpoint."""
     device = torch.device(device_name(settings.device))
-    checkpoint = load_checkpoint(run / CHECKPOINT)
-    checkpoint.require_cache(videos.feature_cache, run / CHECKPOINT)
+    path = run / (BEST if settings.evaluate.checkpoint is CheckpointChoice.best else CHECKPOINT)
+    checkpoint = load_checkpoint(path)
+    checkpoint.require_cache(videos.feature_cache, path)
     head = checkpoint.build_head(device)
     heads = videos.feature_cache.heads
     frozen, decoding = FrozenHeads(heads).to(device), decoding_of(videos.codec, map_channels(heads)).to(device)

@@ -64,7 +64,7 @@ def stage_costs(settings: Settings) -> list[StageCost]:
         if record.exists():
             stored = json.loads(record.read_text())
             costs.append(StageCost(stage=f"extract {split.name}", seconds=stored["seconds"], bytes=stored["bytes"]))
-    log = read_metrics_log(run)
+    log = [entry for entry in read_metrics_log(run) if "seconds" in entry]
     if log and (run / CHECKPOINT).exists():
         size = (run / CHECKPOINT).stat().st_size
         costs.append(StageCost(stage="train", seconds=log[-1]["seconds"], bytes=size))

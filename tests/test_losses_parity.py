@@ -94,7 +94,7 @@ def step(
     outputs = head(queries_LBTQC, shift=False)
     weights = head.fold_masks(outputs.mask_embed_DLBVC, MapDecoding())
     normalisers = LossNormalisers.of_batch(targets, queries_LBTQC.shape[0], head.config.num_queries)
-    return criterion(outputs, weights, maps, targets, points, normalisers)
+    return criterion(outputs, weights, maps, targets, [points] * len(targets), normalisers)
 
 
 def test_every_loss_term(recorded: Recorded) -> None:

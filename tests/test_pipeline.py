@@ -94,7 +94,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_data: Path, tiny_cache: 
     original = trainer.Trainer.training_step
 
     def interrupted(self: trainer.Trainer, clips: list[trainer.Clip]) -> object:
-        if self.step == stop_at:
+        if self.progress.step == stop_at:
             raise KeyboardInterrupt
         return original(self, clips)
 

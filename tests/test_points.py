@@ -21,10 +21,10 @@ def test_uncertain_points() -> None:
         assert sorted(ours.tolist()) == sorted(theirs.tolist())
 
 
-def test_random_points_depend_on_seed_and_step_only() -> None:
+def test_random_points_depend_on_seed_and_clip_only() -> None:
     config = PointConfig(matching=9, loss=8)
     logits = torch.zeros(2, 4, 4)
-    first, again, other = (RandomPoints.for_step(config, 3, s, torch.device("cpu")) for s in (7, 7, 8))
+    first, again, other = (RandomPoints.for_clip(config, 3, s, torch.device("cpu")) for s in (7, 7, 8))
     drawn = first.matching_points(logits.device)
     assert drawn.shape == (9, 2) and torch.equal(drawn, again.matching_points(logits.device))
     assert torch.equal(first.loss_points(logits, (16, 16)), again.loss_points(logits, (16, 16)))

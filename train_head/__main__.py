@@ -52,7 +52,14 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int:
     from train_head.trainer import train
 
-    folder = train(load_settings(arguments.config, arguments.overrides))
+    settings = load_settings(arguments.config, arguments.overrides)
+
+    def average_precision() -> float | None:
+        from evaluate.stage import score_head  # noqa: TID251  # the command line is where the stages meet
+
+        return score_head(settings)
+
+    folder = train(settings, average_precision)
     print(f"trained: {folder}")
     return 0
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from cache.fingerprint import Fingerprint
 from cache.reader import FeatureCache
 from train_head.head import HeadConfig, VitaHead
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.pt"  # the newest
+BEST = "best.pt"  # the one of the highest AP among those evaluated while training
 _VERSION = 1
 
 
@@ -32,11 +33,13 @@ class Checkpoint:
     optimizer: Mapping[str, Any]
     fingerprint: Fingerprint  # of the cache it was trained from
     category_names: tuple[str, ...]
+    average: Mapping[str, torch.Tensor] = field(default_factory=dict)  # moving average of `head`, where it is kept
+    best_ap: float = -1.0  # highest AP so far, a fraction
 
     def build_head(self, device: torch.device | str) -> VitaHead:
-        """Return the head in evaluation mode."""
+        """Return the head in evaluation mode, with averaged weights where there are any."""
         head = VitaHead(self.config)
-        head.load_state_dict(dict(self.head))
+        head.load_state_dict(dict(self.average or self.head))
         return head.to(device).eval()
 
     def require_cache(self, feature_cache: FeatureCache, where: Path) -> None:
@@ -73,6 +76,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "optimizer": dict(checkpoint.optimizer),
         "fingerprint": checkpoint.fingerprint.to_json(),
         "category_names": list(checkpoint.category_names),
+        "average": dict(checkpoint.average),
+        "best_ap": checkpoint.best_ap,
     }
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
@@ -96,6 +101,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
             optimizer=state["optimizer"],
             fingerprint=Fingerprint.from_json(state["fingerprint"], where=path),
             category_names=tuple(state["category_names"]),
+            average=state["average"],
+            best_ap=state["best_ap"],
         )
     except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -100,7 +100,7 @@ class VitaCriterion:
         mask_weights: MaskWeights,
         maps: Sequence[Tensor],
         targets: Sequence[ClipTargets],
-        points: PointSource,
+        points: Sequence[PointSource],
         normalisers: LossNormalisers,
     ) -> VitaLosses:
         """Losses of B clips. `mask_weights`: the folded `mask_embed_DLBVC`; `maps`: B of (T, R, H, W).
@@ -157,18 +157,18 @@ class VitaCriterion:
         maps: Sequence[Tensor],
         targets: Sequence[ClipTargets],
         matches: Sequence[ClipMatch],
-        points: PointSource,
+        points: Sequence[PointSource],
     ) -> tuple[Tensor, Tensor]:
         """Sums (D) of mask cross-entropy and dice over matched queries, the only ones with a logit map."""
         D = len(mask_weights.weights_R)
         mask_D = dice_D = mask_weights.weights_R.new_zeros(D)
-        for clip, (map_TRHW, target, match) in enumerate(zip(maps, targets, matches, strict=True)):
+        for clip, (map_TRHW, target, match, source) in enumerate(zip(maps, targets, matches, points, strict=True)):
             matched = _take_matched(mask_weights, clip, match)
             logits_TMHW = matched.logits(map_TRHW)
             T, M, H, W = logits_TMHW.shape
             area_hw = sampling_area(target.image_hw, (H, W), self.padded_area)
             logits_GHW = logits_TMHW.flatten(0, 1)
-            points_GP2 = points.loss_points(logits_GHW.detach(), area_hw)
+            points_GP2 = source.loss_points(logits_GHW.detach(), area_hw)
             points_TMP2 = torch.unflatten(points_GP2, 0, (T, M))
             labels_TMP = _labels_at(target, match.object_DLM, points_TMP2, area_hw)
             logits_GP = sample_logits(logits_GHW, points_GP2, area_hw)

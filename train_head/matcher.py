@@ -80,7 +80,7 @@ def match_clips(
     mask_weights: MaskWeights,
     maps: Sequence[Tensor],
     targets: Sequence[ClipTargets],
-    points: PointSource,
+    points: Sequence[PointSource],
     *,
     cost_weights: CostWeights,
     padded_area: PaddedArea,
@@ -94,12 +94,12 @@ def match_clips(
     probabilities_DLBVK = class_logits_DLBVK.float().softmax(dim=-1)
     stacked_DLBVR = mask_weights.stacked()
     costs = []
-    for clip, (map_TRHW, target) in enumerate(zip(maps, targets, strict=True)):
+    for clip, (map_TRHW, target, source) in enumerate(zip(maps, targets, points, strict=True)):
         if target.num_objects == 0:
             costs.append(probabilities_DLBVK.new_empty(D, L, V, 0))
             continue
         area_hw = sampling_area(target.image_hw, (map_TRHW.shape[2], map_TRHW.shape[3]), padded_area)
-        points_1P2 = points.matching_points(map_TRHW.device)[None]
+        points_1P2 = source.matching_points(map_TRHW.device)[None]
         channels_TRP = sample_map(map_TRHW, points_1P2, area_hw)
         targets_NTP = _masks_at(target, points_1P2, area_hw)
         cost_GN = point_costs(

@@ -82,7 +82,7 @@ def sample_masks(masks_Ghw: Tensor, index_S: Tensor, points_SP2: Tensor, area_hw
 
 
 class PointSource(Protocol):
-    """Where the losses take their points from."""
+    """Where the losses of one clip take their points from."""
 
     def matching_points(self, device: torch.device) -> Tensor:
         """Points (P, 2) shared by all queries and frames of a clip."""
@@ -110,9 +110,12 @@ class RandomPoints:
         self.config, self.generator = config, generator
 
     @classmethod
-    def for_step(cls, config: PointConfig, seed: int, step: int, device: torch.device) -> RandomPoints:
-        """Points that depend on (seed, step) only, so that a resumed run draws the same ones."""
-        state = int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+    def for_clip(cls, config: PointConfig, seed: int, index: int, device: torch.device) -> RandomPoints:
+        """Points of clip `index` of a run: they depend on (seed, index) only.
+
+        So a resumed run draws the same ones, and so does any number of processes that share a batch.
+        """
+        state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
         return cls(config, torch.Generator(device).manual_seed(state))
 
     def _uniform(self, *shape: int) -> Tensor:

@@ -19,7 +19,9 @@ CONFIG, PROVENANCE, SPLIT, METRICS_LOG = "config.yaml", "provenance.json", "spli
 
 # Settings that may differ when a run goes on: they change no weight.
 _FREE = ("device", "runs", "evaluate", "data.root", "cache.path", "cache.preload", "train.workers")
-_FREE_PACE = ("train.log_every", "train.checkpoint_every")
+_FREE_PACE = tuple(
+    f"train.{key}" for key in ("log_every", "checkpoint_every", "evaluate_every", "time_budget", "accumulate")
+)
 
 
 def open_run(settings: Settings, holdout: Split | None) -> Path:

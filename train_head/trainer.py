@@ -1,14 +1,15 @@
 """Stage two: train the VITA head from a cache.
 
-Whatever varies from step to step depends on (seed, step) alone, so that a resumed run equals one that was
-never interrupted, bit for bit on CPU.
+Whatever varies from step to step depends on (seed, clip number) alone, so that a resumed run equals one that was
+never interrupted, bit for bit on CPU, and any number of processes sees the same batches.
 """
 
 from __future__ import annotations
 
-import math
+import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -19,59 +20,80 @@ from tqdm import tqdm
 from cache.errors import ConfigError, VitaCacheError
 from configs.command import device_name, precision_name
 from configs.schema import Settings
-from train_head.build import (
-    build_criterion,
-    build_optimizer,
-    decoding_of,
-    head_config,
-    learning_rate,
-    map_channels,
-)
-from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from train_head.build import build_optimizer, head_config, learning_rate
+from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from train_head.clips import Clip, ClipConfig, ClipDataset
-from train_head.criterion import LossNormalisers, VitaLosses
 from train_head.data import VideoSet, open_training_set
-from train_head.detector_predictions import FrozenHeads
-from train_head.frame_memory import build_frame_memory
+from train_head.distributed import Group, join_group
 from train_head.head import VitaHead
-from train_head.points import PointConfig, RandomPoints
 from train_head.run_folder import MetricsLog, open_run
-from train_head.targets import ClipTargets
+from train_head.step import StepLosses, TrainingStep
+
+Evaluator = Callable[[], float | None]
+"""AP of the run's checkpoint on its evaluation split, a fraction; None where the split has no public labels."""
 
 
-def train(settings: Settings) -> Path:
+def train(settings: Settings, evaluator: Evaluator | None = None) -> Path:
     """Train a run to its last iteration, going on from its checkpoint if there is one; returns its folder.
 
-    Raises VitaCacheError where cache, labels and settings do not belong together, or a loss is not finite.
+    `evaluator` is called every `train.evaluate_every` steps. Raises VitaCacheError where cache, labels and settings
+    do not belong together, or a loss is not finite.
     """
-    if precision_name(settings.train.precision, device_name(settings.device)) == "float16":
+    device = device_name(settings.device)
+    if precision_name(settings.train.precision, device) == "float16":
         raise ConfigError("training in float16 is not offered", hint="use train.precision=bfloat16 or float32")
+    group, torch_device = join_group(device)
+    share = group.size * settings.train.accumulate
+    if settings.train.batch_clips % share:
+        raise ConfigError(
+            "train.batch_clips cannot be shared evenly",
+            expected=f"a multiple of {group.size} processes x train.accumulate {settings.train.accumulate}",
+            got=settings.train.batch_clips,
+        )
     videos = open_training_set(settings)
-    trainer = Trainer(settings, videos, open_run(settings, videos.holdout))
-    trainer.run()
-    return trainer.folder
+    folder = open_run(settings, videos.holdout) if group.is_main else Path(settings.runs) / settings.name
+    group.wait()
+    Trainer(settings, videos, folder, group, torch_device, evaluator).run()
+    group.wait()
+    return folder
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is: what a checkpoint stores beside weights."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_ap: float = -1.0
 
 
 class Trainer:
     """Head, optimiser and data of one run."""
 
-    def __init__(self, settings: Settings, videos: VideoSet, folder: Path) -> None:
-        self.settings, self.videos, self.folder = settings, videos, folder
-        self.device = torch.device(device_name(settings.device))
-        self.autocast = precision_name(settings.train.precision, self.device.type) == "bfloat16"
-        heads = videos.feature_cache.heads
-        self.decoding = decoding_of(videos.codec, map_channels(heads)).to(self.device)
-        self.detector_heads = FrozenHeads(heads).to(self.device)
-        self.frame_memory = build_frame_memory(settings, videos, self.detector_heads, self.decoding)
+    def __init__(
+        self,
+        settings: Settings,
+        videos: VideoSet,
+        folder: Path,
+        group: Group | None = None,
+        device: torch.device | None = None,
+        evaluator: Evaluator | None = None,
+    ) -> None:
+        self.settings, self.videos, self.folder, self.evaluator = settings, videos, folder, evaluator
+        self.group = group or Group()
+        self.device = device or torch.device(device_name(settings.device))
+        autocast = precision_name(settings.train.precision, self.device.type) == "bfloat16"
+        self.compute = TrainingStep(settings, videos, self.device, self.group, autocast)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             self.head = VitaHead(head_config(settings, videos)).to(self.device).train()
+        self.average: dict[str, Tensor] = {}
         self.optimizer = build_optimizer(self.head, settings)
-        self.criterion = build_criterion(settings.loss)
-        self.points = PointConfig(matching=settings.loss.num_points, loss=settings.loss.num_points)
-        self.step, self.seconds = 0, 0.0
+        self.progress = Progress()
         if (folder / CHECKPOINT).exists():
             self._resume(load_checkpoint(folder / CHECKPOINT, self.device))
+        if settings.train.ema > 0 and not self.average:
+            self.average = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         checkpoint.require_cache(self.videos.feature_cache, self.folder / CHECKPOINT)
@@ -79,31 +101,36 @@ class Trainer:
         self.head.load_state_dict(dict(checkpoint.head))
         if checkpoint.optimizer:  # an imported release has none
             self.optimizer.load_state_dict(dict(checkpoint.optimizer))
-        self.step, self.seconds = checkpoint.step, checkpoint.seconds
+        self.average = dict(checkpoint.average)
+        self.progress = Progress(step=checkpoint.step, seconds=checkpoint.seconds, best_ap=checkpoint.best_ap)
 
     def run(self) -> None:
-        """Train to the last iteration, with a checkpoint every `checkpoint_every` steps and at the end."""
-        train, first_step = self.settings.train, self.step
-        if first_step >= train.iterations:
+        """Train to the last iteration, or to the end of `train.time_budget`."""
+        train, done = self.settings.train, self.progress
+        if done.step >= train.iterations:
             print(f"train: {self.folder} has its {train.iterations} iterations already")
             return
-        log = MetricsLog(self.folder, first_step)
-        started, waited = time.perf_counter(), 0.0
+        log = MetricsLog(self.folder, done.step) if self.group.is_main else None
+        clock = _Clock(done.seconds)
         batches = self._batches()
-        with tqdm(total=train.iterations, initial=first_step, desc="train", unit="step") as progress:
-            while self.step < train.iterations:
-                asked = time.perf_counter()
-                clips = next(batches)
-                waited += time.perf_counter() - asked
+        with tqdm(
+            total=train.iterations, initial=done.step, desc="train", unit="step", disable=not self.group.is_main
+        ) as bar:
+            while done.step < train.iterations and not clock.spent(train.time_budget):
+                clips = clock.wait_for(batches)
                 losses = self.training_step(clips)
-                progress.update()
-                elapsed = time.perf_counter() - started
-                if self.step % train.log_every == 0 or self.step == train.iterations:
-                    values = _logged(losses, learning_rate(self.settings, self.step - 1))
-                    log.write(self.step, {**values, "seconds": self.seconds + elapsed, "data_share": waited / elapsed})
-                    progress.set_postfix(loss=f"{values['loss']:.2f}", waiting=f"{waited / elapsed:.0%}")
-                if self.step % train.checkpoint_every == 0 or self.step == train.iterations:
-                    self.save(self.seconds + elapsed)
+                done.seconds = clock.seconds
+                bar.update()
+                if log is not None and (done.step % train.log_every == 0 or done.step == train.iterations):
+                    log.write(done.step, {**_logged(losses), **clock.shares(), "learning_rate": self._rate(-1)})
+                    bar.set_postfix(loss=f"{losses.loss:.2f}", waiting=f"{clock.data_share:.0%}")
+                if done.step % train.checkpoint_every == 0:
+                    self.save()
+                if train.evaluate_every and done.step % train.evaluate_every == 0:
+                    self._evaluate(log)
+        if done.step < train.iterations:
+            print(f"train: the time budget of {train.time_budget:.0f} s is spent at step {done.step}")
+        self.save()
 
     def _batches(self) -> Iterator[list[Clip]]:
         train = self.settings.train
@@ -114,10 +141,11 @@ class Trainer:
             replacement=train.replacement,
         )
         dataset = ClipDataset(self.videos.feature_cache, self.videos.labels, self.videos.video_ids, config)
+        own = train.batch_clips // self.group.size
         loader: DataLoader[Clip] = DataLoader(
             dataset,
-            batch_size=train.batch_clips,
-            sampler=range(self.step * train.batch_clips, train.iterations * train.batch_clips),
+            batch_size=own,
+            sampler=_ShareOfBatches(self.progress.step, train.iterations, train.batch_clips, self.group),
             num_workers=train.workers,
             collate_fn=list,
             pin_memory=self.device.type == "cuda",
@@ -125,53 +153,55 @@ class Trainer:
         )
         return iter(loader)
 
-    def training_step(self, clips: Sequence[Clip]) -> VitaLosses:
-        """Forward, losses, backward and update for one batch; raises VitaCacheError if anything is not finite."""
-        maps = [clip.map_TRHW.to(self.device, non_blocking=True) for clip in clips]
-        queries = torch.stack([clip.frame_queries_TLQC for clip in clips]).to(self.device, non_blocking=True)
-        queries_LBTQC = self.detector_heads.normed(queries).permute(2, 0, 1, 3, 4)
-        targets = [self.frame_memory.with_matches(clip, clip.targets.to(self.device)) for clip in clips]
+    def training_step(self, clips: Sequence[Clip]) -> StepLosses:
+        """Gradients and update for one batch; raises VitaCacheError, naming the videos, if anything is not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._rate()
+        self.optimizer.zero_grad(set_to_none=True)
         try:
-            losses = self._losses(queries_LBTQC, maps, targets)
+            losses = self.compute.gradients(self.head, clips)
         except FloatingPointError as error:
             raise self._not_finite(clips, str(error)) from error
-        if not math.isfinite(losses.total.item()):
-            raise self._not_finite(clips, "the loss is not finite")
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings, self.step)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.head.parameters(), self.settings.train.clip_norm)
         self.optimizer.step()
-        self.step += 1
+        for name, tensor in self.head.state_dict().items() if self.average else ():
+            self.average[name].lerp_(tensor, 1 - self.settings.train.ema)
+        self.progress.step += 1
         return losses
 
-    def _losses(self, queries_LBTQC: Tensor, maps: list[Tensor], targets: list[ClipTargets]) -> VitaLosses:
-        settings = self.settings
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            outputs = self.head(queries_LBTQC, shift=settings.head.shift_in_training)
-            mask_weights = self.head.fold_masks(outputs.mask_embed_DLBVC, self.decoding)
-        normalisers = LossNormalisers.of_batch(
-            targets, len(queries_LBTQC), settings.head.num_queries, settings.loss.no_object_weight
-        )
-        points = RandomPoints.for_step(self.points, settings.seed, self.step, self.device)
-        return self.criterion(outputs, mask_weights, maps, targets, points, normalisers)
+    def _rate(self, offset: int = 0) -> float:
+        return learning_rate(self.settings, self.progress.step + offset)
 
     def _not_finite(self, clips: Sequence[Clip], reason: str) -> VitaCacheError:
         names = [f"{self.videos.labels.video_by_id[clip.video_id].name} frames {clip.frames}" for clip in clips]
         return VitaCacheError(
-            f"step {self.step}: {reason}; the batch was {'; '.join(names)}",
+            f"step {self.progress.step}: {reason}; the batch was {'; '.join(names)}",
             where=self.folder,
             hint="lower train.learning_rate, or train.precision=float32; the last checkpoint is untouched",
         )
 
-    def save(self, seconds: float) -> None:
+    def _evaluate(self, log: MetricsLog | None) -> None:
+        """Log the AP of the current head and keep the best checkpoint; the main process does it for all."""
+        if log is not None and self.evaluator is not None:
+            self.save()
+            ap = self.evaluator()
+            if ap is not None:
+                log.write(self.progress.step, {"AP": ap})
+                if ap > self.progress.best_ap:
+                    self.progress.best_ap = ap
+                    shutil.copyfile(self.folder / CHECKPOINT, self.folder / f"{BEST}.tmp")
+                    (self.folder / f"{BEST}.tmp").replace(self.folder / BEST)
+        self.group.wait()
+
+    def save(self) -> None:
         """Write the checkpoint of the current step."""
+        if not self.group.is_main:
+            return
         checkpoint = Checkpoint(
-            step=self.step,
-            seconds=seconds,
+            **asdict(self.progress),
             config=self.head.config,
             head=self.head.state_dict(),
+            average=self.average,
             optimizer=self.optimizer.state_dict(),
             fingerprint=self.videos.feature_cache.fingerprint,
             category_names=tuple(category.name for category in self.videos.labels.categories),
@@ -179,13 +209,51 @@ class Trainer:
         save_checkpoint(self.folder / CHECKPOINT, checkpoint)
 
 
-def _logged(losses: VitaLosses, rate: float) -> dict[str, float]:
-    """What metrics.jsonl holds of a step: the total, the final layer's terms, the learning rate."""
-    return {
-        "loss": losses.total.item(),
-        "class": losses.class_D[-1].item(),
-        "mask": losses.mask_D[-1].item(),
-        "dice": losses.dice_D[-1].item(),
-        "similarity": losses.similarity.item(),
-        "learning_rate": rate,
-    }
+class _ShareOfBatches:
+    """This process's clip numbers: its part of batch 0, its part of batch 1, ..."""
+
+    def __init__(self, first_step: int, iterations: int, batch_clips: int, group: Group) -> None:
+        self.steps, self.batch_clips, self.group = range(first_step, iterations), batch_clips, group
+
+    def __iter__(self) -> Iterator[int]:
+        own = self.batch_clips // self.group.size
+        for step in self.steps:
+            first = step * self.batch_clips + self.group.rank * own
+            yield from range(first, first + own)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.batch_clips // self.group.size
+
+
+class _Clock:
+    """Seconds of a run over all sessions, and how much of this one was spent waiting for data."""
+
+    def __init__(self, before: float) -> None:
+        self.before, self.started, self.waited = before, time.perf_counter(), 0.0
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    @property
+    def data_share(self) -> float:
+        return self.waited / max(1e-9, time.perf_counter() - self.started)
+
+    def spent(self, budget: float) -> bool:
+        return 0 < budget <= self.seconds
+
+    def wait_for(self, batches: Iterator[list[Clip]]) -> list[Clip]:
+        asked = time.perf_counter()
+        clips = next(batches)
+        self.waited += time.perf_counter() - asked
+        return clips
+
+    def shares(self) -> dict[str, float]:
+        return {"seconds": self.seconds, "data_share": self.data_share}
+
+
+def _logged(losses: StepLosses) -> dict[str, float]:
+    """What metrics.jsonl holds of a step's losses."""
+    values = asdict(losses)
+    values["class"] = values.pop("class_loss")
+    return values

@@ -1,0 +1,77 @@
+"""The same numbers on CUDA as on CPU, within the tolerances stated here. Skipped where there is no CUDA device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.schema import Device, Precision, Settings
+from evaluate.stage import head_predictor
+from extract.demo.stills import make_still
+from extract.detector import load_detector
+from tests.conftest import tiny_settings
+from train_head.data import open_evaluation_set, open_training_set
+from train_head.run_folder import open_run
+from train_head.trainer import Trainer, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DETECTOR = Path(__file__).parent.parent / "extract" / "demo" / "detector"
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-3), ("bfloat16", 0.5)])
+def test_detector_features(precision: str, tolerance: float) -> None:
+    images = torch.from_numpy(np.stack([make_still(seed, (90, 160)).image for seed in range(4)])).permute(0, 3, 1, 2)
+    expected = load_detector(DETECTOR).features(images)
+    got = load_detector(DETECTOR, precision=precision, device="cuda").features(images)
+    for name in ("frame_queries_BLQC", "mask_features_BCHW"):
+        ours, reference = getattr(got, name).float().cpu(), getattr(expected, name)
+        assert float((ours - reference).abs().mean() / reference.abs().mean()) < tolerance
+
+
+def on_device(settings: Settings, device: Device, precision: Precision, name: str) -> Trainer:
+    settings.device, settings.train.precision, settings.name = device, precision, name
+    videos = open_training_set(settings)
+    return Trainer(settings, videos, open_run(settings, None))
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(Precision.float32, 2e-3), (Precision.bfloat16, 0.1)])
+def test_the_loss_of_a_step(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, precision: Precision, tolerance: float
+) -> None:
+    """Points come from a generator on the device, so losses agree only up to the sampling: many points are drawn."""
+    many = "loss.num_points=20000"
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, many)
+    reference = on_device(settings, Device.cpu, Precision.float32, "cpu")
+    clips = next(reference._batches())
+    expected = reference.training_step(clips).loss
+    trainer = on_device(tiny_settings(tiny_data, tiny_cache, tmp_path, many), Device.cuda, precision, "cuda")
+    assert trainer.training_step(clips).loss == pytest.approx(expected, rel=tolerance + 0.03)
+
+
+def test_whole_video_tracks(tiny_data: Path, tiny_cache: Path, tiny_run: Settings) -> None:
+    run = Path(tiny_run.runs) / tiny_run.name
+    videos = open_evaluation_set(tiny_run)
+    cached = videos.feature_cache.video(str(videos.video_ids[0]))
+    queries = torch.from_numpy(cached.frame_queries())
+    tracks = {}
+    for device in (Device.cpu, Device.cuda):
+        settings = tiny_settings(tiny_data, tiny_cache, Path(tiny_run.runs), f"device={device.value}")
+        tracks[device] = head_predictor(settings, videos, run)(cached, queries)
+    assert tracks[Device.cuda].scores == pytest.approx(tracks[Device.cpu].scores, abs=1e-3)
+
+
+def test_a_run_trains_with_pinned_batches_and_workers(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    train(tiny_settings(tiny_data, tiny_cache, tmp_path, "device=cuda", "train.workers=1", "name=cuda"))
+    assert (tmp_path / "cuda" / "checkpoint.pt").exists()

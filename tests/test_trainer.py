@@ -1,0 +1,150 @@
+"""What keeps a training run honest: schedule, decay groups, averages, the best checkpoint, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from cache.errors import ConfigError
+from configs.schema import Settings
+from evaluate.stage import evaluate, score_head
+from tests.conftest import tiny_settings
+from train_head.build import build_optimizer, learning_rate
+from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
+from train_head.distributed import Group
+from train_head.head import VitaHead
+from train_head.run_folder import read_metrics_log
+from train_head.trainer import _ShareOfBatches, train
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_learning_rate_warms_up_then_steps_down(tiny_run: Settings) -> None:
+    rate = tiny_run.train.learning_rate  # warmup 2, decay at 4
+    assert [learning_rate(tiny_run, step) / rate for step in range(6)] == pytest.approx([0.5, 1, 1, 1, 0.1, 0.1])
+
+
+def test_norms_and_embeddings_are_not_decayed(tiny_run: Settings) -> None:
+    head = VitaHead(load_checkpoint(Path(tiny_run.runs) / "tiny" / CHECKPOINT).config)
+    names = {id(parameter): name for name, parameter in head.named_parameters()}
+    decayed, free = build_optimizer(head, tiny_run).param_groups
+    assert decayed["weight_decay"] == tiny_run.train.weight_decay and free["weight_decay"] == 0
+    free_names = {names[id(parameter)] for parameter in free["params"]}
+    embeddings = ("query_feat.weight", "query_embed.weight", "fq_pos.weight")
+    assert free_names == {name for name in names.values() if "norm" in name or name in embeddings}
+    assert len(free["params"]) + len(decayed["params"]) == len(names)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_processes_share_each_batch_without_gaps_or_duplicates(size: int) -> None:
+    shares = [list(_ShareOfBatches(3, 6, 4, Group(rank=rank, size=size))) for rank in range(size)]
+    own = 4 // size
+    batches = [[clip for share in shares for clip in share[i * own : (i + 1) * own]] for i in range(3)]
+    assert batches == [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]]
+
+
+def final_weights(runs: Path, name: str) -> dict[str, torch.Tensor]:
+    return dict(load_checkpoint(runs / name / CHECKPOINT).head)
+
+
+def assert_same_training(runs: Path, one: str, other: str) -> None:
+    """Equal up to the order of floating point sums: the losses of every step, and the final weights."""
+    first, second = (read_metrics_log(runs / name) for name in (one, other))
+    for key in ("loss", "class", "mask", "dice", "similarity"):
+        assert [e[key] for e in first] == pytest.approx([e[key] for e in second], rel=1e-4)
+    expected, got = final_weights(runs, one), final_weights(runs, other)
+    for key in expected:
+        torch.testing.assert_close(got[key], expected[key], rtol=1e-2, atol=2e-4)
+
+
+def test_accumulated_micro_batches_train_like_one_batch(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    for name, accumulate in (("whole", 1), ("parts", 2)):
+        words = (f"name={name}", f"train.accumulate={accumulate}", "train.batch_clips=4", "train.iterations=4")
+        train(tiny_settings(tiny_data, tiny_cache, tmp_path, *words))
+    assert_same_training(tmp_path, "whole", "parts")
+    with pytest.raises(ConfigError, match=r"batch_clips(.|\n)*multiple"):
+        train(tiny_settings(tiny_data, tiny_cache, tmp_path, "train.accumulate=3", "name=odd"))
+
+
+def test_two_processes_train_like_one_and_resume_as_one(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    words = ["train.batch_clips=4", "train.iterations=4", "train.decay_steps=[3]", "train.checkpoint_every=2"]
+    one = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=one", *words)
+    train(one)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    overrides = [f"data.root={tiny_data}", f"cache.path={tiny_cache}", f"runs={tmp_path}", "name=two", "device=cpu"]
+    overrides += ["head.enc_layers=2", "head.dec_layers=2", "head.ffn_dim=64", "loss.num_points=64", "train.warmup=2"]
+    overrides += ["train.num_frames=3", "train.log_every=1", "train.time_budget=0", *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command += [f"--master-port={port}", "-m", "train_head", "train", "demo", *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert_same_training(tmp_path, "one", "two")
+    longer = ["train.iterations=4", "name=two", *words]
+    train(tiny_settings(tiny_data, tiny_cache, tmp_path, *longer))  # finished: one process finds nothing to do
+    assert load_checkpoint(tmp_path / "two" / CHECKPOINT).step == 4
+
+
+def test_a_moving_average_of_the_weights_is_kept_and_evaluated(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=ema", "train.ema=0.5", "train.iterations=3")
+    from train_head import trainer
+
+    seen: list[dict[str, torch.Tensor]] = []
+    original = trainer.Trainer.training_step
+
+    def watched(self: trainer.Trainer, clips: list[trainer.Clip]) -> object:
+        if not seen:
+            seen.append({key: value.clone() for key, value in self.head.state_dict().items()})
+        result = original(self, clips)
+        seen.append({key: value.clone() for key, value in self.head.state_dict().items()})
+        return result
+
+    trainer.Trainer.training_step = watched  # type: ignore[method-assign,assignment]
+    try:
+        train(settings)
+    finally:
+        trainer.Trainer.training_step = original  # type: ignore[method-assign]
+    checkpoint = load_checkpoint(tmp_path / "ema" / CHECKPOINT)
+    built = checkpoint.build_head("cpu").state_dict()
+    for key in checkpoint.head:
+        expected = seen[0][key] / 8 + seen[1][key] / 8 + seen[2][key] / 4 + seen[3][key] / 2
+        torch.testing.assert_close(checkpoint.average[key], expected)
+        assert torch.equal(built[key], checkpoint.average[key])
+
+
+def test_early_evaluation_logs_ap_and_keeps_the_best(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=early", "train.evaluate_every=2")
+    scores = iter([0.2, 0.5, 0.1])
+    train(settings, lambda: next(scores))
+    run = tmp_path / "early"
+    assert [(e["step"], e["AP"]) for e in read_metrics_log(run) if "AP" in e] == [(2, 0.2), (4, 0.5), (6, 0.1)]
+    best = load_checkpoint(run / BEST)
+    assert best.step == 4
+    assert load_checkpoint(run / CHECKPOINT).best_ap == 0.5
+    real = score_head(settings)
+    written = evaluate(settings).metrics["head"]
+    assert written is not None and real == written.AP
+    evaluate(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=early", "evaluate.checkpoint=best"))
+    assert json.loads((run / "metrics.json").read_text())["num_videos"] == 2
+
+
+def test_a_time_budget_stops_with_a_checkpoint_and_can_be_raised(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    train(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=short", "train.time_budget=1e-3"))
+    assert load_checkpoint(tmp_path / "short" / CHECKPOINT).step < 6
+    train(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=short"))
+    train(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=long"))
+    expected, got = final_weights(tmp_path, "long"), final_weights(tmp_path, "short")
+    assert all(torch.equal(expected[key], got[key]) for key in expected)

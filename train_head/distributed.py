@@ -1,0 +1,62 @@
+"""Training on several processes (torchrun): who am I, and sums over all.
+
+The losses are divided by sums over the whole batch, wherever its clips are; so the gradients of all processes are
+simply added, and any number of processes trains as one does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """This process's number among all that train together."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over all processes."""
+        if self.size > 1:
+            tensor = tensor.clone()
+            distributed.all_reduce(tensor)
+        return tensor
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over all processes, in one message."""
+        if self.size == 1:
+            return
+        trained = list(parameters)
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
+        distributed.all_reduce(flat)
+        for parameter, summed in zip(trained, torch.split(flat, [p.numel() for p in trained]), strict=True):
+            parameter.grad = summed.view_as(parameter)
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.size > 1:
+            distributed.barrier()
+
+
+def join_group(device: str) -> tuple[Group, torch.device]:
+    """Join the processes that torchrun started, one GPU each (nccl), or on CPU (gloo); alone without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Group(), torch.device(device)
+    local = int(os.environ["LOCAL_RANK"])
+    if device == "cuda":
+        torch.cuda.set_device(local)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+    group = Group(rank=distributed.get_rank(), size=distributed.get_world_size())
+    return group, torch.device(device, local) if device == "cuda" else torch.device(device)
