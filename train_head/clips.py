@@ -116,7 +116,8 @@ def draw_frames(
         drawn = rng.choice(others, num_frames - 1)
     else:
         rounds = -(-(num_frames - 1) // len(others))
-        drawn = np.concatenate([rng.permutation(others) for _ in range(rounds)] or [[]])[: num_frames - 1]
+        shuffled = [int(frame) for _ in range(rounds) for frame in rng.permutation(others)]
+        drawn = np.array(shuffled[: num_frames - 1], dtype=np.int64)
     return tuple(sorted([reference, *map(int, drawn)]))
 
 

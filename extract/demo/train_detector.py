@@ -106,8 +106,9 @@ def train(output: Path, pretraining: int, iterations: int, batch_size: int, lear
         loss: Tensor = model(**batch).loss
         return loss
 
-    first = _Phase(name="pretrain", iterations=pretraining, batch_size=batch_size, learning_rate=2 * learning_rate)
-    second = _Phase(name="train", iterations=iterations, batch_size=batch_size, learning_rate=learning_rate)
+    first = _Phase(name="pretrain", iterations=pretraining, batch_size=batch_size, learning_rates=(2 * learning_rate,))
+    rates = (learning_rate, 0.3 * learning_rate)  # features that are good already move less
+    second = _Phase(name="train", iterations=iterations, batch_size=batch_size, learning_rates=rates)
     checkpoints = [output / f"{phase.name}.pt" for phase in (first, second)]
     _run_phase(first, dense, model, dense_loss, checkpoints[0], seed)
     _run_phase(second, model, model, set_loss, checkpoints[1], seed + 1)
@@ -121,7 +122,7 @@ class _Phase:
     name: str
     iterations: int
     batch_size: int
-    learning_rate: float
+    learning_rates: tuple[float, ...]  # of the whole model; or of the rest, and of the pixel-level module
 
 
 def _run_phase(
@@ -133,9 +134,13 @@ def _run_phase(
     seed: int,
 ) -> None:
     """Train one phase to its end, from its checkpoint if there is one."""
-    optimizer = torch.optim.AdamW(trained.parameters(), phase.learning_rate, weight_decay=0.02)
+    groups: list[list[nn.Parameter]] = [[] for _ in phase.learning_rates]
+    for name, parameter in trained.named_parameters():
+        groups["pixel_level" in name and len(groups) > 1].append(parameter)
+    rates = list(phase.learning_rates)
+    optimizer = torch.optim.AdamW([{"params": group} for group in groups], rates[0], weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, phase.learning_rate, total_steps=phase.iterations + 1, pct_start=0.05, div_factor=20
+        optimizer, rates, total_steps=phase.iterations + 1, pct_start=0.05, div_factor=20
     )
     step = 0
     if checkpoint.exists():
@@ -214,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m extract.demo.train_detector", description=__doc__)
     parser.add_argument("--output", type=Path, default=DEMO_DETECTOR)
     parser.add_argument("--pretraining", type=int, default=5000)
-    parser.add_argument("--iterations", type=int, default=6000)
+    parser.add_argument("--iterations", type=int, default=5000)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
