@@ -1,4 +1,7 @@
-"""`python -m cache inspect|verify PATH`: what is in a cache, and is it sound?"""
+"""`python -m cache inspect|verify|prune|diff|export|import|stage|bench`: know, check, move and mend a cache.
+
+PATH is a cache's folder, an HDF5 file (x.h5), or an address (s3://..., gs://...).
+"""
 
 from __future__ import annotations
 
@@ -11,28 +14,77 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cache.errors import VitaCacheError
+from cache.bench import bench
+from cache.errors import CacheError, VitaCacheError
 from cache.inspection import summarise, verify_root, verify_video
+from cache.maintenance import differences, is_folder, prunable, prune
 from cache.reader import FeatureCache
+from cache.staging import stage
+from cache.transfer import export_hdf5, import_hdf5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns 0 where all is well, 1 where `verify` found defects, 2 for input errors."""
-    parser = argparse.ArgumentParser(prog="python -m cache", description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for verb, text in (("inspect", "print counts, sizes and origin"), ("verify", "check every stored byte")):
-        command = verbs.add_parser(verb, help=text, description=text)
-        command.add_argument("path", type=Path, help="the cache's folder")
-        command.add_argument("--json", action="store_true", help="print JSON")
-    chosen = parser.parse_args(arguments)
+    """Run one verb. Returns 0 where all is well, 1 where `verify` or `diff` found something, 2 for input errors."""
+    chosen = _parser().parse_args(arguments)
     try:
-        return inspect(chosen.path, chosen.json) if chosen.verb == "inspect" else verify(chosen.path, chosen.json)
+        return _run(chosen)
     except VitaCacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        return 2
 
 
-def inspect(path: Path, as_json: bool) -> int:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+
+    def verb(name: str, text: str, *paths: str) -> argparse.ArgumentParser:
+        command = verbs.add_parser(name, help=text, description=text)
+        for path in paths:
+            command.add_argument(path)
+        return command
+
+    verb("inspect", "print counts, sizes and origin", "path").add_argument("--json", action="store_true")
+    verb("verify", "check every stored byte", "path").add_argument("--json", action="store_true")
+    command = verb("prune", "list videos that are unfinished or not in the labels", "path")
+    command.add_argument("--delete", action="store_true", help="delete them")
+    verb("diff", "say in words what sets two caches apart", "path", "other")
+    verb("export", "write a cache to one HDF5 file", "path", "file")
+    verb("import", "write the cache of an HDF5 file to a folder", "file", "path")
+    verb("stage", "copy a remote cache to a folder, continuing where it stopped", "path", "folder")
+    command = verb("bench", "measure reading against bare preadv and other libraries")
+    command.add_argument("--folder", type=Path, help="where to write the test data (1 GB); default: the system's")
+    command.add_argument("--json", type=Path, help="also write the figures to this file")
+    command.add_argument("--scale", type=float, default=1.0, help="share of the frames and videos")
+    return parser
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    match chosen.verb:
+        case "inspect":
+            return inspect(chosen.path, chosen.json)
+        case "verify":
+            return verify(chosen.path, chosen.json)
+        case "prune":
+            return prune_videos(chosen.path, chosen.delete)
+        case "diff":
+            return diff(chosen.path, chosen.other)
+        case "export":
+            export_hdf5(FeatureCache.open(chosen.path), Path(chosen.file))
+        case "import":
+            import_hdf5(Path(chosen.file), Path(chosen.path))
+        case "stage":
+            stage(chosen.path, Path(chosen.folder))
+        case "bench":
+            return bench(chosen.folder, chosen.json, chosen.scale)
+    return 0
+
+
+def inspect(path: str, as_json: bool) -> int:
     """Print the summary of the cache at `path`."""
     summary = summarise(path)
     if as_json:
@@ -52,7 +104,7 @@ def inspect(path: Path, as_json: bool) -> int:
     return 0
 
 
-def verify(path: Path, as_json: bool) -> int:
+def verify(path: str, as_json: bool) -> int:
     """Print every defect of the cache at `path`, one a line or as JSON."""
     feature_cache = FeatureCache.open(path)
     findings = list(verify_root(feature_cache))
@@ -66,6 +118,32 @@ def verify(path: Path, as_json: bool) -> int:
             print(f"{finding.where}: {finding.rule}: {finding.message}")
         print(f"{path}: {len(names)} videos, {len(findings)} defects")
     return 1 if findings else 0
+
+
+def prune_videos(path: str, delete: bool) -> int:
+    """List what may go and, if asked to, delete it."""
+    feature_cache = FeatureCache.open(path)
+    if not is_folder(feature_cache):
+        raise CacheError("only a cache in a folder can be pruned", where=path)
+    found = prunable(feature_cache)
+    for entry in found:
+        print(f"{entry.folder}: {entry.reason}, {entry.bytes / 1e6:.2f} MB")
+    if delete:
+        prune(found)
+    done = "deleted" if delete else "to delete (nothing done yet; add --delete)"
+    print(f"{path}: {len(found)} videos, {sum(entry.bytes for entry in found) / 1e6:.2f} MB {done}")
+    return 0
+
+
+def diff(path: str, other: str) -> int:
+    """Print what sets two caches apart; `here` is the first, `there` the second."""
+    first, second = FeatureCache.open(path), FeatureCache.open(other)
+    lines = list(differences(first, second))
+    for line in lines:
+        print(line)
+    same = first.fingerprint == second.fingerprint
+    print("the features are interchangeable" if same else "the features are not interchangeable")
+    return 1 if any(not line.startswith("origin") for line in lines) else 0
 
 
 if __name__ == "__main__":

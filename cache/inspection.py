@@ -45,7 +45,7 @@ class Finding:
     message: str
 
 
-def summarise(path: Path) -> Summary:
+def summarise(path: Path | str) -> Summary:
     """Count what is in the cache at `path`. Raises CacheError where there is none."""
     feature_cache = FeatureCache.open(path)
     videos = [feature_cache.video(name) for name in feature_cache.video_names()]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.compression import decompress
 from cache.errors import CacheError, CorruptData
 from cache.layout import ANNOTATIONS, METADATA, VIDEOS
 from cache.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
@@ -43,10 +44,15 @@ def object_store(url: str) -> ObjectStore:
     except ImportError as error:
         raise CacheError("remote caches need obstore", where=url, hint="pip install '.[remote]'") from error
     try:
-        store: ObjectStore = from_url(url, client_options={"allow_http": url.startswith("http:")})
+        store: ObjectStore = from_url(url, client_options={"allow_http": True} if url.startswith("http:") else None)
     except Exception as error:
-        raise CacheError(f"not a usable address: {error}", where=url) from error
+        raise CacheError(f"not a usable address: {_first_line(error)}", where=url) from error
     return store
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong; obstore adds a page of internals."""
+    return str(error).strip().partition("\n")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +125,23 @@ class RemoteStore:
         listing = obstore.list(self.objects, prefix=f"{VIDEOS}/{video}/{field}/").collect()
         return sum(entry["size"] for entry in listing)
 
+    def listing(self, prefix: str) -> list[str]:
+        """Names of all objects below a prefix that ends in `/`."""
+        import obstore
+
+        return [entry["path"] for entry in obstore.list(self.objects, prefix=prefix).collect()]
+
+    def put(self, name: str, file: Path) -> None:
+        """Store a file's bytes. Raises CacheError where the store refuses them."""
+        import obstore
+
+        try:
+            obstore.put(self.objects, name, file)
+        except (obstore.exceptions.BaseError, OSError) as error:
+            raise CacheError(
+                f"cannot be written: {_first_line(error)}", where=f"{self.url}/{name}", hint=RETRY_HINT
+            ) from error
+
     def names(self, group: str) -> list[str]:
         """Names of the groups and arrays in a group, sorted."""
         import obstore
@@ -146,7 +169,9 @@ class RemoteStore:
         except FileNotFoundError:
             return None
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise CacheError(f"cannot be read: {error}", where=f"{self.url}/{name}", hint=RETRY_HINT) from error
+            raise CacheError(
+                f"cannot be read: {_first_line(error)}", where=f"{self.url}/{name}", hint=RETRY_HINT
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,10 +202,23 @@ class RemoteFrames:
             chunks = self._chunks(shard, [frames[row] for row in wanted])
             for row, chunk in zip(wanted, chunks, strict=True):
                 content = chunk[:-CRC_BYTES]
-                if crc32c(content) != int.from_bytes(chunk[-CRC_BYTES:], "little") or len(content) != rows.shape[1]:
+                if crc32c(content) != int.from_bytes(chunk[-CRC_BYTES:], "little"):
                     raise self._corrupt("checksum mismatch", frames[row])
-                rows[row] = np.frombuffer(content, np.uint8)
+                if not (decompress if self.layout.compressed else _copy)(content, rows[row].data):
+                    raise self._corrupt("chunk does not hold a frame", frames[row])
         return out
+
+    def _unpack(self, chunk: bytes, row: NDArray[np.uint8], frame: int) -> None:
+        content = memoryview(chunk)[:-CRC_BYTES]
+        if crc32c(content) != int.from_bytes(chunk[-CRC_BYTES:], "little"):
+            raise self._corrupt("checksum mismatch", frame)
+        if self.layout.compressed:
+            if not decompress(content, row.data):
+                raise self._corrupt("chunk does not unpack to a frame", frame)
+        elif len(content) != len(row):
+            raise self._corrupt(f"chunk of {len(content)} bytes instead of {len(row)}", frame)
+        else:
+            row[:] = np.frombuffer(content, np.uint8)
 
     def _chunks(self, shard: int, frames: list[int]) -> list[bytes]:
         """The chunks of some frames of a shard, checksums included."""
@@ -197,7 +235,7 @@ class RemoteFrames:
             starts, lengths = [entry[0] for entry in entries], [entry[1] for entry in entries]
             found = obstore.get_ranges(self.store.objects, file, starts=starts, lengths=lengths)
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise self._corrupt(f"shard cannot be read: {error}", frames[0]) from error
+            raise self._corrupt(f"shard cannot be read: {_first_line(error)}", frames[0]) from error
         return [bytes(chunk) for chunk in found]
 
     def _index(self, file: str, frame: int) -> list[tuple[int, int]]:
@@ -212,3 +250,10 @@ class RemoteFrames:
 
     def _corrupt(self, what: str, frame: int) -> CorruptData:
         return CorruptData(what, where=f"{self.store.url}/{self.name}, frame {frame}", hint=RETRY_HINT)
+
+
+def _copy(content: bytes, row: memoryview) -> bool:
+    """Fill `row` with the content of a plain chunk; False where it has another length."""
+    if len(content) == len(row):
+        row[:] = content
+    return len(content) == len(row)

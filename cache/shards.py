@@ -31,7 +31,7 @@ from cache.shard_layout import (
     shard_name,
 )
 
-BLOCK_BYTES = 1 << 19
+BLOCK_BYTES = 1 << 20
 """Read and verified at a time: fits the second-level cache, and a system call's cost vanishes."""
 SPLIT_BYTES = 1 << 22
 """From here on two threads share a read, so that checksums cost no time where a core is free."""

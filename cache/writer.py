@@ -78,7 +78,7 @@ class CacheWriter:
             raise CacheError(what, expected=fingerprint.codec, got=codec_identity(codec))
         sources = {} if labels_json is None else video_sources(labels_json)
         path.mkdir(parents=True, exist_ok=True)
-        with _locked(path, wait=True):
+        with locked(path, wait=True):
             if (path / METADATA).exists():
                 _check_continuation(path, fingerprint, sources)
                 codec = FeatureCache.open(path).codec
@@ -105,7 +105,7 @@ class CacheWriter:
         if name.partition("@")[2] != attributes.view.name:
             raise CacheError("name and view differ", where=f"video {name!r}", expected=f"@{attributes.view.name}")
         folder.mkdir(exist_ok=True)
-        with _locked(folder, wait=False):
+        with locked(folder, wait=False):
             _remove_leftover(folder)
             self._record_session()
             stored = {**attributes.to_json(), "source": self._sources.get(name.partition("@")[0])}
@@ -116,7 +116,7 @@ class CacheWriter:
                 sink.finish()
             finally:
                 sink.close()
-            _sync_tree(folder)
+            sync_tree(folder)
             write_file_atomically(folder / METADATA, group_metadata({"complete": True, **stored}))
             sync_to_disk(folder.parent)
 
@@ -124,7 +124,7 @@ class CacheWriter:
         """Add this process to the provenance, once, and only when it writes features."""
         if self._recorded:
             return
-        with _locked(self.path, wait=True):
+        with locked(self.path, wait=True):
             root = Root.read(FolderStore(path=self.path))
             _write_root(self.path, self.fingerprint, self.codec, [*root.sessions, asdict(self._provenance)])
         self._recorded = True
@@ -171,7 +171,7 @@ def _create(path: Path, fingerprint: Fingerprint, heads: DetectorHeads, codec: C
         for name, array in arrays.items():
             write_array(path / group / name, array)
         write_file_atomically(path / group / METADATA, group_metadata(attributes))
-        _sync_tree(path / group)
+        sync_tree(path / group)
     _write_root(path, fingerprint, codec, [])
 
 
@@ -198,7 +198,8 @@ def _remove_leftover(folder: Path) -> None:
             entry.unlink()
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Bring all files and folders below `folder` to disk."""
     # At the same time, so that the file system can put them into one journal commit: several times faster.
     with ThreadPoolExecutor(max_workers=16) as pool:
         list(pool.map(sync_to_disk, [folder, *folder.rglob("*")]))
@@ -209,7 +210,7 @@ def _read(path: Path) -> bytes | None:
 
 
 @contextmanager
-def _locked(folder: Path, *, wait: bool) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool) -> Iterator[None]:
     """Hold the folder's advisory lock, which the kernel drops when the process ends, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -15,7 +15,7 @@ from train_head.clips import ClipConfig, ClipDataset, draw_frames, read_targets
 
 def open_dataset(features: Path, seed: int = 3) -> ClipDataset:
     feature_cache = FeatureCache.open(features / "train")
-    labels = load_labels(feature_cache.labels_path)
+    labels = feature_cache.labels()
     config = ClipConfig(num_frames=4, frame_range=2, seed=seed)
     return ClipDataset(feature_cache, labels, [video.id for video in labels.videos], config)
 
@@ -93,7 +93,7 @@ def test_labels_are_resized_to_the_networks_input(tiny_cache: Path) -> None:
 
 def test_videos_without_objects_or_features_are_refused(tiny_cache: Path) -> None:
     feature_cache = FeatureCache.open(tiny_cache / "train")
-    labels = load_labels(feature_cache.labels_path)
+    labels = feature_cache.labels()
     config = ClipConfig(num_frames=2, frame_range=2, seed=0)
     with pytest.raises(AnnotationError, match="no video with a labelled object"):
         ClipDataset(feature_cache, labels, [], config)
