@@ -1,0 +1,213 @@
+"""Calibration before extraction: fitted once, shared by the splits, kept by a continued cache; and what it promises."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cache.annotations import load_labels
+from cache.codecs import codec_identity
+from cache.codecs.rate_distortion import (
+    CALIBRATION,
+    Calibration,
+    Distortion,
+    format_table,
+    read_calibration,
+    smallest_faithful,
+    write_calibration,
+)
+from cache.detector_masks import predict_queries
+from cache.errors import ConfigError, CorruptData, FingerprintMismatch
+from cache.inspection import verify_root, verify_video
+from cache.reader import FeatureCache
+from configs.load import load_settings
+from extract.__main__ import main as extract_main
+from extract.calibration import draw_frames
+from extract.stage import extract
+from tests.conftest import tiny_settings
+from train_head.build import decoding_of, map_channels
+from train_head.detector_predictions import FrozenHeads
+from train_head.mask_folding import MapDecoding
+
+FRAMES = "cache.calibration_frames=12"
+
+
+def detector_masks(feature_cache: FeatureCache, video: str) -> torch.Tensor:
+    """The detector's own masks (T, 10, H, W) of its likeliest queries, by the path that training takes."""
+    heads = FrozenHeads(feature_cache.heads)
+    cached = feature_cache.video(video)
+    channels = map_channels(feature_cache.heads)
+    normed_TQC = heads.normed(torch.from_numpy(cached.frame_queries())[:, -1])
+    predictions = heads.predict(normed_TQC, decoding_of(feature_cache.codec, channels))
+    logits = predictions.mask_weights.logits(torch.from_numpy(cached.mask_features()))
+    best = predictions.class_logits.softmax(dim=-1)[..., -1].argsort(dim=1)[:, :10]
+    return torch.take_along_dim(logits, best[..., None, None], dim=1)
+
+
+@pytest.fixture(scope="module")
+def caches(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both splits, with each codec."""
+    root = tmp_path_factory.mktemp("codec_caches")
+    for codec in ("int8", "logit", "auto"):
+        extract(tiny_settings(tiny_data, root / codec, root, f"cache.codec={codec}", FRAMES))
+    return {codec: root / codec for codec in ("int8", "logit", "auto")}
+
+
+@pytest.mark.parametrize("codec", ["int8", "logit", "auto"])
+def test_masks_from_stored_features_stay_true(caches: dict[str, Path], tiny_cache: Path, codec: str) -> None:
+    exact, stored = FeatureCache.open(tiny_cache / "valid"), FeatureCache.open(caches[codec] / "valid")
+    ious = []
+    for name in exact.video_names():
+        ours, theirs = detector_masks(stored, name) > 0, detector_masks(exact, name) > 0
+        union = (ours | theirs).sum(dim=(2, 3))
+        ious.append(((ours & theirs).sum(dim=(2, 3)) / union)[union > 0])
+        np.testing.assert_array_equal(stored.video(name).frame_queries(), exact.video(name).frame_queries())
+        assert list(verify_video(stored, name)) == []
+    assert torch.cat(ious).mean() > 0.97  # masks of a stride-4 map of 24 x 30: a pixel is a lot
+    assert list(verify_root(stored)) == []
+
+
+def test_a_logit_cache_is_a_fraction_of_the_size(caches: dict[str, Path], tiny_cache: Path) -> None:
+    def map_bytes(path: Path) -> int:
+        return sum(file.stat().st_size for file in path.glob("train/videos/*/mask_features/c.*"))
+
+    assert map_bytes(caches["int8"]) < 0.51 * map_bytes(tiny_cache)
+    assert map_bytes(caches["logit"]) < 0.25 * map_bytes(tiny_cache)
+
+
+@pytest.mark.parametrize("codec", ["int8", "logit", "auto"])
+def test_splits_share_one_fit(caches: dict[str, Path], codec: str) -> None:
+    train, valid = (FeatureCache.open(caches[codec] / split) for split in ("train", "valid"))
+    assert train.fingerprint == valid.fingerprint
+    assert codec_identity(train.codec) == codec_identity(valid.codec) == train.fingerprint.codec
+    assert (caches[codec] / "train" / CALIBRATION).read_bytes() == (caches[codec] / "valid" / CALIBRATION).read_bytes()
+
+
+def test_the_measurements_are_stored(caches: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for codec, path in caches.items():
+        calibration = read_calibration(path / "train")
+        assert calibration is not None
+        assert (calibration.fitted_frames, calibration.held_out_frames) == (8, 4)
+        chosen = calibration.rows[calibration.chosen]
+        assert chosen.codec == FeatureCache.open(path / "train").root.codec_name
+        assert chosen.codec == codec or codec == "auto"
+        sizes = [row.bytes_per_frame for row in calibration.rows]
+        assert sizes == sorted(sizes)
+        by_step = [row for row in calibration.rows if row.codec == "logit"]
+        assert all(a.logit_error > b.logit_error for a, b in pairwise(by_step))
+        exact = next(row for row in calibration.rows if row.codec == "float16")
+        assert exact.mask_iou > 0.995 and exact.feature_error < 1e-3
+        if codec == "auto":
+            assert chosen.mask_iou >= 0.99
+            assert all(row.mask_iou < 0.99 for row in calibration.rows[: calibration.chosen])
+
+
+def test_measured_bytes_are_those_on_disk(caches: dict[str, Path]) -> None:
+    path = caches["int8"]
+    calibration = read_calibration(path / "train")
+    assert calibration is not None
+    video = FeatureCache.open(path / "train").video("1")
+    expected = video.mask_features([0]).nbytes + video.frame_queries([0]).nbytes + 8
+    row = next(row for row in calibration.rows if row.codec == "int8")
+    assert row.bytes_per_frame == pytest.approx(expected, rel=0.2)  # videos differ in size
+
+
+def test_a_continued_cache_keeps_its_fit(tiny_data: Path, tmp_path: Path) -> None:
+    extract(tiny_settings(tiny_data, tmp_path, tmp_path, "cache.codec=logit", FRAMES), only=["train"])
+    before = FeatureCache.open(tmp_path / "train").fingerprint
+    other = ("cache.codec=auto", "cache.calibration_frames=4", "cache.identity_share=0.5")
+    extract(tiny_settings(tiny_data, tmp_path, tmp_path, *other))
+    assert FeatureCache.open(tmp_path / "train").fingerprint == before
+    assert FeatureCache.open(tmp_path / "valid").fingerprint == before
+    float16 = tiny_settings(tiny_data, tmp_path, tmp_path, "cache.codec=float16")
+    with pytest.raises(FingerprintMismatch, match=r"another codec[\s\S]*cache.codec=logit"):
+        extract(float16)
+
+
+def test_the_command_prints_the_table_and_stores_nothing(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["demo", f"data.root={tiny_data}", f"cache.path={tmp_path / 'none'}", "device=cpu", FRAMES]
+    monkeypatch.setattr("sys.argv", ["extract", "calibrate", *arguments])
+    assert extract_main() == 0
+    printed = capsys.readouterr().out
+    assert "mask IoU" in printed and "* float16" in printed and "logit 1/128" in printed
+    assert not (tmp_path / "none").exists()
+
+
+def test_frames_are_spread_over_the_videos(tiny_data: Path) -> None:
+    videos = load_labels(tiny_data / "train.json").videos
+    drawn = draw_frames(videos, 12)
+    assert drawn == draw_frames(videos, 12)
+    counts = [sum(video.id == chosen.id for chosen, _ in drawn) for video in videos]
+    assert sorted(counts) == [2, 2, 2, 3, 3]
+    assert all(0 <= frame < video.length for video, frame in drawn)
+    assert len({frame for _, frame in drawn}) > 1
+
+
+def test_predictions_in_numpy_are_those_of_training(tiny_cache: Path) -> None:
+    feature_cache = FeatureCache.open(tiny_cache / "train")
+    queries = feature_cache.video("1").frame_queries([0, 3])
+    ours = predict_queries(feature_cache.heads, queries)
+    heads = FrozenHeads(feature_cache.heads)
+    theirs = heads.predict(heads.normed(torch.from_numpy(queries)), MapDecoding())
+    np.testing.assert_allclose(ours.embeddings_QF, theirs.mask_weights.weights_R.numpy(), rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(ours.constant_Q, theirs.mask_weights.const.numpy(), rtol=1e-3, atol=1e-3)
+    objects = 1 - theirs.class_logits.softmax(dim=-1)[..., -1].numpy()
+    np.testing.assert_allclose(ours.object_probability_Q, objects, atol=1e-4)
+
+
+# The choice
+
+
+def row(codec: str, size: float, iou: float) -> Distortion:
+    return Distortion(
+        codec=codec,
+        setting="",
+        stored_channels=1,
+        bytes_per_frame=size,
+        feature_error=0.1,
+        logit_error=0.1,
+        mask_iou=iou,
+        mask_iou_p5=iou,
+        encode_ms=1,
+        decode_ms=1,
+    )
+
+
+ROWS = (row("a", 10, 0.95), row("b", 20, 0.991), row("c", 30, 0.985), row("d", 40, 0.999))
+
+
+@pytest.mark.parametrize(("threshold", "expected"), [(0.9, 0), (0.99, 1), (0.995, 3), (1.0, 3)])
+def test_the_smallest_faithful_codec_is_chosen(threshold: float, expected: int) -> None:
+    assert smallest_faithful(ROWS, threshold) == expected
+
+
+def test_the_table_survives_the_disk(tmp_path: Path) -> None:
+    assert read_calibration(tmp_path) is None
+    calibration = Calibration(rows=ROWS, chosen=1, min_mask_iou=0.99, fitted_frames=8, held_out_frames=4)
+    write_calibration(tmp_path, calibration)
+    assert read_calibration(tmp_path) == calibration
+    assert [line[0] for line in format_table(calibration).splitlines()[2:]] == [" ", "*", " ", " "]
+    (tmp_path / CALIBRATION).write_text('{"rows": [{}]}')
+    with pytest.raises(CorruptData, match="calibration"):
+        read_calibration(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "cache.codec=int4",
+        "cache.min_mask_iou=1.5",
+        "cache.logit_step=0",
+        "cache.identity_share=0",
+        "cache.calibration_frames=1",
+    ],
+)
+def test_impossible_codec_settings_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
+        load_settings("demo", [override])
