@@ -9,13 +9,17 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from cache.errors import ConfigError, WeightsError
+from cache.reader import CachedVideo, FeatureCache
 from configs.load import load_settings
 from extract.detector import FrameFeatures, TransformersDetector, load_detector
 from extract.detectron2_engine import Detectron2Detector, load_detectron2_detector
+from extract.stage import extract
+from tests.conftest import tiny_settings
 from tests.detector_samples import GOLDEN, golden_arrays, write_checkpoint
 
 TOLERANCE = 1e-4
@@ -99,6 +103,28 @@ def test_heads_and_descriptions_agree(engines: Engines) -> None:
     assert engines.detectron2.architecture.startswith(engines.transformers.architecture)
     assert engines.detectron2.report is not None and engines.transformers.report is not None
     assert engines.detectron2.report.matched == engines.transformers.report.matched
+
+
+@live
+def test_extraction_with_either_engine(tiny_data: Path, engines: Engines, tmp_path: Path) -> None:
+    """Through stage one: the same stored features but for a float16 rounding, and fingerprints that tell them apart."""
+    weights = write_checkpoint(engines.name, tmp_path)
+    chosen = {
+        "one": [],
+        "two": ["detector.engine=detectron2", f"detector.config_file={config_file(engines.name, tmp_path)}"],
+    }
+    caches = []
+    for name, overrides in chosen.items():
+        features = tmp_path / name
+        extract(tiny_settings(tiny_data, features, tmp_path, f"detector.weights={weights}", *overrides), only=["valid"])
+        caches.append(FeatureCache.open(features / "valid"))
+    for video in caches[0].video_names():
+        stored = [feature_cache.video(video) for feature_cache in caches]
+        for read in (CachedVideo.frame_queries, CachedVideo.mask_features):
+            ours, theirs = (read(video).astype(np.float32) for video in stored)
+            assert np.abs(ours - theirs).max() <= 2**-10 * np.abs(ours).max() + TOLERANCE
+    (difference,) = caches[0].fingerprint.differences(caches[1].fingerprint)
+    assert "detector architecture" in difference
 
 
 @live
