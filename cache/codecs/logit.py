@@ -110,13 +110,14 @@ class Logit:
         num_frames, num_channels, height, width = mask_features_TCHW.shape
         stored = np.empty((num_frames, self.stored_channels(num_channels), height * width), self.dtype)
         offset_K1 = (self.projection_KC @ self.mean_C)[:, None]
-        largest_K1 = np.where(np.arange(len(self.projection_KC)) < self.num_wide, LARGEST, LEVELS)[:, None]
-        for row, features_CHW in zip(stored, mask_features_TCHW, strict=True):
-            steps = self.projection_KC @ features_CHW.reshape(num_channels, -1).astype(np.float32) - offset_K1
-            values = np.clip(np.rint(steps), -largest_K1, largest_K1).astype(np.int32)
-            high = (values[: self.num_wide] + DIGIT // 2) // DIGIT
-            values[: self.num_wide] -= high * DIGIT
-            row[:] = np.concatenate([values, high])
+        kept, wide = len(self.projection_KC), self.num_wide
+        for row_RS, features_CHW in zip(stored, mask_features_TCHW, strict=True):
+            steps_KS = self.projection_KC @ features_CHW.reshape(num_channels, -1).astype(np.float32, copy=False)
+            np.rint(np.subtract(steps_KS, offset_K1, out=steps_KS), out=steps_KS)
+            row_RS[wide:kept] = np.clip(steps_KS[wide:], -LEVELS, LEVELS, out=steps_KS[wide:])
+            values_PS = np.clip(steps_KS[:wide], -LARGEST, LARGEST).astype(np.int32)
+            row_RS[kept:] = high_PS = (values_PS + DIGIT // 2) // DIGIT
+            row_RS[:wide] = values_PS - high_PS * DIGIT
         return stored.reshape(num_frames, -1, height, width)
 
     def decode(self, stored_TRHW: NDArray[Any]) -> NDArray[np.float32]:
