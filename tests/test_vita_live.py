@@ -1,7 +1,8 @@
 """From pixels to scores against the real VITA: skipped without detectron2 and a VITA checkout in PYTHONPATH.
 
-The checkpoint is VITA's own `state_dict` with the recorded tiny weights. VITA reads the frames, resizes them with
-detectron2 and evaluates the video in one go; we extract, import the head and evaluate from the float16 cache (measured: scores 7e-5, pixels 0.02 %).
+The checkpoint is VITA's own `state_dict` with the recorded tiny weights. VITA reads the frames, resizes them
+with detectron2 and evaluates the video in one go; we extract, import the head and evaluate from the float16
+cache. Measured: scores 7e-5, pixels 0.02 %.
 """
 
 from __future__ import annotations
