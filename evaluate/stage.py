@@ -73,7 +73,7 @@ def head_predictor(settings: Settings, videos: VideoSet, run: Path) -> VideoPred
     device = torch.device(device_name(settings.device))
     path = run / (BEST if settings.evaluate.checkpoint is CheckpointChoice.best else CHECKPOINT)
     checkpoint = load_checkpoint(path)
-    checkpoint.require_cache(videos.feature_cache, path)
+    checkpoint.require_cache(videos.feature_cache, path, any_codec=True)
     head = checkpoint.build_head(device)
     heads = videos.feature_cache.heads
     frozen, decoding = FrozenHeads(heads).to(device), decoding_of(videos.codec, map_channels(heads)).to(device)

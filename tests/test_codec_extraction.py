@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from cache.errors import ConfigError, CorruptData, FingerprintMismatch
 from cache.inspection import verify_root, verify_video
 from cache.reader import FeatureCache
 from configs.load import load_settings
+from configs.schema import Settings
+from evaluate.stage import evaluate
 from extract.__main__ import main as extract_main
 from extract.calibration import draw_frames
 from extract.stage import extract
@@ -32,6 +35,7 @@ from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
 from train_head.detector_predictions import FrozenHeads
 from train_head.mask_folding import MapDecoding
+from train_head.trainer import train
 
 FRAMES = "cache.calibration_frames=12"
 
@@ -159,6 +163,17 @@ def test_predictions_in_numpy_are_those_of_training(tiny_cache: Path) -> None:
     np.testing.assert_allclose(ours.constant_Q, theirs.mask_weights.const.numpy(), rtol=1e-3, atol=1e-3)
     objects = 1 - theirs.class_logits.softmax(dim=-1)[..., -1].numpy()
     np.testing.assert_allclose(ours.object_probability_Q, objects, atol=1e-4)
+
+
+def test_a_head_serves_caches_of_other_codecs_but_is_not_trained_on(
+    tiny_run: Settings, tiny_data: Path, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(Path(tiny_run.runs) / tiny_run.name, tmp_path / "tiny")
+    other = tiny_settings(tiny_data, caches["int8"], tmp_path, "name=tiny", "cache.codec=int8")
+    metrics = evaluate(other).metrics["head"]
+    assert metrics is not None
+    with pytest.raises(ConfigError, match=r"cache.codec was float16, now int8"):
+        train(other)
 
 
 # The choice

@@ -42,9 +42,16 @@ class Checkpoint:
         head.load_state_dict(dict(self.average or self.head))
         return head.to(device).eval()
 
-    def require_cache(self, feature_cache: FeatureCache, where: Path) -> None:
-        """Raise FingerprintMismatch where the head was trained on other features than this cache holds."""
-        differences = self.fingerprint.differences(feature_cache.fingerprint)
+    def require_cache(self, feature_cache: FeatureCache, where: Path, *, any_codec: bool = False) -> None:
+        """Raise FingerprintMismatch where the head was trained on other features than this cache holds.
+
+        `any_codec`: codecs may differ. Mask embeddings live in the space of the features themselves and are folded
+        into whatever codec a cache has, so a trained head means the same there, up to the codecs' rounding.
+        """
+        held = feature_cache.fingerprint
+        differences = self.fingerprint.differences(
+            dataclasses.replace(held, codec=self.fingerprint.codec) if any_codec else held
+        )
         if differences:
             raise FingerprintMismatch(
                 f"this head was trained on other features than {feature_cache.path} holds: the head (here) and "
