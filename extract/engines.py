@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from cache.errors import WeightsError
 from configs.schema import DetectorEngine, DetectorSettings
 from extract.detector import FrameDetector, load_detector
 
@@ -28,13 +29,18 @@ def _detectron2(chosen: DetectorSettings, precision: str, device: str) -> FrameD
     from extract.detectron2_engine import load_detectron2_detector
 
     assert chosen.config_file is not None  # configs/load.py
-    return load_detectron2_detector(
+    detector = load_detectron2_detector(
         Path(chosen.weights),
         Path(chosen.config_file),
         num_layers=chosen.num_layers,
         precision=precision,
         device=device,
     )
+    assert detector.report is not None
+    backbone = detector.report.backbone
+    if chosen.architecture not in (None, backbone):
+        raise WeightsError("another backbone", where=chosen.weights, expected=chosen.architecture, got=backbone)
+    return detector
 
 
 _ENGINES: Mapping[DetectorEngine, Callable[[DetectorSettings, str, str], FrameDetector]] = {

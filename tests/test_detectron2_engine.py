@@ -18,6 +18,7 @@ from cache.reader import CachedVideo, FeatureCache
 from configs.load import load_settings
 from extract.detector import FrameFeatures, TransformersDetector, load_detector
 from extract.detectron2_engine import Detectron2Detector, load_detectron2_detector
+from extract.engines import open_detector
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from tests.detector_samples import GOLDEN, golden_arrays, write_checkpoint
@@ -150,6 +151,16 @@ def test_weights_of_another_model_are_refused(tmp_path: Path) -> None:
     weights = write_checkpoint("swin", tmp_path)
     with pytest.raises(WeightsError, match="do not fit the model"):
         load_detectron2_detector(weights, config_file("r50", tmp_path))
+    chosen = load_settings(
+        "demo",
+        [
+            f"detector.weights={write_checkpoint('r50', tmp_path)}",
+            f"detector.config_file={config_file('r50', tmp_path)}",
+            *("detector.engine=detectron2", "detector.architecture=r101"),
+        ],
+    ).detector
+    with pytest.raises(WeightsError, match="expected r101, got resnet"):
+        open_detector(chosen, precision="float32", device="cpu")
     with pytest.raises(WeightsError, match="official"):
         load_detectron2_detector(tmp_path, config_file("r50", tmp_path))
 
