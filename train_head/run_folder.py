@@ -50,7 +50,9 @@ def open_run(settings: Settings, holdout: Split | None) -> Path:
 
 
 def _differences(stored: Any, wanted: DictConfig) -> list[str]:
-    before, now = _flat(OmegaConf.to_container(stored)), _flat(OmegaConf.to_container(wanted, enum_to_str=True))
+    defaults = _flat(OmegaConf.to_container(OmegaConf.structured(Settings), enum_to_str=True))
+    before = {**defaults, **_flat(OmegaConf.to_container(stored))}  # settings that are younger than the run
+    now = _flat(OmegaConf.to_container(wanted, enum_to_str=True))
     free = (*_FREE, *_FREE_PACE)
     return [
         f"{key} was {before.get(key)}, now {now.get(key)}"
