@@ -10,7 +10,7 @@ from tqdm import tqdm
 from cache.errors import CacheError
 from cache.layout import ANNOTATIONS, CODEC, DETECTOR, METADATA, VIDEOS, is_complete, write_file_atomically
 from cache.reader import FeatureCache
-from cache.remote import RemoteStore
+from cache.remote import RemoteStore, remote_url
 from cache.stores import FolderStore
 from cache.writer import locked, sync_tree
 
@@ -42,6 +42,11 @@ def stage(address: Path | str, folder: Path) -> Path:
             _fetch(store, ANNOTATIONS, folder)
         _fetch(store, METADATA, folder)
     return folder
+
+
+def local_copy(path: Path, stage_to: str | None) -> Path:
+    """Where to read the cache at `path`: from itself, or from its copy below `stage_to` if it is remote."""
+    return path if stage_to is None or remote_url(path) is None else stage(path, Path(stage_to) / path.name)
 
 
 def _fetch_video(store: RemoteStore, group: str, folder: Path) -> None:

@@ -17,7 +17,9 @@ def main() -> int:
     run = verbs.add_parser("run", help="run the frozen detector over every video not yet in the cache")
     data = verbs.add_parser("demo-data", help="generate the demo's videos where the config expects them")
     calibrate = verbs.add_parser("calibrate", help="measure the codecs on sample frames, without extracting")
-    for verb in (run, data, calibrate):
+    estimate = verbs.add_parser("estimate", help="say what an extraction would need: bytes by codec, hours")
+    bench = verbs.add_parser("bench", help="compare extraction with the bare detector on the same frames")
+    for verb in (run, data, calibrate, estimate, bench):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     arguments = parser.parse_args()
@@ -34,6 +36,14 @@ def _run(arguments: argparse.Namespace) -> int:
         from extract.stage import print_rate_distortion
 
         print_rate_distortion(settings)
+    elif arguments.verb == "estimate":
+        from extract.stage import print_estimate
+
+        print_estimate(settings)
+    elif arguments.verb == "bench":
+        from extract.bench import bench_extraction
+
+        bench_extraction(settings)
     else:
         from extract.stage import extract
 

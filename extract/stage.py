@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
-from cache.annotations import Labels, Video, load_labels
+from cache.annotations import Labels, load_labels
 from cache.codecs import Codec, codec_identity
+from cache.codecs.float16 import Float16
 from cache.codecs.rate_distortion import format_table, write_calibration
-from cache.errors import AnnotationError
+from cache.errors import AnnotationError, ConfigError
 from cache.fingerprint import Fingerprint, Provenance
-from cache.layout import VideoAttributes, video_group_name
+from cache.layout import video_group_name
+from cache.remote import remote_url
+from cache.staging import upload
 from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
 from configs.schema import Settings
 from configs.splits import SplitPaths, all_splits
+from extract import room
 from extract.calibration import ChosenCodec, calibrate, choose_codec
 from extract.checkpoints import weights_sha256
 from extract.detector import PADDING_DIVISOR, FrameDetector
 from extract.engines import open_detector
-from extract.frames import frame_batches, network_size, require_frames
+from extract.frames import require_frames
+from extract.room import Workload, require_room
+from extract.streaming import extract_videos
 
 EXTRACTION_RECORD = "extraction.json"
 
@@ -43,8 +45,12 @@ class ExtractionRecord:
 def extract(settings: Settings, only: Sequence[str] = ()) -> None:
     """Extract every split of a config that is not yet in its cache; everything checkable is checked first.
 
-    Raises VitaCacheError for unreadable labels, frames, weights or a cache of other content.
+    A remote cache (`cache.path=s3://...`) is written below `cache.stage_to` and uploaded split by split. Raises
+    VitaCacheError for unreadable labels, frames, weights, a cache of other content, or a disk without room.
     """
+    address = remote_url(settings.cache.path)
+    if address is not None:
+        settings = replace(settings, cache=replace(settings.cache, path=_staging_folder(settings)))
     splits = [split for split in all_splits(settings) if not only or split.name in only]
     labels = [load_labels(split.labels) for split in splits]
     for split, content in zip(splits, labels, strict=True):
@@ -53,11 +59,34 @@ def extract(settings: Settings, only: Sequence[str] = ()) -> None:
         require_frames(content.videos, split.frames)
     detector = _open_detector(settings)
     chosen = choose_codec(settings, detector)
+    work = [Workload.of(split, content) for split, content in zip(splits, labels, strict=True)]
+    require_room(settings, detector, work, chosen.codec)
     if chosen.calibration is not None:
         print(format_table(chosen.calibration))
     wanted = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), chosen.codec)
     for split, content in zip(splits, labels, strict=True):
         _extract_split(settings, detector, wanted, chosen, split, content)
+        if address is not None:
+            upload(split.features, f"{address}/{split.name}")
+
+
+def _staging_folder(settings: Settings) -> str:
+    if settings.cache.stage_to is None:
+        hint = "set cache.stage_to to a folder on a local disk: features are written there, then uploaded"
+        raise ConfigError("extraction to an object store needs a local folder", where=settings.cache.path, hint=hint)
+    return settings.cache.stage_to
+
+
+def print_estimate(settings: Settings) -> None:
+    """Print what an extraction would need, in bytes by codec and in hours; nothing is extracted or stored."""
+    splits = all_splits(settings)
+    work = [Workload.of(split, load_labels(split.labels)) for split in splits]
+    for load in work:
+        require_frames(load.videos, load.split.frames)
+    detector = _open_detector(settings)
+    chosen = choose_codec(settings, detector)
+    codecs: list[Codec] = [Float16()] + ([] if isinstance(chosen.codec, Float16) else [chosen.codec])
+    room.print_estimate(settings, detector, work, codecs)
 
 
 def print_rate_distortion(settings: Settings) -> None:
@@ -113,46 +142,10 @@ def _extract_split(
     videos = [video for video in labels.videos if video_group_name(video.id) in pending]
     started = time.perf_counter()
     total = sum(video.length for video in videos)
-    with (
-        ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) - 1)) as pool,
-        tqdm(total=total, desc=f"extract {split.name}", unit="frame", disable=not videos) as progress,
-    ):
-        for video in videos:
-            _extract_video(settings, detector, writer, split.frames, video, pool, progress)
+    extract_videos(settings, detector, writer, split.frames, videos, title=f"extract {split.name}")
     if not videos:
         print(f"extract {split.name}: all {len(labels.videos)} videos are in {split.features} already")
     _add_to_record(split.features, time.perf_counter() - started, total)
-
-
-def _extract_video(
-    settings: Settings,
-    detector: FrameDetector,
-    writer: CacheWriter,
-    frames_folder: Path,
-    video: Video,
-    pool: ThreadPoolExecutor,
-    progress: tqdm[None],
-) -> None:
-    original_hw = (video.height, video.width)
-    image_hw = network_size(original_hw, settings.detector.short_edge)
-    attributes = VideoAttributes(
-        num_frames=video.length,
-        image_hw=image_hw,
-        padded_hw=(_padded(image_hw[0]), _padded(image_hw[1])),
-        original_hw=original_hw,
-    )
-    batches = frame_batches(video, frames_folder, image_hw, settings.detector.batch_frames, pool)
-    with writer.video(video_group_name(video.id), attributes) as sink:
-        for images in batches:
-            features = detector.features(images)
-            sink.append(
-                features.frame_queries_BLQC.float().cpu().numpy(), features.mask_features_BCHW.float().cpu().numpy()
-            )
-            progress.update(len(images))
-
-
-def _padded(edge: int) -> int:
-    return -(-edge // PADDING_DIVISOR) * PADDING_DIVISOR
 
 
 def read_record(features: Path) -> ExtractionRecord:

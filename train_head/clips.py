@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from cache import masks
 from cache.errors import AnnotationError
+from cache.frames import FrameArray
 from cache.labels import Labels
 from cache.layout import video_group_name
 from cache.reader import FeatureCache
@@ -87,8 +88,8 @@ class ClipDataset(Dataset[Clip]):
             index=index,
             video_id=video_id,
             frames=frames,
-            frame_queries_TLQC=torch.from_numpy(cached.frame_queries(frames)),
-            map_TRHW=torch.from_numpy(cached.mask_features(frames)),
+            frame_queries_TLQC=read_into_tensor(cached.queries, frames),
+            map_TRHW=read_into_tensor(cached.maps, frames),
             targets=read_targets(self.labels, video_id, frames, cached.attributes.image_hw),
         )
 
@@ -119,6 +120,19 @@ def draw_frames(
         shuffled = [int(frame) for _ in range(rounds) for frame in rng.permutation(others)]
         drawn = np.array(shuffled[: num_frames - 1], dtype=np.int64)
     return tuple(sorted([reference, *map(int, drawn)]))
+
+
+def read_into_tensor(array: FrameArray, frames: Sequence[int]) -> Tensor:
+    """Read frames of a field; in a worker process straight into shared memory, where its tensors must go anyway."""
+    if get_worker_info() is None:
+        return torch.from_numpy(array.read(frames))
+    shape = (len(frames), *array.shape[1:])
+    num_bytes = int(np.prod(shape)) * array.dtype.itemsize
+    # As torch's own default_collate does.
+    shared = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
+    tensor = torch.empty(0, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype).set_(shared).view(shape)
+    array.read(frames, tensor.numpy())
+    return tensor
 
 
 def read_targets(labels: Labels, video_id: int, frames: Sequence[int], image_hw: tuple[int, int]) -> ClipTargets:

@@ -10,6 +10,7 @@ from cache.labels import Labels
 from cache.layout import video_group_name
 from cache.reader import FeatureCache
 from cache.splits import Split, holdout_split
+from cache.staging import local_copy
 from configs.schema import CodecName, Settings
 from configs.schema import Split as SplitName
 from configs.splits import SplitPaths, train_split, valid_split
@@ -64,7 +65,9 @@ def open_evaluation_set(settings: Settings) -> VideoSet:
 
 
 def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
-    feature_cache = FeatureCache.open(paths.features, preload=settings.cache.preload)
+    feature_cache = FeatureCache.open(
+        local_copy(paths.features, settings.cache.stage_to), preload=settings.cache.preload
+    )
     _require_settings(feature_cache, settings)
     labels = feature_cache.labels()
     holdout = None

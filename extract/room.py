@@ -1,0 +1,143 @@
+"""How much an extraction will write, how long it will take, and whether there is room for it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from cache.annotations import Labels, Video
+from cache.codecs import Codec
+from cache.errors import CacheError
+from cache.layout import METADATA, video_group_name
+from cache.stores import video_groups
+from configs.schema import Settings
+from configs.splits import SplitPaths
+from extract.detector import FrameDetector
+from extract.frames import frame_batches
+from extract.streaming import video_attributes
+
+TIMED_FRAMES = 20
+FLOAT16_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What one split still has to extract."""
+
+    split: SplitPaths
+    videos: tuple[Video, ...]
+
+    @property
+    def frames(self) -> int:
+        """Of all these videos."""
+        return sum(video.length for video in self.videos)
+
+    @classmethod
+    def of(cls, split: SplitPaths, labels: Labels) -> Workload:
+        """The videos of the labels that are not complete in the split's cache."""
+        complete = {name for name, done in video_groups(split.features) if done}
+        videos = tuple(video for video in labels.videos if video_group_name(video.id) not in complete)
+        return cls(split=split, videos=videos)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameCost:
+    """What a frame costs with one detector: measured on a few, for any size of frame."""
+
+    query_bytes: int
+    channels: int
+    seconds_per_pixel: float
+    """Of the padded network input."""
+
+
+def measure_frames(settings: Settings, detector: FrameDetector, work: Sequence[Workload], frames: int) -> FrameCost:
+    """Run the detector, decoding included, on `frames` frames from the start of a video; the first warms up."""
+    load = next(load for load in work if load.videos)
+    video = max(load.videos, key=lambda candidate: candidate.length)
+    attributes = video_attributes(settings, video)
+    batch_frames = min(settings.detector.batch_frames, frames)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        batches = frame_batches(video, load.split.frames, attributes.image_hw, batch_frames, pool)
+        features = detector.features(next(batches)[:1])
+        started, timed = time.perf_counter(), 0
+        for images in islice(batches, max(0, -(-frames // batch_frames) - 1)):
+            detector.features(images).mask_features_BCHW.cpu()
+            timed += len(images)
+        seconds = time.perf_counter() - started
+    pixels = timed * attributes.padded_hw[0] * attributes.padded_hw[1]
+    return FrameCost(
+        query_bytes=features.frame_queries_BLQC[0].numel() * FLOAT16_BYTES,
+        channels=features.mask_features_BCHW.shape[1],
+        seconds_per_pixel=seconds / pixels if timed else 0.0,
+    )
+
+
+def stored_bytes(settings: Settings, videos: Sequence[Video], codec: Codec, cost: FrameCost) -> int:
+    """Bytes that videos take with a codec; an upper bound where it compresses."""
+    total = 0
+    location_bytes = codec.stored_channels(cost.channels) * codec.dtype.itemsize
+    for video in videos:
+        map_hw = video_attributes(settings, video).map_hw
+        total += video.length * (cost.query_bytes + map_hw[0] * map_hw[1] * location_bytes)
+    return total
+
+
+def seconds(settings: Settings, videos: Sequence[Video], cost: FrameCost) -> float:
+    """Time to extract the videos at the measured speed."""
+    sizes = [video_attributes(settings, video).padded_hw for video in videos]
+    pixels = sum(size[0] * size[1] * video.length for size, video in zip(sizes, videos, strict=True))
+    return pixels * cost.seconds_per_pixel
+
+
+def free_bytes(path: Path) -> int:
+    """Room on the disk where `path` is or will be."""
+    while not path.exists():
+        path = path.absolute().parent
+    return shutil.disk_usage(path).free
+
+
+def require_room(settings: Settings, detector: FrameDetector, work: Sequence[Workload], codec: Codec) -> None:
+    """Refuse to begin an extraction that the disk cannot hold, unless `cache.ignore_space` is set.
+
+    Raises CacheError with the bytes needed and free.
+    """
+    if settings.cache.ignore_space or not any(load.videos for load in work):
+        return
+    cost = measure_frames(settings, detector, work, 1)
+    needed = sum(stored_bytes(settings, load.videos, codec, cost) for load in work)
+    free = free_bytes(work[0].split.features)
+    if needed > free:
+        raise CacheError(
+            f"the features of {sum(load.frames for load in work)} frames do not fit on the disk",
+            where=work[0].split.features.parent,
+            expected=f"{needed / 1e9:.2f} GB",
+            got=f"{free / 1e9:.2f} GB free",
+            hint="choose a smaller cache.codec or another cache.path (`python -m extract estimate CONFIG` compares "
+            "them), or set cache.ignore_space=true",
+        )
+
+
+def print_estimate(
+    settings: Settings, detector: FrameDetector, work: Sequence[Workload], codecs: Sequence[Codec]
+) -> None:
+    """Print what each split needs with each codec, the free space, and the hours from a timing of 20 frames."""
+    if not any(load.videos for load in work):
+        print("nothing to extract: every video is in the cache already")
+        return
+    cost = measure_frames(settings, detector, work, TIMED_FRAMES)
+    for load in work:
+        begun = " (continued)" if (load.split.features / METADATA).exists() else ""
+        minutes = seconds(settings, load.videos, cost) / 60
+        duration = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
+        print(f"{load.split.name}{begun}: {len(load.videos)} videos, {load.frames} frames, {duration}")
+        for codec in codecs:
+            size = stored_bytes(settings, load.videos, codec, cost)
+            bound = "at most " if codec.compressed else ""
+            each = size / max(load.frames, 1) / 1e6
+            print(f"  {codec.name:8} {bound}{size / 1e9:.3f} GB, {each:.3f} MB a frame")
+    print(f"free: {free_bytes(work[0].split.features) / 1e9:.1f} GB at {work[0].split.features.parent}")
