@@ -56,7 +56,7 @@ class Root:
                 where=path,
                 expected=FORMAT_VERSION,
                 got=attributes.get("format_version"),
-                hint="extract again into a new path with `make extract`, or use the release that wrote it",
+                hint=_version_hint(attributes.get("format_version")),
             )
         try:
             return cls(
@@ -67,6 +67,14 @@ class Root:
             )
         except (KeyError, TypeError) as error:
             raise CorruptData(f"unreadable root attributes: {error!r}", where=path) from error
+
+
+def _version_hint(found: object) -> str:
+    """The command that makes a cache of another version readable. Every version to come reads format 1."""
+    again = "`make extract CONFIG=... cache.path=<a new path>` extracts again"
+    if isinstance(found, int) and found > FORMAT_VERSION:
+        return f"a later release wrote it: `git pull && make install` reads it; or {again}"
+    return f"no release wrote this version; {again}"
 
 
 @dataclass(frozen=True, kw_only=True)

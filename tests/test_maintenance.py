@@ -1,0 +1,156 @@
+"""`prune`, `diff` and the oldest format on the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.__main__ import main
+from cache.annotations import load_labels
+from cache.codecs.float16 import Float16
+from cache.errors import FormatVersionError
+from cache.reader import FeatureCache
+from configs.schema import DetectorSettings, Settings
+from configs.splits import SplitPaths
+from extract import room
+from extract.room import FrameCost, Workload, stored_bytes
+from tests.cache_samples import (
+    FINGERPRINT,
+    attributes_of,
+    labels_of,
+    open_writer,
+    random_features,
+    random_heads,
+    write_video,
+)
+
+FORMAT_1 = Path(__file__).parent / "golden" / "format1"
+
+
+def begun_and_left(path: Path, name: str) -> None:
+    with pytest.raises(RuntimeError), open_writer(path).video(name, attributes_of(5)):
+        raise RuntimeError
+
+
+# prune
+
+
+def test_prune_shows_first_and_deletes_only_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a"
+    writer = open_writer(path, labels_of({1: 5}))
+    for name in ("1", "2"):
+        write_video(writer, name, 5)
+    begun_and_left(path, "3")
+    assert main(["prune", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "videos/2: not in annotations.json" in shown and "videos/3" in shown and "videos/1" not in shown
+    assert "2 videos" in shown and "nothing done yet" in shown
+    assert {entry.name for entry in (path / "videos").iterdir() if entry.is_dir()} == {"1", "2", "3"}
+    assert main(["prune", str(path), "--delete"]) == 0
+    assert {entry.name for entry in (path / "videos").iterdir() if entry.is_dir()} == {"1"}
+    assert FeatureCache.open(path).video("1").frame_queries().shape[0] == 5
+
+
+def test_prune_without_labels_orphans_nothing(tmp_path: Path) -> None:
+    write_video(open_writer(tmp_path / "a"), "2", 5)
+    assert main(["prune", str(tmp_path / "a"), "--delete"]) == 0
+    assert FeatureCache.open(tmp_path / "a").video_names() == ["2"]
+
+
+def test_prune_leaves_a_video_alone_that_is_being_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a"
+    with open_writer(path).video("1", attributes_of(5)) as sink:
+        assert main(["prune", str(path), "--delete"]) == 2
+        assert "another process is writing" in capsys.readouterr().err
+        sink.append(*random_features(5))
+    assert FeatureCache.open(path).video_names() == ["1"]
+
+
+def test_only_folders_are_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(open_writer(tmp_path / "a"), "2", 5)
+    main(["export", str(tmp_path / "a"), str(tmp_path / "a.h5")])
+    assert main(["prune", str(tmp_path / "a.h5")]) == 2
+    assert "folder" in capsys.readouterr().err
+
+
+# diff
+
+
+def test_diff_says_in_words_what_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(open_writer(tmp_path / "a", labels_of({1: 5, 2: 5})), "1", 5)
+    other = open_writer(tmp_path / "b", labels_of({1: 5, 2: 5}, "x"), replace(FINGERPRINT, short_edge=480))
+    write_video(other, "1", 5)
+    write_video(other, "2", 5)
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+    shown = capsys.readouterr().out
+    assert "features: short edge of the network input (pixels): 24 here, 480 there" in shown
+    assert "videos: 1 only there: 2" in shown
+    assert "videos: 1 show other frames, such as 1" in shown
+    assert "labels: the label files differ" in shown
+    assert "not interchangeable" in shown
+
+
+def test_diff_of_a_copy_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(open_writer(tmp_path / "a"), "1", 5)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().out == "the features are interchangeable\n"
+
+
+# Room
+
+
+def workload(tmp_path: Path, lengths: dict[int, int]) -> Workload:
+    file = tmp_path / "labels.json"
+    document = json.loads(labels_of(lengths)) | {"categories": [{"id": 1, "name": "cat"}]}
+    file.write_text(json.dumps(document))
+    split = SplitPaths(name="train", labels=file, frames=tmp_path, features=tmp_path / "a")
+    return Workload.of(split, load_labels(file))
+
+
+def test_the_estimate_is_what_is_written(tmp_path: Path) -> None:
+    """By hand: frames of 48 x 80 without resizing, padded to 64 x 96, so maps of 13 x 21 are kept of 16 x 24."""
+    settings = Settings(detector=DetectorSettings(short_edge=None))
+    cost = FrameCost(query_bytes=3 * 4 * 6 * 2, channels=6, seconds_per_pixel=1e-6)
+    work = workload(tmp_path, {1: 5, 2: 7})
+    assert stored_bytes(settings, work.videos, Float16(), cost) == 12 * (144 + 13 * 21 * 6 * 2)
+    assert room.seconds(settings, work.videos, cost) == pytest.approx(12 * 64 * 96 * 1e-6)
+
+
+def test_videos_in_the_cache_are_not_counted(tmp_path: Path) -> None:
+    write_video(open_writer(tmp_path / "a"), "1", 5)
+    assert workload(tmp_path, {1: 5, 2: 7}).frames == 7
+
+
+# Format 1 for ever
+
+
+def test_every_version_reads_format_1() -> None:
+    feature_cache = FeatureCache.open(FORMAT_1)
+    video = feature_cache.video("7")
+    queries, maps = random_features(3, seed=5)
+    np.testing.assert_array_equal(video.frame_queries(), queries.astype(np.float16))
+    np.testing.assert_array_equal(video.mask_features([2, 0]), maps.astype(np.float16)[[2, 0], :, :7, :11])
+    assert feature_cache.fingerprint == FINGERPRINT and feature_cache.codec == Float16()
+    np.testing.assert_array_equal(
+        feature_cache.heads.arrays["class_embed.bias"], random_heads().arrays["class_embed.bias"]
+    )
+    assert main(["verify", str(FORMAT_1)]) == 0
+
+
+def test_a_later_version_names_the_command_that_helps(tmp_path: Path) -> None:
+    path = shutil.copytree(FORMAT_1, tmp_path / "a")
+    root = json.loads((path / "zarr.json").read_text())
+    root["attributes"]["format_version"] = 2
+    (path / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(FormatVersionError, match=r"git pull[\s\S]*make extract"):
+        FeatureCache.open(path)
+    root["attributes"]["format_version"] = 0
+    (path / "zarr.json").write_text(json.dumps(root))
+    with pytest.raises(FormatVersionError, match=r"expected 1, got 0[\s\S]*make extract CONFIG"):
+        FeatureCache.open(path)
