@@ -18,6 +18,8 @@ def run_command(command: Callable[[], int]) -> int:
     except VitaCacheError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        return 0
     except OSError as error:
         print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         return 2
