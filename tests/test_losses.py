@@ -22,19 +22,19 @@ from train_head.targets import ClipTargets, clip_targets
 def test_point_costs_equal_the_pairwise_definition() -> None:
     generator = torch.Generator().manual_seed(2)
     weights, channels = (
-        torch.randn(1, 4, 3, generator=generator),
-        9 * torch.randn(1, 3, 130, generator=generator),
+        torch.randn(4, 3, generator=generator),
+        9 * torch.randn(3, 260, generator=generator),
     )
-    targets = torch.rand(1, 2, 130, generator=generator)
-    frames = channels.unflatten(2, (2, 65)).transpose(1, 2)
-    costs = point_costs(weights, frames, targets.unflatten(2, (2, 65)), CostWeights(mask=5.0, dice=5.0))
-    logits = (weights @ channels)[0]
+    targets = torch.rand(2, 260, generator=generator)
+    frames = channels.t().unflatten(0, (2, 130))
+    costs = point_costs(weights, frames, targets.unflatten(1, (2, 130)), CostWeights(mask=5.0, dice=5.0))
+    logits = weights @ channels
     for query, x in enumerate(logits):
-        for column, t in enumerate(targets[0]):
+        for column, t in enumerate(targets):
             p = x.sigmoid()
             dice = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
             expected = 5 * F.binary_cross_entropy_with_logits(x, t) + 5 * dice
-            assert float(costs[0, query, column]) == pytest.approx(float(expected), rel=1e-5)
+            assert float(costs[query, column]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_assignment_is_optimal_and_refuses_nan() -> None:

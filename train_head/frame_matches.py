@@ -79,7 +79,7 @@ def match_frames(
     if N == 0:
         return matches_LTN
     area_hw = targets.image_hw
-    channels_TRP = sample_map(map_TRHW, points_TP2, area_hw)
+    channels_TPR = sample_map(map_TRHW, points_TP2, area_hw)
     every_NT = torch.arange(N * T, device=map_TRHW.device).view(N, T)
     labels_GP = sample_masks(
         targets.masks_NThw.flatten(0, 1),
@@ -89,7 +89,8 @@ def match_frames(
     )
     labels_TNP = labels_GP.view(T, N, -1)
     stacked_TGR = predictions_TLQ.mask_weights.stacked().flatten(1, 2)
-    cost_TLQN = point_costs(stacked_TGR, channels_TRP[:, None], labels_TNP[:, :, None], cost_weights).view(T, L, Q, N)
+    problems = zip(stacked_TGR, channels_TPR[:, None], labels_TNP[:, :, None], strict=True)
+    cost_TLQN = torch.stack([point_costs(*problem, cost_weights) for problem in problems]).view(T, L, Q, N)
     probability_TLQJ = predictions_TLQ.class_logits.float().softmax(dim=-1)[..., :-1]
     cost_TLQN = cost_TLQN - cost_weights.label * (probability_TLQJ @ label_map_KJ[targets.labels_N].t())
     objects_T = [present_N.nonzero().flatten() for present_N in targets.present_NT.t()]

@@ -22,6 +22,7 @@ from train_head.layers import (
     window_runs,
 )
 from train_head.mask_folding import MapDecoding, MaskWeights, fold_mask_embeddings
+from train_head.products import Linear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +102,12 @@ class VitaHead(nn.Module):
         self.query_feat = nn.Embedding(config.num_queries, dim)
         self.query_embed = nn.Embedding(config.num_queries, dim)
         self.fq_pos = nn.Embedding(config.num_frame_queries, dim)
-        self.input_proj_dec = nn.Linear(config.detector_dim, dim)
-        self.class_embed = nn.Linear(dim, config.num_classes + 1)
+        self.input_proj_dec = Linear(config.detector_dim, dim)
+        self.class_embed = Linear(dim, config.num_classes + 1)
         self.mask_embed = Perceptron((dim, dim, dim, config.mask_dim))
         if config.use_sim:
-            self.sim_embed_frame = nn.Linear(dim, dim)
-            self.sim_embed_clip = nn.Linear(dim, dim)
+            self.sim_embed_frame = Linear(dim, dim)
+            self.sim_embed_clip = Linear(dim, dim)
 
     def forward(self, frame_queries_LBTQC: Tensor, shift: bool) -> HeadOutputs:
         """Training outputs of B clips; every detector layer is an independent pass."""

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train_head.products import Linear, linear
+
 
 class MultiheadAttention(nn.Module):
     """Attention with the parameter layout of `torch.nn.MultiheadAttention` (q, k, v in one matrix)."""
@@ -21,7 +23,7 @@ class MultiheadAttention(nn.Module):
         self.dim, self.num_heads = dim, num_heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * dim, dim))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * dim))
-        self.out_proj = nn.Linear(dim, dim)
+        self.out_proj = Linear(dim, dim)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.xavier_uniform_(self.out_proj.weight)
         nn.init.zeros_(self.out_proj.bias)
@@ -29,7 +31,7 @@ class MultiheadAttention(nn.Module):
     def project(self, tokens_NSC: Tensor, first: int, count: int = 1) -> Tensor:
         """Project tokens with `count` of the stacked matrices, from `first` (0 query, 1 key, 2 value)."""
         rows = slice(first * self.dim, (first + count) * self.dim)
-        return F.linear(tokens_NSC, self.in_proj_weight[rows], self.in_proj_bias[rows])
+        return linear(tokens_NSC, self.in_proj_weight[rows], self.in_proj_bias[rows])
 
     def attend(self, query_NSC: Tensor, key_NMC: Tensor, value_NMC: Tensor) -> Tensor:
         """Scaled dot-product attention of projected tokens, before the output projection: (N, S, C)."""
@@ -103,8 +105,8 @@ class FeedForwardLayer(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(dim, hidden_dim)
-        self.linear2 = nn.Linear(hidden_dim, dim)
+        self.linear1 = Linear(dim, hidden_dim)
+        self.linear2 = Linear(hidden_dim, dim)
         self.norm = nn.LayerNorm(dim)
         nn.init.xavier_uniform_(self.linear1.weight)
         nn.init.xavier_uniform_(self.linear2.weight)
@@ -120,7 +122,7 @@ class Perceptron(nn.Module):
 
     def __init__(self, dims: tuple[int, ...]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(inner, outer) for inner, outer in pairwise(dims))
+        self.layers = nn.ModuleList(Linear(inner, outer) for inner, outer in pairwise(dims))
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map (..., dims[0]) to (..., dims[-1])."""

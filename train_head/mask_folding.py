@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from train_head.products import linear
+
 
 @dataclass(frozen=True, kw_only=True)
 class MapDecoding:
@@ -42,9 +44,17 @@ class MaskWeights:
 
     def logits(self, map_TRHW: Tensor) -> Tensor:
         """Dense logits (T, M, H, W) of M weights (M, R), or (T, M, R), on a stored map of any number type."""
-        channels_TRS = map_TRHW.to(self.weights_R.dtype).flatten(2)
-        logits_TMS = self.weights_R @ channels_TRS + self.const[..., None]
-        return torch.unflatten(logits_TMS, -1, map_TRHW.shape[2:])
+        T, _, H, W = map_TRHW.shape
+        weights_TMR, const_TM = self.weights_R.expand(T, -1, -1), self.const.expand(T, -1)
+        frames = zip(map_TRHW, weights_TMR, const_TM, strict=True)
+        logits_TMS = torch.stack([self._frame_logits(*frame) for frame in frames])
+        return torch.unflatten(logits_TMS, -1, (H, W))
+
+    @staticmethod
+    def _frame_logits(map_RHW: Tensor, weights_MR: Tensor, const_M: Tensor) -> Tensor:
+        """Logits (M, H·W) of one frame: frame by frame, no second copy of the whole map ever exists."""
+        pixels_SR = map_RHW.to(weights_MR.dtype).flatten(1).t()
+        return linear(weights_MR, pixels_SR) + const_M[:, None]
 
 
 def fold_mask_embeddings(

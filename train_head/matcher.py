@@ -1,7 +1,7 @@
 """Bipartite matching of video queries with objects (VITA §3.3, Mask2Former §3.3; REFERENCE §4).
 
 Shapes: B clips, T frames, N objects, V video queries, D decoder and L detector layers, G = D·L·V queries of
-all layers, P sampled points, R stored channels, X independent problems.
+all layers, P sampled points, R stored channels.
 Costs: 2 · (−probability of the class) + 5 · mask cross-entropy + 5 · dice.
 """
 
@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from train_head.mask_folding import MaskWeights
 from train_head.points import PaddedArea, PointSource, sample_map, sample_masks, sampling_area
+from train_head.products import product as matrix_product
 from train_head.targets import ClipTargets
 
 
@@ -40,38 +41,46 @@ class ClipMatch:
     object_DLM: Tensor  # int64, ascending
 
 
-_CHUNK_LOGITS = 1 << 20  # logits alive at once: small enough for a CPU's cache, large enough for its matmul
+_CHUNK_LOGITS = 1 << 18  # logits alive at once: small enough for a CPU's cache, large enough for its matmul
 _CHUNK_LOGITS_CUDA = 1 << 27
+_FACTORS = 64  # of numbers in [0.5, 1], whose product float32 can hold
 
 
-def point_costs(weights_XGR: Tensor, channels_XTRP: Tensor, targets_XNTP: Tensor, weights: CostWeights) -> Tensor:
-    """Mask and dice costs (X, G, N) of X problems from their channels, sampled at P points of T frames.
+def point_costs(weights_GR: Tensor, channels_TPR: Tensor, targets_NTP: Tensor, weights: CostWeights) -> Tensor:
+    """Mask and dice costs (G, N) of one problem from its channels, sampled at P points of T frames.
 
-    `weights_XGR` and `channels_XTRP` carry the constant and the coverage as their last channel.
+    `weights_GR` and `channels_TPR` carry the constant and the coverage as their last channel.
     With x the logits and t the targets at a point, cross-entropy is softplus(x) − x·t, and
-    softplus(x) = (x + |x|) / 2 − log max(σ(x), 1 − σ(x)). All that is linear in x comes from sums of the
-    channels; every logit is visited for |x| and σ(x) only, in groups that stay in a CPU's cache.
+    softplus(x) = (x + |x|) / 2 − log σ(|x|). All that is linear in x comes from sums of the channels; every
+    logit is visited for |x|, σ(|x|) and σ(x) only, in groups that stay in a CPU's cache.
     """
-    X, G, _ = weights_XGR.shape
-    T, P = channels_XTRP.shape[1], channels_XTRP.shape[3]
+    G, T, P = len(weights_GR), *channels_TPR.shape[:2]
     # One more target that is 1 everywhere sums the probabilities (for dice) and the logits (for softplus).
-    columns_XTPN = F.pad(targets_XNTP.permute(0, 2, 3, 1), (0, 1), value=1.0)
-    overlap_XGN = weights_XGR.new_zeros(X, G, columns_XTPN.shape[-1])
-    positive_XG = weights_XGR.new_zeros(X, G)
-    step = max(64, (_CHUNK_LOGITS_CUDA if weights_XGR.is_cuda else _CHUNK_LOGITS) // max(1, X * G))
+    columns_TNP = F.pad(targets_NTP.transpose(0, 1), (0, 0, 0, 1), value=1.0)
+    overlap_GN = weights_GR.new_zeros(G, columns_TNP.shape[1])
+    positive_G = weights_GR.new_zeros(G)
+    chunk = (_CHUNK_LOGITS_CUDA if weights_GR.is_cuda else _CHUNK_LOGITS) // max(1, G)
+    step = max(1, chunk // _FACTORS) * _FACTORS
     for frame, start in product(range(T), range(0, P, step)):
         part = slice(start, start + step)
-        logits_XGP = weights_XGR @ channels_XTRP[:, frame, :, part]
-        positive_XG += torch.linalg.vector_norm(logits_XGP, ord=1, dim=-1) / 2
-        probability_XGP = logits_XGP.sigmoid_()
-        overlap_XGN += probability_XGP @ columns_XTPN[:, frame, part]
-        positive_XG -= probability_XGP.sub_(0.5).abs_().add_(0.5).log_().sum(dim=-1)
-    linear_XGN = weights_XGR @ (channels_XTRP @ columns_XTPN).sum(dim=1)
-    softplus_XG1 = positive_XG[..., None] + linear_XGN[..., -1:] / 2
-    mask_XGN = (softplus_XG1 - linear_XGN[..., :-1]) / (T * P)
-    total_XGN = overlap_XGN[..., -1:] + targets_XNTP.sum(dim=(2, 3))[:, None]
-    dice_XGN = 1 - (2 * overlap_XGN[..., :-1] + 1) / (total_XGN + 1)
-    return weights.mask * mask_XGN + weights.dice * dice_XGN
+        logits_GP = matrix_product(weights_GR, channels_TPR[frame, part])
+        distance_GP = logits_GP.abs()
+        positive_G += distance_GP.sum(dim=1) / 2
+        positive_G -= _sum_of_logs(distance_GP.sigmoid_())
+        overlap_GN += (columns_TNP[frame, :, part] @ logits_GP.sigmoid_().t()).t()
+    linear_GN = weights_GR @ (columns_TNP @ channels_TPR).sum(dim=0).t()
+    softplus_G1 = positive_G[:, None] + linear_GN[:, -1:] / 2
+    mask_GN = (softplus_G1 - linear_GN[:, :-1]) / (T * P)
+    total_GN = overlap_GN[:, -1:] + targets_NTP.sum(dim=(1, 2))
+    dice_GN = 1 - (2 * overlap_GN[:, :-1] + 1) / (total_GN + 1)
+    return weights.mask * mask_GN + weights.dice * dice_GN
+
+
+def _sum_of_logs(values_GP: Tensor) -> Tensor:
+    """Σ log v (G) of numbers in [0.5, 1]: logarithms of products, since a logarithm costs 20 multiplications."""
+    whole = values_GP.shape[1] // _FACTORS * _FACTORS
+    products_GF = torch.unflatten(values_GP[:, :whole], 1, (-1, _FACTORS)).prod(dim=2)
+    return products_GF.log_().sum(dim=1) + values_GP[:, whole:].log().sum(dim=1)
 
 
 @torch.no_grad()
@@ -100,14 +109,9 @@ def match_clips(
             continue
         area_hw = sampling_area(target.image_hw, (map_TRHW.shape[2], map_TRHW.shape[3]), padded_area)
         points_1P2 = source.matching_points(map_TRHW.device)[None]
-        channels_TRP = sample_map(map_TRHW, points_1P2, area_hw)
+        channels_TPR = sample_map(map_TRHW, points_1P2, area_hw)
         targets_NTP = _masks_at(target, points_1P2, area_hw)
-        cost_GN = point_costs(
-            stacked_DLBVR[:, :, clip].flatten(0, 2)[None],
-            channels_TRP[None],
-            targets_NTP[None],
-            cost_weights,
-        )[0]
+        cost_GN = point_costs(stacked_DLBVR[:, :, clip].flatten(0, 2), channels_TPR, targets_NTP, cost_weights)
         class_DLVN = probabilities_DLBVK[:, :, clip][..., target.labels_N]
         costs.append(cost_GN.view(D, L, V, -1) - cost_weights.label * class_DLVN)
     return tuple(ClipMatch(query_DLM=query, object_DLM=chosen) for query, chosen in assign(costs))

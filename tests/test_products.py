@@ -1,0 +1,51 @@
+"""Products through oneDNN against PyTorch's own, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train_head.products import linear, product
+
+
+def inputs(leading: tuple[int, ...], num_inputs: int, num_outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(*leading, num_inputs, generator=generator, dtype=torch.float64)
+    weight = torch.randn(num_outputs, num_inputs, generator=generator, dtype=torch.float64)
+    return tokens, weight, torch.randn(num_outputs, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("leading", "sizes"), [((2, 3, 50), (64, 128)), ((300,), (257, 90)), ((2, 3), (4, 5))])
+def test_linear_and_its_gradients(leading: tuple[int, ...], sizes: tuple[int, int]) -> None:
+    """Above and below the size where oneDNN is taken; the reference is float64."""
+    exact = [tensor.requires_grad_() for tensor in inputs(leading, *sizes)]
+    ours = [tensor.detach().float().requires_grad_() for tensor in exact]
+    expected, actual = F.linear(*exact), linear(*ours)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected.backward(gradient)
+    actual.backward(gradient.float())
+    for one, other in zip(ours, exact, strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_strided_operands_without_bias() -> None:
+    tokens, weight, _ = inputs((400,), 64, 90)
+    rows, columns = tokens.float().t().contiguous().t(), weight.float().t().contiguous().t()
+    torch.testing.assert_close(product(rows, columns).double(), tokens @ weight.t(), rtol=1e-4, atol=1e-4)
+
+
+def test_frozen_operands_get_no_gradient() -> None:
+    tokens, weight, _ = (tensor.float() for tensor in inputs((400,), 64, 90))
+    weight.requires_grad_()
+    linear(tokens, weight).sum().backward()
+    assert tokens.grad is None and weight.grad is not None
+
+
+def test_autocast_takes_its_own_path() -> None:
+    tokens, weight, bias = (tensor.float() for tensor in inputs((400,), 64, 90))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert linear(tokens, weight, bias).dtype == torch.bfloat16
