@@ -95,6 +95,7 @@ def validate(settings: Settings, where: str) -> None:
         "head.ffn_dim": s.head.ffn_dim,
         "head.dec_layers": s.head.dec_layers,
         "loss.num_points": s.loss.num_points,
+        "loss.matching_points": 1 if s.loss.matching_points is None else s.loss.matching_points,
         "train.iterations": s.train.iterations,
         "train.batch_clips": s.train.batch_clips,
         "train.accumulate": s.train.accumulate,
@@ -150,6 +151,12 @@ def _validate_relations(s: Settings, where: str) -> None:
             (s.detector.engine is DetectorEngine.detectron2) == (s.detector.config_file is not None),
             s.detector.config_file,
             "a detectron2 YAML with detector.engine=detectron2, null with another engine",
+        ),
+        "loss.oversample": (s.loss.oversample >= 1, s.loss.oversample, "1 or more candidates per point"),
+        "train.num_layers": (
+            s.train.num_layers is None or 1 <= s.train.num_layers <= s.detector.num_layers,
+            s.train.num_layers,
+            f"1 to detector.num_layers {s.detector.num_layers}, or null",
         ),
         "train.ema": (0 <= s.train.ema < 1, s.train.ema, "a decay, 0 <= x < 1"),
         "train.decay_steps": (

@@ -137,7 +137,9 @@ class LossSettings:
     dice_weight: float = 5.0
     sim_weight: float = 0.5
     no_object_weight: float = 0.1
-    num_points: int = 12544
+    num_points: int = 12544  # that the mask losses see of every mask
+    matching_points: int | None = None  # that the matching sees of every frame; null takes num_points
+    oversample: float = 3.0  # candidates per point of the losses, of which the uncertain ones are kept
     frame_matching: FrameMatching = FrameMatching.category_map
     padded_area: PaddedArea = PaddedArea.ignore  # VITA: the release has background; the cache stores no padding
     absent_frames: bool = True  # VITA: the release's mask cross-entropy counts frames without the object too
@@ -151,6 +153,7 @@ class TrainSettings:
     batch_clips: int = 8  # of all processes together
     accumulate: int = 1  # micro-batches that a process cuts its share into, to save memory
     num_frames: int = 5  # per clip
+    num_layers: int | None = None  # cached detector layers to train on, the last ones; null takes all
     frame_range: int = 20  # clip frames lie within this many frames of the reference frame
     replacement: bool = True  # VITA: the release draws a clip's frames with replacement
     learning_rate: float = 5e-5
@@ -162,6 +165,7 @@ class TrainSettings:
     ema: float = 0.0  # decay of a moving average of the weights, which is then evaluated; 0 keeps none
     time_budget: float = 0.0  # seconds after which a run stops, with a checkpoint; 0 is no limit
     precision: Precision = Precision.auto
+    compile: bool = False  # torch.compile the head: minutes at the start, worth it for long runs on CUDA
     workers: int = 2
     log_every: int = 20
     checkpoint_every: int = 1000

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from configs.command import run_command
 from configs.load import load_settings
+from configs.schema import Device
 
 
 def main() -> int:
@@ -16,6 +17,7 @@ def main() -> int:
     run = {
         "train": _train,
         "sweep": _sweep,
+        "bench": _bench,
         "import-release": _import_release,
         "export-release": _export_release,
         "info": _info,
@@ -31,6 +33,10 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (train, sweep):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    bench = verbs.add_parser("bench", help="cost of a training step, against the live detector and plain losses")
+    bench.add_argument("--quick", action="store_true", help="fewer steps, and 6 + 3 layers only")
+    bench.add_argument("--device", choices=[device.value for device in Device], default="cpu")
+    bench.add_argument("--output", type=Path, help="JSON to write, such as runs/bench.json")
     importing = verbs.add_parser("import-release", help="make a run of the head in a released VITA checkpoint")
     importing.add_argument("file", type=Path, help="vita.pth: {'model': {'vita_module.*': ...}}, detector included")
     importing.add_argument("--output", type=Path, required=True, help="folder of the run, such as runs/NAME")
@@ -69,6 +75,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
     print(sweep(arguments.config, arguments.overrides))
     return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from train_head.bench_step import bench
+
+    return bench(arguments.output, arguments.quick, Device(arguments.device))
 
 
 def _import_release(arguments: argparse.Namespace) -> int:

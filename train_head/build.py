@@ -16,6 +16,7 @@ from train_head.data import VideoSet
 from train_head.head import HeadConfig, VitaHead
 from train_head.mask_folding import MapDecoding
 from train_head.matcher import CostWeights
+from train_head.points import PointConfig
 
 
 def head_config(settings: Settings, videos: VideoSet) -> HeadConfig:
@@ -74,6 +75,12 @@ def build_criterion(chosen: LossSettings) -> VitaCriterion:
     )
 
 
+def point_config(chosen: LossSettings) -> PointConfig:
+    """How many points the matching and the losses see."""
+    matching = chosen.num_points if chosen.matching_points is None else chosen.matching_points
+    return PointConfig(matching=matching, loss=chosen.num_points, oversample=chosen.oversample)
+
+
 def build_optimizer(head: VitaHead, settings: Settings) -> torch.optim.AdamW:
     """AdamW; norms and embeddings are not decayed (REFERENCE section 4)."""
     free: list[nn.Parameter] = []
@@ -85,7 +92,7 @@ def build_optimizer(head: VitaHead, settings: Settings) -> torch.optim.AdamW:
         {"params": decayed, "weight_decay": settings.train.weight_decay},
         {"params": free, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.train.learning_rate)
+    return torch.optim.AdamW(groups, lr=settings.train.learning_rate, fused=True)
 
 
 def learning_rate(settings: Settings, step: int) -> float:

@@ -87,6 +87,8 @@ class Trainer:
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
             self.head = VitaHead(head_config(settings, videos)).to(self.device).train()
+        if settings.train.compile:
+            self.head.compile()
         self.average: dict[str, Tensor] = {}
         self.optimizer = build_optimizer(self.head, settings)
         self.progress = Progress()
