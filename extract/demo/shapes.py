@@ -74,7 +74,7 @@ def _unit_outline(category: str) -> list[Floats]:
         "triangle": [_ring_points(3, 1.15)],
         "star": [_star() * 1.15],
         "cross": [np.concatenate([half_cross, -half_cross])],
-        "ring": [_ring_points(40), _ring_points(40, 0.55)],
+        "ring": [_ring_points(40), _ring_points(40, 0.48)],
         "arrow": [
             np.array(
                 [[0, -1.15], [0.85, -0.1], [0.32, -0.1], [0.32, 1.05], [-0.32, 1.05], [-0.32, -0.1], [-0.85, -0.1]]

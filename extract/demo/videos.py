@@ -70,7 +70,7 @@ def make_actors(rng: np.random.Generator, background: Floats, num_frames: int) -
 
 def _labelled_actor(rng: np.random.Generator, background: Floats, num_frames: int) -> Actor:
     steps = np.arange(num_frames)
-    base = float(rng.uniform(13, 24))
+    base = float(rng.uniform(16, 26))
     swing = rng.uniform(0, 0.2) * np.sin(steps * rng.uniform(0.1, 0.3) + rng.uniform(0, 6))
     return Actor(
         sprite=_sprite(rng, str(rng.choice(VIDEO_CATEGORIES)), random_texture(rng, background)),
@@ -103,7 +103,7 @@ def write_video(split: str, video_id: int, folder: Path, num_frames: int | None 
     """Render video number `video_id` of a split into `folder`/<name>/ and return its JSON entries."""
     rng = np.random.default_rng([_SPLIT_SEEDS[split], video_id])
     image_hw = FRAME_SIZES[video_id % len(FRAME_SIZES)]
-    length = int(rng.integers(12, 41)) if num_frames is None else num_frames
+    length = int(12 + 29 * rng.random() ** 2) if num_frames is None else num_frames  # 12-40, more short than long
     background = random_background(rng, image_hw)
     actors = make_actors(rng, background, length)
     name = f"shapes_{split}_{video_id:04d}"
@@ -168,7 +168,7 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
     temporary.replace(root / f"{split}.json")
 
 
-def write_demo_data(root: Path, num_train: int = 160, num_valid: int = 40) -> None:
+def write_demo_data(root: Path, num_train: int = 200, num_valid: int = 50) -> None:
     """Write whichever split is not there yet."""
     for split, count in (("train", num_train), ("valid", num_valid)):
         if not (root / f"{split}.json").exists():
