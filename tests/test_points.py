@@ -40,7 +40,7 @@ def test_points_of_maps_and_masks_equal_dense_sampling() -> None:
     image_scale = torch.tensor((30 / 32, 21 / 32))
     grid = (points_TP2 * image_scale)[:, None] * 2 - 1
     expected_TRP = F.grid_sample(map_TRHW, grid, align_corners=False)[:, :, 0]
-    cut = sample_map(map_TRHW[:, :, :7], points_TP2, (21, 30))  # ceil(21 / 4) rows and one more
+    cut = torch.stack([*sample_map(map_TRHW[:, :, :7], points_TP2, (21, 30))])  # ceil(21 / 4) rows and one more
     torch.testing.assert_close(cut[..., :3], expected_TRP.transpose(1, 2), atol=1e-5, rtol=1e-5)
     padded = F.pad(masks_Ghw[2:].float(), (0, 2, 0, 11))[:, None]
     expected_SP = F.grid_sample(padded, grid, align_corners=False)[:, 0, 0]

@@ -5,6 +5,7 @@ All take the same step: clips of the same cache, the same head, the same optimis
 
 from __future__ import annotations
 
+import ctypes
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,7 @@ class SideName(Enum):
 class SideReport:
     """What a side found out about itself beside its speed."""
 
-    peak_bytes: int  # above what the process held before its first step
+    peak_bytes: int  # of a step, above what is held between steps
     parts: dict[str, float]  # seconds, of `ours` only
     flops: float  # multiplications and additions of one step's matrix products, of `ours` only
     flops_per_second: float  # of one large product, now
@@ -68,7 +69,7 @@ class Stopwatch:
 
 
 class Memory:
-    """Peak above what was held when this was made: of the device's allocator, or of the process (VmHWM)."""
+    """Peak above what is held between two steps: of the device's allocator, or of the process (Linux, VmHWM)."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -76,6 +77,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats()
             self.idle = torch.cuda.memory_allocated()
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             self.idle = _status("VmRSS")
 
@@ -177,11 +179,12 @@ class Live(Ours):
         self.trainer.training_step([self._live(clip) for clip in next(self.batches)])
 
     def _live(self, clip: Clip) -> Clip:
-        found = self.detector.features(self.images)
+        frames = [self.images] if self.problem.device == "cuda" else torch.split(self.images, 1)  # the faster way there
+        found = [self.detector.features(frame) for frame in frames]
+        queries = torch.cat([each.frame_queries_BLQC for each in found])
+        maps = torch.cat([each.mask_features_BCHW for each in found])
         H, W = clip.map_TRHW.shape[2:]
-        return replace(
-            clip, frame_queries_TLQC=found.frame_queries_BLQC, map_TRHW=found.mask_features_BCHW[..., :H, :W]
-        )
+        return replace(clip, frame_queries_TLQC=queries, map_TRHW=maps[..., :H, :W])
 
 
 class Dense(Ours):
@@ -260,8 +263,9 @@ def serve(name: SideName, problem: Problem, folder: Path, parent: Connection) ->
     torch.set_num_threads(1)
     side = build(name, problem, folder)
     device = side.trainer.device
+    side.step()  # fills the frame memory and the optimiser's state, loads libraries
+    side.trainer.optimizer.zero_grad(set_to_none=True)
     memory = Memory(device)
-    side.step()  # fills the frame memory and the optimiser's state
     parent.send(0.0)
     watch = Stopwatch(device)
     while parent.recv():

@@ -164,16 +164,17 @@ class VitaCriterion:
         mask_D = dice_D = mask_weights.weights_R.new_zeros(D)
         for clip, (map_TRHW, target, match, source) in enumerate(zip(maps, targets, matches, points, strict=True)):
             matched = _take_matched(mask_weights, clip, match)
-            logits_TMHW = matched.logits(map_TRHW)
-            T, M, H, W = logits_TMHW.shape
-            area_hw = sampling_area(target.image_hw, (H, W), self.padded_area)
-            logits_GHW = logits_TMHW.flatten(0, 1)
-            points_GP2 = source.loss_points(logits_GHW.detach(), area_hw)
-            points_TMP2 = torch.unflatten(points_GP2, 0, (T, M))
-            labels_TMP = _labels_at(target, match.object_DLM, points_TMP2, area_hw)
-            logits_GP = sample_logits(logits_GHW, points_GP2, area_hw)
+            area_hw = sampling_area(target.image_hw, (map_TRHW.shape[2], map_TRHW.shape[3]), self.padded_area)
+            parts = []
+            for frames in _frame_groups(map_TRHW):
+                logits_TMHW = matched.logits(map_TRHW[frames])
+                logits_GHW = logits_TMHW.flatten(0, 1)
+                points_GP2 = source.loss_points(logits_GHW.detach(), area_hw)
+                points_TMP2 = torch.unflatten(points_GP2, 0, logits_TMHW.shape[:2])
+                labels_TMP = _labels_at(target, frames, match.object_DLM, points_TMP2, area_hw)
+                parts.append(_point_sums(sample_logits(logits_GHW, points_GP2, area_hw), labels_TMP))
             counted_TM = None if self.absent_frames else target.present_NT[match.object_DLM.flatten()].t()
-            mask_M, dice_M = _point_losses(logits_GP.view(labels_TMP.shape), labels_TMP, counted_TM)
+            mask_M, dice_M = _point_losses(torch.cat(parts, dim=1), counted_TM)
             mask_D = mask_D + mask_M.view(D, -1).sum(dim=1)
             dice_D = dice_D + dice_M.view(D, -1).sum(dim=1)
         return mask_D, dice_D
@@ -186,8 +187,17 @@ def _take_matched(mask_weights: MaskWeights, clip: int, match: ClipMatch) -> Mas
     return MaskWeights(weights_R=weights_DLMR.flatten(0, 2), const=const_DLM.flatten())
 
 
-def _labels_at(target: ClipTargets, object_DLM: Tensor, points_TMP2: Tensor, area_hw: tuple[int, int]) -> Tensor:
-    """Label values (T, D·L·M, P) of the matched objects.
+def _frame_groups(map_TRHW: Tensor) -> list[slice]:
+    """Frames whose mask losses are computed at once: on CPU one, so that little exists at a time."""
+    T = len(map_TRHW)
+    step = T if map_TRHW.is_cuda else 1
+    return [slice(start, start + step) for start in range(0, T, step)]
+
+
+def _labels_at(
+    target: ClipTargets, frames: slice, object_DLM: Tensor, points_TMP2: Tensor, area_hw: tuple[int, int]
+) -> Tensor:
+    """Label values (T, D·L·M, P) of the matched objects in some frames.
 
     If all objects are matched, they are the same in every layer: then each mask is read once for all layers.
     """
@@ -198,15 +208,22 @@ def _labels_at(target: ClipTargets, object_DLM: Tensor, points_TMP2: Tensor, are
     points_SP2 = (
         points_TMP2.view(T, layers, len(objects), P, 2).transpose(1, 2).reshape(index_TM.numel(), layers * P, 2)
     )
-    labels_SP = sample_masks(target.masks_NThw.flatten(0, 1), index_TM.flatten(), points_SP2, area_hw)
+    labels_SP = sample_masks(target.masks_NThw[:, frames].flatten(0, 1), index_TM.flatten(), points_SP2, area_hw)
     return labels_SP.view(T, len(objects), layers, P).transpose(1, 2).reshape(T, num_matched, P)
 
 
-def _point_losses(logits_TMP: Tensor, labels_TMP: Tensor, counted_TM: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, mean over the points of the counted frames (None: of all), and dice over all: both (M)."""
-    mask_TM = F.binary_cross_entropy_with_logits(logits_TMP, labels_TMP, reduction="none").mean(dim=2)
+def _point_sums(logits_GP: Tensor, labels_TMP: Tensor) -> Tensor:
+    """What the losses need of each map's points: mean cross-entropy, overlap and area, (3, T, M)."""
+    labels_GP = labels_TMP.flatten(0, 1)
+    mask_G = F.binary_cross_entropy_with_logits(logits_GP, labels_GP, reduction="none").mean(dim=1)
+    probability_GP = logits_GP.sigmoid()
+    overlap_G = (probability_GP * labels_GP).sum(dim=1)
+    area_G = probability_GP.sum(dim=1) + labels_GP.sum(dim=1)
+    return torch.stack([mask_G, overlap_G, area_G]).view(3, *labels_TMP.shape[:2])
+
+
+def _point_losses(sums_3TM: Tensor, counted_TM: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy, mean over the counted frames (None: over all), and dice over all points: both (M)."""
+    mask_TM, overlap_TM, area_TM = sums_3TM
     mask_M = mask_TM.mean(dim=0) if counted_TM is None else (mask_TM * counted_TM).sum(dim=0) / counted_TM.sum(dim=0)
-    probability_TMP = logits_TMP.sigmoid()
-    overlap_M = (probability_TMP * labels_TMP).sum(dim=(0, 2))
-    area_M = (probability_TMP + labels_TMP).sum(dim=(0, 2))
-    return mask_M, 1 - (2 * overlap_M + 1) / (area_M + 1)
+    return mask_M, 1 - (2 * overlap_TM.sum(dim=0) + 1) / (area_TM.sum(dim=0) + 1)

@@ -89,8 +89,10 @@ def match_frames(
     )
     labels_TNP = labels_GP.view(T, N, -1)
     stacked_TGR = predictions_TLQ.mask_weights.stacked().flatten(1, 2)
-    problems = zip(stacked_TGR, channels_TPR[:, None], labels_TNP[:, :, None], strict=True)
-    cost_TLQN = torch.stack([point_costs(*problem, cost_weights) for problem in problems]).view(T, L, Q, N)
+    problems = zip(stacked_TGR, channels_TPR, labels_TNP, strict=True)
+    cost_TLQN = torch.stack(
+        [point_costs(weights, [channels], labels[:, None], cost_weights) for weights, channels, labels in problems]
+    ).view(T, L, Q, N)
     probability_TLQJ = predictions_TLQ.class_logits.float().softmax(dim=-1)[..., :-1]
     cost_TLQN = cost_TLQN - cost_weights.label * (probability_TLQJ @ label_map_KJ[targets.labels_N].t())
     objects_T = [present_N.nonzero().flatten() for present_N in targets.present_NT.t()]

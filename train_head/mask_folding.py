@@ -9,11 +9,12 @@ m = decode · z + mean; a 1×1 convolution (A, b) and an embedding e give the lo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from train_head.products import linear
+from train_head.products import product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +54,26 @@ class MaskWeights:
     @staticmethod
     def _frame_logits(map_RHW: Tensor, weights_MR: Tensor, const_M: Tensor) -> Tensor:
         """Logits (M, H·W) of one frame: frame by frame, no second copy of the whole map ever exists."""
-        pixels_SR = map_RHW.to(weights_MR.dtype).flatten(1).t()
-        return linear(weights_MR, pixels_SR) + const_M[:, None]
+        logits_MS: Tensor = _PixelLogits.apply(weights_MR, map_RHW.flatten(1))
+        return logits_MS + const_M[:, None]
+
+
+class _PixelLogits(torch.autograd.Function):
+    """weights · pixels; remembers the pixels as stored, in 2 bytes or 1, not the floats that they become."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_MR: Tensor, pixels_RS: Tensor) -> Tensor:
+        ctx.save_for_backward(weights_MR, pixels_RS)
+        return product(weights_MR, pixels_RS.to(weights_MR.dtype).t())
+
+    @staticmethod
+    def backward(ctx: Any, gradient_MS: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        weights_MR, pixels_RS = ctx.saved_tensors
+        wants_weights, wants_pixels = ctx.needs_input_grad
+        return (
+            product(gradient_MS, pixels_RS.to(weights_MR.dtype)) if wants_weights else None,
+            weights_MR.t() @ gradient_MS if wants_pixels else None,
+        )
 
 
 def fold_mask_embeddings(

@@ -7,9 +7,8 @@ Costs: 2 · (−probability of the class) + 5 · mask cross-entropy + 5 · dice.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import numpy as np
 import torch
@@ -20,7 +19,7 @@ from torch.nn import functional as F
 
 from train_head.mask_folding import MaskWeights
 from train_head.points import PaddedArea, PointSource, sample_map, sample_masks, sampling_area
-from train_head.products import product as matrix_product
+from train_head.products import product
 from train_head.targets import ClipTargets
 
 
@@ -46,29 +45,34 @@ _CHUNK_LOGITS_CUDA = 1 << 27
 _FACTORS = 64  # of numbers in [0.5, 1], whose product float32 can hold
 
 
-def point_costs(weights_GR: Tensor, channels_TPR: Tensor, targets_NTP: Tensor, weights: CostWeights) -> Tensor:
-    """Mask and dice costs (G, N) of one problem from its channels, sampled at P points of T frames.
+def point_costs(
+    weights_GR: Tensor, channels_TPR: Iterable[Tensor], targets_NTP: Tensor, weights: CostWeights
+) -> Tensor:
+    """Mask and dice costs (G, N) of one problem from its channels, sampled at P points, frame by frame.
 
-    `weights_GR` and `channels_TPR` carry the constant and the coverage as their last channel.
+    `weights_GR` and `channels_TPR` (T of (P, R)) carry the constant and the coverage as their last channel.
     With x the logits and t the targets at a point, cross-entropy is softplus(x) − x·t, and
     softplus(x) = (x + |x|) / 2 − log σ(|x|). All that is linear in x comes from sums of the channels; every
     logit is visited for |x|, σ(|x|) and σ(x) only, in groups that stay in a CPU's cache.
     """
-    G, T, P = len(weights_GR), *channels_TPR.shape[:2]
+    G, (N, T, P) = len(weights_GR), targets_NTP.shape
     # One more target that is 1 everywhere sums the probabilities (for dice) and the logits (for softplus).
     columns_TNP = F.pad(targets_NTP.transpose(0, 1), (0, 0, 0, 1), value=1.0)
-    overlap_GN = weights_GR.new_zeros(G, columns_TNP.shape[1])
+    overlap_GN = weights_GR.new_zeros(G, N + 1)
+    channel_sums_NR = weights_GR.new_zeros(N + 1, weights_GR.shape[1])
     positive_G = weights_GR.new_zeros(G)
     chunk = (_CHUNK_LOGITS_CUDA if weights_GR.is_cuda else _CHUNK_LOGITS) // max(1, G)
     step = max(1, chunk // _FACTORS) * _FACTORS
-    for frame, start in product(range(T), range(0, P, step)):
-        part = slice(start, start + step)
-        logits_GP = matrix_product(weights_GR, channels_TPR[frame, part])
-        distance_GP = logits_GP.abs()
-        positive_G += distance_GP.sum(dim=1) / 2
-        positive_G -= _sum_of_logs(distance_GP.sigmoid_())
-        overlap_GN += (columns_TNP[frame, :, part] @ logits_GP.sigmoid_().t()).t()
-    linear_GN = weights_GR @ (columns_TNP @ channels_TPR).sum(dim=0).t()
+    for channels_PR, columns_NP in zip(channels_TPR, columns_TNP, strict=True):
+        channel_sums_NR += columns_NP @ channels_PR
+        for start in range(0, P, step):
+            part = slice(start, start + step)
+            logits_GP = product(weights_GR, channels_PR[part])
+            distance_GP = logits_GP.abs()
+            positive_G += distance_GP.sum(dim=1) / 2
+            positive_G -= _sum_of_logs(distance_GP.sigmoid_())
+            overlap_GN += (columns_NP[:, part] @ logits_GP.sigmoid_().t()).t()
+    linear_GN = weights_GR @ channel_sums_NR.t()
     softplus_G1 = positive_G[:, None] + linear_GN[:, -1:] / 2
     mask_GN = (softplus_G1 - linear_GN[:, :-1]) / (T * P)
     total_GN = overlap_GN[:, -1:] + targets_NTP.sum(dim=(1, 2))
