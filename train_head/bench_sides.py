@@ -166,8 +166,11 @@ class Live(Ours):
         from extract.architectures import official_config  # noqa: TID251  # the benchmark is where the stages meet
         from extract.detector import TransformersDetector  # noqa: TID251
 
+        config = official_config("r50")
+        config.hidden_dim = config.feature_size = config.mask_feature_size = problem.channels
+        config.num_queries = problem.queries
         self.detector = TransformersDetector(
-            Mask2FormerForUniversalSegmentation(official_config("r50")),
+            Mask2FormerForUniversalSegmentation(config),
             num_layers=problem.layers,
             precision="bfloat16" if problem.device == "cuda" else "float32",
             device=problem.device,

@@ -1,0 +1,107 @@
+"""Options that make a training step cheaper, and the benchmark that measures it, against plain implementations."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cache.errors import ConfigError
+from configs.load import load_settings
+from configs.schema import Device, Settings
+from tests.conftest import tiny_settings
+from train_head import bench_step
+from train_head.bench_data import Problem, small, write_bench_cache
+from train_head.bench_sides import Dense, Ours, SideName
+from train_head.build import point_config
+from train_head.clips import Clip
+from train_head.data import open_training_set
+from train_head.points import RandomPoints
+from train_head.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+
+def test_matching_points_and_oversampling_are_settings_of_their_own() -> None:
+    loss = load_settings("demo", ["loss.num_points=100", "loss.matching_points=30", "loss.oversample=1.5"]).loss
+    source = RandomPoints.for_clip(point_config(loss), 0, 0, CPU)
+    assert source.matching_points(CPU).shape == (30, 2)
+    # Logits double from row to row: the 75 of 150 candidates that are chosen lie above, 25 more anywhere.
+    logits = (2.0 ** torch.arange(8.0))[None, :, None].expand(1, 8, 8)
+    points = source.loss_points(logits, (32, 32))
+    assert points.shape == (1, 100, 2)
+    chosen_y, fresh_y = points[0, :75, 1], points[0, 75:, 1]
+    assert float(chosen_y.max()) < 0.65 and float(fresh_y.max()) > 0.65
+    assert point_config(load_settings("demo", ["loss.num_points=100"]).loss).matching == 100
+
+
+@pytest.mark.parametrize("override", ["loss.matching_points=0", "loss.oversample=0.5", "train.num_layers=4"])
+def test_impossible_options_are_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_settings("demo", [override])
+
+
+def first_step(settings: Settings, last_layer_only: bool = False) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of a run's first step; with `last_layer_only` from clips that hold no other layer."""
+    trainer = Trainer(settings, open_training_set(settings), Path(settings.runs) / settings.name)
+    clips = next(trainer._batches())
+    if last_layer_only:
+        clips = [last_layer(clip) for clip in clips]
+    loss = trainer.compute.gradients(trainer.head, clips).loss
+    return loss, [parameter.grad for parameter in trainer.head.parameters() if parameter.grad is not None]
+
+
+def last_layer(clip: Clip) -> Clip:
+    return replace(clip, frame_queries_TLQC=clip.frame_queries_TLQC[:, -1:])
+
+
+def test_one_trained_layer_equals_a_cache_of_one_layer(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    loss, gradients = first_step(tiny_settings(tiny_data, tiny_cache, tmp_path, "train.num_layers=1"))
+    expected, expected_gradients = first_step(tiny_settings(tiny_data, tiny_cache, tmp_path), last_layer_only=True)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+def test_a_compiled_head_trains_alike(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    loss, gradients = first_step(tiny_settings(tiny_data, tiny_cache, tmp_path, "train.compile=true"))
+    expected, expected_gradients = first_step(tiny_settings(tiny_data, tiny_cache, tmp_path))
+    assert loss == pytest.approx(expected, rel=1e-4)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_clips", [1, 2])
+def test_plain_losses_equal_ours(tmp_path: Path, num_clips: int) -> None:
+    problem = small(Problem(clips=num_clips))
+    write_bench_cache(tmp_path, problem)
+    for dense, ours in Dense(problem, tmp_path).compare().values():
+        assert dense > 0 and ours == pytest.approx(dense, rel=1e-4)
+
+
+def test_the_parts_of_a_step_are_a_step(tmp_path: Path) -> None:
+    """Taking a step in pieces leaves the weights that taking it whole does."""
+    problem = small(Problem())
+    write_bench_cache(tmp_path, problem)
+    whole, pieces = Ours(problem, tmp_path), Ours(problem, tmp_path)
+    whole.step()
+    for group in pieces.trainer.optimizer.param_groups:
+        group["lr"] = whole.trainer.optimizer.param_groups[0]["lr"]
+    pieces.parts()
+    for ours, theirs in zip(whole.trainer.head.parameters(), pieces.trainer.head.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.slow
+def test_the_benchmark_from_end_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_step, "Problem", lambda **sizes: small(Problem(**sizes)))
+    assert bench_step.bench(tmp_path / "bench.json", True, Device.cpu) == 0
+    step = json.loads((tmp_path / "bench.json").read_text())["steps"][0]
+    assert set(step["seconds"]) == {name.value for name in SideName}
+    assert "equal points" in capsys.readouterr().out
