@@ -55,9 +55,10 @@ detectron2: $(STAMP)  ## the engine for your own detectron2 models (compiles, mi
 	$(PY) -m pip install -q setuptools timm opencv-python-headless
 	$(PY) -m pip install --no-build-isolation "$(DETECTRON2)"
 
-bench: $(STAMP)  ## reading against the disk's limit, workers, extraction against the bare detector
+bench: $(STAMP)  ## a training step against the live detector; reading, workers and extraction against their limits
 	$(PY) -m cache bench --json bench.json
 	$(PY) -m train_head.bench
+	$(PY) -m train_head bench --output runs/bench_step.json
 	$(PY) -m extract bench $(CONFIG) $(OVERRIDES)
 
 test: $(STAMP)  ## the test suite, CPU only
