@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_AVAILABLE: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+_AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ignore[no-untyped-call]
+    torch.ops.mkldnn,
+    "_linear_pointwise",  # not part of PyTorch's public interface
+)
 _SMALLEST = 1 << 21  # multiplications: below this the detour costs more than it saves
 
 
