@@ -36,6 +36,8 @@ def test_strided_operands_without_bias() -> None:
     tokens, weight, _ = inputs((400,), 64, 90)
     rows, columns = tokens.float().t().contiguous().t(), weight.float().t().contiguous().t()
     torch.testing.assert_close(product(rows, columns).double(), tokens @ weight.t(), rtol=1e-4, atol=1e-4)
+    cut = F.pad(tokens.float(), (0, 3))[:, :64]
+    torch.testing.assert_close(product(cut, columns).double(), tokens @ weight.t(), rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_operands_get_no_gradient() -> None:

@@ -56,9 +56,14 @@ def _worthwhile(tokens: Tensor, weight_OI: Tensor) -> bool:
 
 
 def _onednn(rows_SI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """The kernel behind compiled linear layers; any strides, no gradients."""
-    product_SO: Tensor = torch.ops.mkldnn._linear_pointwise(rows_SI, weight_OI, bias_O, "none", [], "")
+    """The kernel behind compiled linear layers, without gradients."""
+    product_SO: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(rows_SI), _dense(weight_OI), bias_O, "none", [], "")
     return product_SO
+
+
+def _dense(matrix: Tensor) -> Tensor:
+    """Copy a cut-out of a larger matrix: for one, oneDNN falls back to a kernel 50 times slower."""
+    return matrix if matrix.is_contiguous() or matrix.t().is_contiguous() else matrix.contiguous()
 
 
 class _Linear(torch.autograd.Function):
