@@ -57,7 +57,7 @@ detectron2: $(STAMP)  ## the engine for your own detectron2 models (compiles, mi
 
 bench: $(STAMP)  ## a training step against the live detector; reading, workers and extraction against their limits
 	$(PY) -m cache bench --json bench.json
-	$(PY) -m train_head.bench
+	$(PY) -m train_head.bench_loader
 	$(PY) -m train_head bench --output runs/bench_step.json
 	$(PY) -m extract bench $(CONFIG) $(OVERRIDES)
 

@@ -1,4 +1,4 @@
-"""`python -m train_head.bench`: clips a second through the data loader, with 0, 1 and 2 worker processes.
+"""`python -m train_head.bench_loader`: clips a second through the data loader, with 0, 1 and 2 worker processes.
 
 Clips of 6 frames of 360 x 640 pixels, float16; the limit is the same bytes through bare preadv in one process.
 """
