@@ -58,7 +58,7 @@ class FrameMatching(Enum):
 
     category_map = "category_map"  # class costs where a category exists in both worlds, masks elsewhere
     mask_only = "mask_only"
-    release = "release"  # the detector has the data set's own classes
+    release = "release"  # VITA: the detector has the data set's own classes, or else a random frozen class layer
 
 
 class Split(Enum):

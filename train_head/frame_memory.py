@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cache.category_map import category_pairs
+from cache.heads import DetectorHeads
 from cache.labels import Labels
 from configs.schema import FrameMatching, Settings
 from train_head.clips import Clip
@@ -69,9 +71,14 @@ class FrameMemory:
 
 
 def build_frame_memory(settings: Settings, videos: VideoSet, heads: FrozenHeads, decoding: MapDecoding) -> FrameMemory:
-    """Build the memory that `loss.frame_matching` asks for; raises ConfigError where it cannot apply."""
+    """Build the memory that `loss.frame_matching` asks for."""
     device = heads.decoder_norm.weight.device
     stored, labels, loss = videos.feature_cache.heads, videos.labels, settings.loss
+    num_labels = len(labels.categories)
+    if loss.frame_matching is FrameMatching.release and stored.num_classes != num_labels:
+        print("loss.frame_matching=release: the detector has other classes; its class layer is drawn anew and frozen")
+        stored = redrawn_classes(stored, num_labels, settings.seed)
+        heads = FrozenHeads(stored).to(device)
     names = {
         FrameMatching.category_map: "category_map",
         FrameMatching.mask_only: "mask_only",
@@ -82,7 +89,22 @@ def build_frame_memory(settings: Settings, videos: VideoSet, heads: FrozenHeads,
         labels,
         heads,
         decoding,
-        label_map(names[loss.frame_matching], len(labels.categories), stored.num_classes, pairs).to(device),  # type: ignore[arg-type]
+        label_map(names[loss.frame_matching], num_labels, stored.num_classes, pairs).to(device),  # type: ignore[arg-type]
         loss.num_points,
         CostWeights(label=loss.class_weight, mask=loss.mask_weight, dice=loss.dice_weight),
     )
+
+
+def redrawn_classes(stored: DetectorHeads, num_classes: int, seed: int) -> DetectorHeads:
+    """Give a detector a random class layer for other classes.
+
+    VITA: its release does so, and freezes the layer, for a frozen detector whose classes are not the data set's; the
+    class costs of the frame-level matching are then noise.
+    """
+    rng = np.random.default_rng([seed, num_classes])
+    bound = stored.hidden_dim**-0.5
+    drawn = {
+        "class_embed.weight": rng.uniform(-bound, bound, (num_classes + 1, stored.hidden_dim)).astype(np.float32),
+        "class_embed.bias": rng.uniform(-bound, bound, num_classes + 1).astype(np.float32),
+    }
+    return DetectorHeads(arrays={**stored.arrays, **drawn}, category_names=())

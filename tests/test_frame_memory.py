@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.conftest import tiny_settings
+from train_head.build import decoding_of, map_channels
+from train_head.clips import Clip, ClipConfig, ClipDataset
+from train_head.data import VideoSet, open_training_set
+from train_head.detector_predictions import FrozenHeads
+from train_head.frame_memory import FrameMemory, build_frame_memory, redrawn_classes
+
+
+def build(data: Path, features: Path, runs: Path, mode: str) -> tuple[VideoSet, FrameMemory, list[Clip]]:
+    settings = tiny_settings(data, features, runs, f"loss.frame_matching={mode}")
+    videos = open_training_set(settings)
+    heads = videos.feature_cache.heads
+    decoding = decoding_of(videos.codec, map_channels(heads))
+    config = ClipConfig(num_frames=4, frame_range=3, seed=0)
+    dataset = ClipDataset(videos.feature_cache, videos.labels, videos.video_ids, config)
+    return videos, build_frame_memory(settings, videos, FrozenHeads(heads), decoding), [dataset[i] for i in range(8)]
+
+
+@pytest.mark.parametrize("mode", ["category_map", "mask_only", "release"])
+def test_remembered_matches_equal_fresh_ones(tiny_data: Path, tiny_cache: Path, tmp_path: Path, mode: str) -> None:
+    _, memory, clips = build(tiny_data, tiny_cache, tmp_path, mode)
+    for clip in clips:
+        memory.with_matches(clip, clip.targets)
+    for clip in clips:
+        _, fresh, _ = build(tiny_data, tiny_cache, tmp_path, mode)
+        remembered = memory.with_matches(clip, clip.targets).frame_queries_LTN
+        computed = fresh.with_matches(clip, clip.targets).frame_queries_LTN
+        assert remembered is not None and computed is not None
+        assert torch.equal(remembered, computed)
+        present_TN = clip.targets.present_NT.t()
+        assert torch.equal(remembered >= 0, present_TN.expand_as(remembered))  # more queries than objects
+
+
+def test_the_modes_differ_in_their_class_costs(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    maps = {
+        m: build(tiny_data, tiny_cache, tmp_path, m)[1].label_map_KJ for m in ("category_map", "mask_only", "release")
+    }
+    assert maps["category_map"].sum() == 5  # circle, square, triangle, star, cross
+    assert maps["mask_only"].sum() == 0
+    assert torch.equal(maps["release"], torch.eye(8))
+
+
+def test_redrawn_classes_replace_the_class_layer_alone(tiny_cache: Path, tiny_data: Path, tmp_path: Path) -> None:
+    stored = build(tiny_data, tiny_cache, tmp_path, "mask_only")[0].feature_cache.heads
+    first, again, other = (redrawn_classes(stored, 8, seed) for seed in (0, 0, 1))
+    assert first.num_classes == 8
+    for name, array in stored.arrays.items():
+        if name.startswith("class_embed"):
+            assert np.array_equal(first.arrays[name], again.arrays[name])
+            assert not np.array_equal(first.arrays[name], other.arrays[name])
+        else:
+            assert first.arrays[name] is array
