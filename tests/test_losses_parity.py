@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.test_head_parity import GOLDEN, golden_head
+from train_head.bench_data import FixedPoints
 from train_head.criterion import LossNormalisers, VitaCriterion, VitaLosses
 from train_head.head import VitaHead
 from train_head.mask_folding import MapDecoding
@@ -20,19 +21,6 @@ from train_head.targets import ClipTargets, clip_targets
 
 Recorded = tuple[VitaHead, Tensor, Tensor, VitaLosses]
 EXPECTED = json.loads((GOLDEN / "losses.json").read_text())
-
-
-@dataclass(frozen=True)
-class FixedPoints:
-    """The same points for every clip, mask and frame, as in the recording."""
-
-    points_P2: Tensor
-
-    def matching_points(self, device: torch.device) -> Tensor:
-        return self.points_P2.to(device)
-
-    def loss_points(self, logits_GHW: Tensor, area_hw: tuple[int, int]) -> Tensor:
-        return self.points_P2.expand(len(logits_GHW), -1, -1)
 
 
 def unpack(bits: np.ndarray, width: int) -> Tensor:

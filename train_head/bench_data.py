@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cache.codecs import select_codec
 from cache.fingerprint import Fingerprint
@@ -155,3 +157,18 @@ def _disc(problem: Problem, track: int, frame: int) -> object:
 def small(problem: Problem) -> Problem:
     """The same step in miniature, for tests."""
     return replace(problem, image_hw=(40, 56), channels=32, queries=10, ffn=64, points=300, enc_layers=2, dec_layers=2)
+
+
+@dataclass(frozen=True)
+class FixedPoints:
+    """The same points for every mask and problem."""
+
+    points_P2: Tensor
+
+    def matching_points(self, device: torch.device) -> Tensor:
+        """Points (P, 2)."""
+        return self.points_P2.to(device)
+
+    def loss_points(self, logits_GHW: Tensor, area_hw: tuple[int, int]) -> Tensor:
+        """Points (G, P, 2)."""
+        return self.points_P2.expand(len(logits_GHW), -1, -1)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train_head.bench_data import Problem
+from train_head.bench_data import FixedPoints, Problem
 from train_head.bench_dense import PlainPoints, dense_losses
 from train_head.clips import Clip
 from train_head.criterion import LossNormalisers
@@ -235,21 +235,6 @@ class Dense(Ours):
             "total": (dense.total, ours.total),
         }
         return {name: (float(plain), float(fast)) for name, (plain, fast) in pairs.items()}
-
-
-@dataclass(frozen=True)
-class FixedPoints:
-    """The same points for every mask and problem."""
-
-    points_P2: Tensor
-
-    def matching_points(self, device: torch.device) -> Tensor:
-        """Points (P, 2)."""
-        return self.points_P2.to(device)
-
-    def loss_points(self, logits_GHW: Tensor, area_hw: tuple[int, int]) -> Tensor:
-        """Points (G, P, 2)."""
-        return self.points_P2.expand(len(logits_GHW), -1, -1)
 
 
 def build(name: SideName, problem: Problem, folder: Path) -> Ours:
