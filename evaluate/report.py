@@ -26,8 +26,8 @@ from evaluate.overlays import (
     predicted_tracks,
     read_image,
 )
-from evaluate.results import TrackPrediction, load_results
-from evaluate.stage import BASELINE
+from evaluate.results import TrackPrediction
+from evaluate.stored import load_predictions, stored_methods
 from evaluate.tables import HEADLINE, percent, read_metrics, stage_costs
 from train_head.data import open_evaluation_set
 from train_head.run_folder import read_metrics_log
@@ -94,9 +94,7 @@ def _video_strips(settings: Settings, run: Path) -> list[VideoStrips]:
     paths = valid_split(settings) if videos.split == "valid" else train_split(settings)
     assert paths is not None
     labels = videos.labels
-    predictions = {"head": load_results(run / "results.json", labels)}
-    if (run / BASELINE / "results.json").exists():
-        predictions[BASELINE] = load_results(run / BASELINE / "results.json", labels)
+    predictions = {method: load_predictions(run, method, labels) for method in stored_methods(run)}
     count = min(settings.evaluate.report_videos, len(labels.videos))
     chosen = [labels.videos[index] for index in np.linspace(0, len(labels.videos) - 1, count).astype(int)]
     return [_draw_video(labels, video, predictions, paths.frames) for video in chosen]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,15 +16,13 @@ from configs.schema import CheckpointChoice, Settings
 from evaluate.baseline import track_without_training
 from evaluate.inference import VideoTracks, predict_video
 from evaluate.metrics import VideoMetrics, evaluate_tracks
-from evaluate.results import TrackPrediction, write_results
+from evaluate.stored import BASELINE, HEAD, store_predictions
 from evaluate.whole_video import VideoPredictor, map_chunks, predict_videos
 from train_head.build import decoding_of, map_channels
 from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
 from train_head.data import VideoSet, open_evaluation_set
 from train_head.detector_predictions import FrozenHeads
 from train_head.frame_matches import label_map
-
-HEAD, BASELINE = "head", "baseline"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,8 +49,9 @@ def evaluate(settings: Settings) -> Evaluation:
         started = time.perf_counter()
         predictions = predict_videos(videos, predictor, f"evaluate {method}")
         seconds[method] = time.perf_counter() - started
-        folder = run if method == HEAD else run / method
-        metrics[method] = _write(folder, videos, predictions, seconds[method])
+        metrics[method] = store_predictions(
+            settings, videos, method, predictions, seconds=seconds[method], trained=method == HEAD
+        )
     return Evaluation(folder=run, split=videos.split, metrics=metrics, seconds=seconds)
 
 
@@ -115,24 +112,3 @@ def baseline_predictor(settings: Settings, videos: VideoSet) -> VideoPredictor:
         )
 
     return predict
-
-
-def _write(
-    folder: Path, videos: VideoSet, predictions: Sequence[TrackPrediction], seconds: float
-) -> VideoMetrics | None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_results(folder / "results.json", predictions)
-    if not videos.labels.has_tracks:
-        return None
-    metrics = evaluate_tracks(videos.labels, predictions)
-    content = {
-        **metrics.to_json(),
-        "split": videos.split,
-        "num_videos": len(videos.video_ids),
-        "seconds": seconds,
-        "fingerprint": asdict(videos.feature_cache.fingerprint),
-    }
-    temporary = folder / "metrics.json.tmp"
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(folder / "metrics.json")
-    return metrics

@@ -9,7 +9,9 @@ from typing import Any
 
 from configs.schema import Settings
 from configs.splits import all_splits
-from evaluate.stage import BASELINE, HEAD, Evaluation
+from evaluate.results import RESULTS_NAME
+from evaluate.stage import Evaluation
+from evaluate.stored import load_metrics, method_folder, stored_methods
 from train_head.checkpoint import CHECKPOINT
 from train_head.run_folder import read_metrics_log
 
@@ -51,8 +53,8 @@ def percent(value: object) -> str:
 
 def read_metrics(run: Path) -> dict[str, dict[str, Any]]:
     """Return metrics.json of a run by method; empty where nothing is evaluated yet."""
-    paths = {HEAD: run / "metrics.json", BASELINE: run / BASELINE / "metrics.json"}
-    return {method: json.loads(path.read_text()) for method, path in paths.items() if path.exists()}
+    found = {method: load_metrics(run, method) for method in stored_methods(run)}
+    return {method: metrics for method, metrics in found.items() if metrics}
 
 
 def stage_costs(settings: Settings) -> list[StageCost]:
@@ -69,7 +71,7 @@ def stage_costs(settings: Settings) -> list[StageCost]:
         size = (run / CHECKPOINT).stat().st_size
         costs.append(StageCost(stage="train", seconds=log[-1]["seconds"], bytes=size))
     for method, metrics in read_metrics(run).items():
-        results = run / ("" if method == HEAD else method) / "results.json"
+        results = method_folder(run, method) / RESULTS_NAME
         costs.append(StageCost(stage=f"evaluate {method}", seconds=metrics["seconds"], bytes=results.stat().st_size))
     return costs
 

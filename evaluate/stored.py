@@ -1,0 +1,102 @@
+"""Predictions kept with a run, by method: written by `evaluate run` and the ablations, read by `evaluate compare`.
+
+A run's head keeps its own in `<run>/`; every other method that works from the same cache (the training-free
+baseline, clip-wise association ...) keeps them in `<run>/<method>/`. Each place holds results.json, its zip and,
+where the split has public labels, metrics.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cache.errors import CacheError, ConfigError
+from cache.labels import Labels
+from configs.schema import Settings
+from evaluate.metrics import VideoMetrics, evaluate_tracks
+from evaluate.results import RESULTS_NAME, TrackPrediction, load_results, write_results
+from train_head.data import VideoSet
+
+HEAD, BASELINE = "head", "baseline"
+METRICS_NAME = "metrics.json"
+_METHOD = re.compile(r"[a-z0-9][a-z0-9_.-]*")
+
+
+def method_folder(run: Path, method: str) -> Path:
+    """Where a run keeps a method's predictions. Raises ConfigError for a name that is no plain folder name."""
+    if not _METHOD.fullmatch(method):
+        raise ConfigError("not a name of a method", expected="lower-case letters, digits, _ . -", got=repr(method))
+    return run if method == HEAD else run / method
+
+
+def store_predictions(
+    settings: Settings,
+    videos: VideoSet,
+    method: str,
+    predictions: Sequence[TrackPrediction],
+    *,
+    seconds: float,
+    trained: bool,
+) -> VideoMetrics | None:
+    """Write a method's predictions for the videos of a set, score them where the labels are public.
+
+    `method` names the row in tables and the folder (see `method_folder`); `seconds` is what inference took;
+    `trained` says whether the run's head took part, so that its parameters and training time are counted.
+    `python -m evaluate compare <run> --with <method>` then compares them. Returns None without public labels.
+    """
+    folder = method_folder(Path(settings.runs) / settings.name, method)
+    write_results(folder / RESULTS_NAME, predictions)
+    if not videos.labels.has_tracks:
+        return None
+    metrics = evaluate_tracks(videos.labels, predictions)
+    content = {
+        **metrics.to_json(),
+        "split": videos.split,
+        "num_videos": len(videos.video_ids),
+        "labels_sha256": labels_digest(videos.labels),
+        "trained": trained,
+        "seconds": seconds,
+        "fingerprint": asdict(videos.feature_cache.fingerprint),
+    }
+    temporary = folder / f"{METRICS_NAME}.tmp"
+    temporary.write_text(json.dumps(content, indent=1))
+    temporary.replace(folder / METRICS_NAME)
+    return metrics
+
+
+def stored_methods(run: Path) -> list[str]:
+    """Names of the methods whose predictions a run keeps, the head first."""
+    others = sorted(path.parent.name for path in run.glob(f"*/{RESULTS_NAME}"))
+    return [HEAD, *others] if (run / RESULTS_NAME).exists() else others
+
+
+def load_predictions(run: Path, method: str, labels: Labels) -> list[TrackPrediction]:
+    """Read a method's predictions. Raises CacheError where there are none, AnnotationError for other labels."""
+    path = method_folder(run, method) / RESULTS_NAME
+    if not path.exists():
+        kept = ", ".join(stored_methods(run)) or "none"
+        raise CacheError(
+            f"no predictions of {method}",
+            where=run,
+            got=f"methods: {kept}",
+            hint="`make evaluate` writes those of head and baseline; `python -m evaluate ablate` others",
+        )
+    return load_results(path, labels)
+
+
+def load_metrics(run: Path, method: str) -> dict[str, Any]:
+    """Return metrics.json of a method; empty where it was not scored."""
+    path = method_folder(run, method) / METRICS_NAME
+    content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return content
+
+
+def labels_digest(labels: Labels) -> str:
+    """SHA-256 (hex) of the labels themselves, however their file was laid out."""
+    canonical = json.dumps(labels.to_json(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
