@@ -18,7 +18,7 @@ evaluate: train
 report: evaluate
 endif
 
-.PHONY: bench help demo demo-data demo-detector extract train evaluate report test lint install detectron2
+.PHONY: bench doctor help demo demo-data demo-detector extract train evaluate report test lint install detectron2
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,9 @@ report: $(STAMP)  ## one self-contained HTML page of a run
 detectron2: $(STAMP)  ## the engine for your own detectron2 models (compiles, minutes); also needs their code in PYTHONPATH
 	$(PY) -m pip install -q setuptools timm opencv-python-headless
 	$(PY) -m pip install --no-build-isolation "$(DETECTRON2)"
+
+doctor: $(STAMP)  ## when something fails: check machine, disk, data and weights, with remedies
+	@$(PY) -m extract doctor $(CONFIG) $(OVERRIDES)
 
 bench: $(STAMP)  ## a training step against the live detector; reading, workers and extraction against their limits
 	$(PY) -m cache bench --json bench.json

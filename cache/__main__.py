@@ -1,4 +1,4 @@
-"""`python -m cache inspect|verify|prune|diff|export|import|stage|bench`: know, check, move and mend a cache.
+"""`python -m cache inspect|verify|prune|diff|export|import|stage|bench|doctor`: know, check, move and mend a cache.
 
 PATH is a cache's folder, an HDF5 file (x.h5), or an address (s3://..., gs://...).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -60,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", type=Path, help="where to write the test data (1 GB); default: the system's")
     command.add_argument("--json", type=Path, help="also write the figures to this file")
     command.add_argument("--scale", type=float, default=1.0, help="share of the frames and videos")
+    command = verb("doctor", "check machine, libraries, disk, data and weights (`python -m extract doctor`)")
+    command.add_argument("arguments", nargs="*", default=["demo"], help="a config, and key=value settings")
     return parser
 
 
@@ -81,6 +84,10 @@ def _run(chosen: argparse.Namespace) -> int:
             stage(chosen.path, Path(chosen.folder))
         case "bench":
             return bench(chosen.folder, chosen.json, chosen.scale)
+        case "doctor":  # it loads detectors, which this package knows nothing of
+            return subprocess.run(
+                [sys.executable, "-m", "extract", "doctor", *chosen.arguments], check=False
+            ).returncode
     return 0
 
 

@@ -19,7 +19,8 @@ def main() -> int:
     calibrate = verbs.add_parser("calibrate", help="measure the codecs on sample frames, without extracting")
     estimate = verbs.add_parser("estimate", help="say what an extraction would need: bytes by codec, hours")
     bench = verbs.add_parser("bench", help="compare extraction with the bare detector on the same frames")
-    for verb in (run, data, calibrate, estimate, bench):
+    doctor = verbs.add_parser("doctor", help="check machine, libraries, disk, data and weights, with remedies")
+    for verb in (run, data, calibrate, estimate, bench, doctor):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     arguments = parser.parse_args()
@@ -44,6 +45,10 @@ def _run(arguments: argparse.Namespace) -> int:
         from extract.bench import bench_extraction
 
         bench_extraction(settings)
+    elif arguments.verb == "doctor":
+        from extract.doctor import doctor
+
+        return doctor(settings)
     else:
         from extract.stage import extract
 

@@ -1,0 +1,57 @@
+"""The doctor: green where all is well, red with a remedy for each thing that is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.schema import Settings
+from extract.doctor import examine
+from tests.conftest import tiny_settings
+
+
+def reds(settings: Settings) -> dict[str, str]:
+    return {finding.name: finding.message for finding in examine(settings) if finding.remedy}
+
+
+def test_all_is_well_with_the_tiny_data(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    findings = list(examine(tiny_settings(tiny_data, tiny_cache, tmp_path)))
+    assert {finding.name for finding in findings} >= {"python", "pytorch", "gpu", "libraries", "weights", "cache train"}
+    assert [finding for finding in findings if finding.remedy] == []
+
+
+def test_every_fault_is_found_in_one_run(tiny_data: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(tiny_data, tmp_path / "data")
+    labels = json.loads((root / "train.json").read_text())
+    (root / "train" / "JPEGImages" / labels["videos"][0]["file_names"][1]).unlink()
+    (root / "valid.json").write_text("{not json")
+    (tmp_path / "a_file").write_text("")
+    (tmp_path / "weights.pkl").write_bytes(b"nothing")
+    settings = tiny_settings(
+        root, tmp_path / "a_file" / "cache", tmp_path / "runs", f"detector.weights={tmp_path / 'weights.pkl'}"
+    )
+    found = reds(settings)
+    assert set(found) == {"cache.path", "data train", "data valid", "weights"}
+    assert labels["videos"][0]["file_names"][1] in found["data train"]
+
+
+def test_an_interrupted_extraction_is_named(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    feature_cache = shutil.copytree(tiny_cache, tmp_path / "cache")
+    metadata = next(iter((feature_cache / "train" / "videos").iterdir())) / "zarr.json"
+    metadata.write_text(metadata.read_text().replace('"complete": true', '"complete": false'))
+    found = reds(tiny_settings(tiny_data, feature_cache, tmp_path))
+    assert found == {"cache train": "1 of 5 videos are incomplete"}
+
+
+@pytest.mark.parametrize("module", ["extract", "cache"])
+def test_exit_status_and_a_line_per_check(module: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", module, "doctor", "demo", f"data.root={tmp_path}"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "FAIL data train" in ended.stdout and "remedy: `make demo-data`" in ended.stdout
+    assert "\033" not in ended.stdout  # colours are for terminals
