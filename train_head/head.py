@@ -125,10 +125,17 @@ class VitaHead(nn.Module):
         )
 
     def predict(self, frame_queries_TQC: Tensor) -> VideoOutputs:
-        """Whole-video outputs: shifted windows, last layers only (REFERENCE §5)."""
-        shift = self.config.shift_short_videos or len(frame_queries_TQC) > self.config.window
-        encoded_NTQC = self.encode(frame_queries_TQC[None], shift)
-        queries_VC = self.decoder_norm(self.decode(encoded_NTQC)[-1][0])
+        """Whole-video outputs: shifted windows, last layers only (REFERENCE §5); `streaming` does it in blocks."""
+        encoded_NTQC = self.encode(frame_queries_TQC[None], self.shifts(len(frame_queries_TQC)))
+        return self.read_out(self.decode(encoded_NTQC)[-1][0])
+
+    def shifts(self, num_frames: int) -> bool:
+        """Whether windows shift in a video of T frames."""
+        return self.config.shift_short_videos or num_frames > self.config.window
+
+    def read_out(self, queries_VC: Tensor) -> VideoOutputs:
+        """Class logits and mask embeddings of the last decoder layer's video queries."""
+        queries_VC = self.decoder_norm(queries_VC)
         return VideoOutputs(class_logits_VK=self.class_embed(queries_VC), mask_embed_VC=self.mask_embed(queries_VC))
 
     def encode(self, frame_queries_NTQC: Tensor, shift: bool) -> Tensor:
