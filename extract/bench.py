@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cache.annotations import load_labels
+from cache.geometry import network_size
 from cache.labels import Video
 from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
@@ -19,7 +20,7 @@ from configs.splits import train_split
 from extract.calibration import choose_codec
 from extract.detector import FrameDetector
 from extract.engines import open_detector
-from extract.frames import frame_batches, network_size
+from extract.frames import frame_batches
 from extract.stage import fingerprint
 from extract.streaming import extract_videos
 

@@ -19,13 +19,14 @@ from cache.codecs.logit import Logit
 from cache.codecs.rate_distortion import Calibration, Distortion, read_calibration, smallest_faithful
 from cache.detector_masks import predict_queries
 from cache.errors import FingerprintMismatch
+from cache.geometry import network_size
 from cache.layout import METADATA, Size, crop_map
 from cache.reader import FeatureCache
 from configs.schema import CacheSettings, CodecName, Settings
 from configs.splits import all_splits, train_split
 from extract.detector import FrameDetector
 from extract.distortion import DistortionMeter, JudgedFrame
-from extract.frames import load_frame, network_size
+from extract.frames import load_frame
 
 SEED = 0
 """Not the run's seed: runs of several seeds share a cache."""

@@ -14,7 +14,6 @@ from torch import Tensor
 from cache.annotations import Video
 from cache.errors import FrameError
 
-MAX_EDGE = 1333  # detectron2's cap on the longer edge of a test image
 _AHEAD = 4  # decoded batches that may wait for the detector
 _MAX_REPORTED = 5
 
@@ -56,19 +55,6 @@ def read_frame(path: Path, expected_hw: tuple[int, int]) -> Image.Image:
             got=f"{image.width}x{image.height}",
         )
     return image
-
-
-def network_size(original_hw: tuple[int, int], short_edge: int | None) -> tuple[int, int]:
-    """Return the (height, width) that the detector sees: detectron2's ResizeShortestEdge, rounding included."""
-    if short_edge is None:
-        return original_hw
-    height, width = original_hw
-    scale = short_edge / min(height, width)
-    new_height, new_width = (short_edge, scale * width) if height < width else (scale * height, short_edge)
-    if max(new_height, new_width) > MAX_EDGE:
-        shrink = MAX_EDGE / max(new_height, new_width)
-        new_height, new_width = new_height * shrink, new_width * shrink
-    return int(new_height + 0.5), int(new_width + 0.5)
 
 
 def load_frame(path: Path, original_hw: tuple[int, int], image_hw: tuple[int, int]) -> Tensor:

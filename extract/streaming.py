@@ -15,11 +15,12 @@ from tqdm import tqdm
 
 from cache.annotations import Video
 from cache.background import BackgroundWriter
+from cache.geometry import network_size
 from cache.layout import VideoAttributes, video_group_name
 from cache.writer import CacheWriter
 from configs.schema import Settings
 from extract.detector import PADDING_DIVISOR, FrameDetector
-from extract.frames import frame_batches, network_size
+from extract.frames import frame_batches
 
 
 def extract_videos(

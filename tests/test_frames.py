@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from cache.errors import FrameError
+from cache.geometry import network_size
 from cache.labels import Video
-from extract.frames import frame_batches, load_frame, network_size, read_frame, require_frames
+from extract.frames import frame_batches, load_frame, read_frame, require_frames
 
 
 def save_jpeg(path: Path, height: int = 20, width: int = 30, **options: object) -> Path:
