@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CorruptData
-from cache.layout import ANNOTATIONS, VIDEOS
+from cache.layout import VIDEOS
 from cache.shards import checked_output
 from cache.stores import require_finite
 
@@ -75,9 +75,9 @@ class Hdf5Store:
             if name != ATTRIBUTES:
                 yield name, (self.attributes(f"{VIDEOS}/{name}") or {}).get("complete") is True
 
-    def annotations(self) -> bytes | None:
+    def read_file(self, name: str) -> bytes | None:
         """See Store."""
-        return self._bytes(ANNOTATIONS)
+        return self._bytes(name)
 
     def frames(self, video: str, field: str) -> Hdf5Frames:
         """See Store."""

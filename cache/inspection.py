@@ -83,7 +83,7 @@ def _own_codec(feature_cache: FeatureCache) -> Codec:
 
 
 def _verify_labels(feature_cache: FeatureCache) -> Iterator[Finding]:
-    labels, content = feature_cache.path / ANNOTATIONS, feature_cache.store.annotations()
+    labels, content = feature_cache.path / ANNOTATIONS, feature_cache.store.read_file(ANNOTATIONS)
     if content is None:
         return
     try:

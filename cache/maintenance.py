@@ -28,7 +28,7 @@ def prunable(feature_cache: FeatureCache) -> list[Prunable]:
 
     A video that another process is writing just now is left out. Without labels in the cache nothing is orphaned.
     """
-    labels = feature_cache.store.annotations()
+    labels = feature_cache.store.read_file(ANNOTATIONS)
     known = None if labels is None else video_sources(labels)
     found = []
     for name, complete in feature_cache.store.videos():
@@ -66,7 +66,7 @@ def differences(first: FeatureCache, second: FeatureCache) -> Iterator[str]:
     other_frames = [name for name in sorted(names[0] & names[1]) if _shown(first, name) != _shown(second, name)]
     if other_frames:
         yield f"videos: {len(other_frames)} show other frames, such as {_some(other_frames)}"
-    if first.store.annotations() != second.store.annotations():
+    if first.store.read_file(ANNOTATIONS) != second.store.read_file(ANNOTATIONS):
         yield "labels: the label files differ"
     yield from _origins(first.root.sessions, second.root.sessions)
 

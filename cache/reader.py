@@ -190,7 +190,7 @@ class FeatureCache:
 
     def labels_json(self) -> bytes:
         """The data set's label file, byte for byte. Raises CacheError where the cache has none."""
-        content = self.store.annotations()
+        content = self.store.read_file(ANNOTATIONS)
         if content is None:
             where = self.path / ANNOTATIONS
             raise CacheError("the cache has no labels", where=where, hint="run `make extract` with a label file")

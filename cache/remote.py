@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from cache.compression import decompress
 from cache.errors import CacheError, CorruptData
-from cache.layout import ANNOTATIONS, METADATA, VIDEOS
+from cache.layout import METADATA, VIDEOS
 from cache.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
 from cache.shards import ShardedFrames, checked_output
 from cache.stores import require_finite
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 SCHEME = re.compile(r"^(s3|gs|az|https?):/+")
+REQUESTS = 16
+"""At a time."""
 RETRY_HINT = "if the object store is at fault, try again; else extract this video anew"
 
 
@@ -97,16 +100,19 @@ class RemoteStore:
 
     def videos(self) -> Iterator[tuple[str, bool]]:
         """See Store."""
-        for name in self.names(VIDEOS):
-            try:
-                complete = (self.attributes(f"{VIDEOS}/{name}") or {}).get("complete") is True
-            except CorruptData:
-                complete = False
-            yield name, complete
+        names = self.names(VIDEOS)
+        with ThreadPoolExecutor(max_workers=REQUESTS) as pool:
+            yield from zip(names, pool.map(self._is_complete, names), strict=True)
 
-    def annotations(self) -> bytes | None:
+    def _is_complete(self, video: str) -> bool:
+        try:
+            return (self.attributes(f"{VIDEOS}/{video}") or {}).get("complete") is True
+        except CorruptData:
+            return False
+
+    def read_file(self, name: str) -> bytes | None:
         """See Store."""
-        return self.get(ANNOTATIONS)
+        return self.get(name)
 
     def frames(self, video: str, field: str) -> RemoteFrames:
         """See Store. Raises CorruptData for arrays of another layout than FORMAT.md prescribes."""
@@ -120,16 +126,19 @@ class RemoteStore:
 
     def size(self, video: str, field: str) -> int:
         """See Store."""
+        return sum(self.listing(f"{VIDEOS}/{video}/{field}/").values())
+
+    def listing(self, prefix: str | None = None) -> dict[str, int]:
+        """Names and bytes of all objects, or of those below a prefix that ends in `/`."""
         import obstore
 
-        listing = obstore.list(self.objects, prefix=f"{VIDEOS}/{video}/{field}/").collect()
-        return sum(entry["size"] for entry in listing)
+        return {entry["path"]: entry["size"] for entry in obstore.list(self.objects, prefix=prefix).collect()}
 
-    def listing(self, prefix: str) -> list[str]:
-        """Names of all objects below a prefix that ends in `/`."""
+    def files(self) -> list[str]:
+        """Names of the objects at the top, sorted."""
         import obstore
 
-        return [entry["path"] for entry in obstore.list(self.objects, prefix=prefix).collect()]
+        return sorted(entry["path"] for entry in obstore.list_with_delimiter(self.objects)["objects"])
 
     def put(self, name: str, file: Path) -> None:
         """Store a file's bytes. Raises CacheError where the store refuses them."""
@@ -207,18 +216,6 @@ class RemoteFrames:
                 if not (decompress if self.layout.compressed else _copy)(content, rows[row].data):
                     raise self._corrupt("chunk does not hold a frame", frames[row])
         return out
-
-    def _unpack(self, chunk: bytes, row: NDArray[np.uint8], frame: int) -> None:
-        content = memoryview(chunk)[:-CRC_BYTES]
-        if crc32c(content) != int.from_bytes(chunk[-CRC_BYTES:], "little"):
-            raise self._corrupt("checksum mismatch", frame)
-        if self.layout.compressed:
-            if not decompress(content, row.data):
-                raise self._corrupt("chunk does not unpack to a frame", frame)
-        elif len(content) != len(row):
-            raise self._corrupt(f"chunk of {len(content)} bytes instead of {len(row)}", frame)
-        else:
-            row[:] = np.frombuffer(content, np.uint8)
 
     def _chunks(self, shard: int, frames: list[int]) -> list[bytes]:
         """The chunks of some frames of a shard, checksums included."""

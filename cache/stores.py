@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from cache.errors import CorruptData
 from cache.frames import FrameArray, open_frames
-from cache.layout import ANNOTATIONS, METADATA, VIDEOS, is_complete, read_group_attributes
+from cache.layout import METADATA, VIDEOS, is_complete, read_group_attributes
 
 HDF5_SUFFIX = ".h5"
 
@@ -43,8 +43,8 @@ class Store(Protocol):
         """(name, complete) of every video, sorted by name."""
         ...
 
-    def annotations(self) -> bytes | None:
-        """The label file's bytes, None where the cache has none."""
+    def read_file(self, name: str) -> bytes | None:
+        """The bytes of what lies beside the root, such as the label file; None where there is none."""
         ...
 
     def frames(self, video: str, field: str) -> FrameArray:
@@ -72,6 +72,14 @@ def open_store(path: Path | str) -> Store:
     return FolderStore(path=local)
 
 
+def extraction_store(path: Path | str) -> Store:
+    """The store that an extraction to `path` begins or continues: an address or a folder, never a file beside it."""
+    from cache.remote import RemoteStore, remote_url
+
+    url = remote_url(path)
+    return FolderStore(path=Path(path)) if url is None else RemoteStore(url=url)
+
+
 @dataclass(frozen=True, kw_only=True)
 class FolderStore:
     """A cache in a folder: the form that extraction writes and the fast reader reads."""
@@ -92,9 +100,9 @@ class FolderStore:
         """See Store."""
         return video_groups(self.path)
 
-    def annotations(self) -> bytes | None:
+    def read_file(self, name: str) -> bytes | None:
         """See Store."""
-        file = self.path / ANNOTATIONS
+        file = self.path / name
         return file.read_bytes() if file.exists() else None
 
     def frames(self, video: str, field: str) -> FrameArray:

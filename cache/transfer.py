@@ -12,6 +12,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from cache.codecs.rate_distortion import CALIBRATION
 from cache.errors import CacheError
 from cache.hdf5 import ATTRIBUTES, Hdf5Store
 from cache.layout import (
@@ -32,6 +33,8 @@ from cache.shard_writer import ShardWriter, write_array
 from cache.stores import Store
 from cache.writer import locked, sync_tree
 
+FILES = (ANNOTATIONS, CALIBRATION)
+"""Carried along, where they lie beside the root."""
 AXES = {FRAME_QUERIES: ("T", "L", "Q", "C"), MASK_FEATURES: ("T", "R", "H", "W")}
 
 
@@ -55,9 +58,10 @@ def export_hdf5(feature_cache: FeatureCache, file: Path) -> None:
 
 
 def _export_rest(store: Store, target: h5py.File) -> None:
-    labels = store.annotations()
-    if labels is not None:
-        target[ANNOTATIONS] = np.frombuffer(labels, np.uint8)
+    for name in FILES:
+        content = store.read_file(name)
+        if content is not None:
+            target[name] = np.frombuffer(content, np.uint8)
     for group in ("", DETECTOR, CODEC, VIDEOS):
         _put_attributes(target, group, store.attributes(group) or {})
         for name, array in store.arrays(group).items() if group in (DETECTOR, CODEC) else ():
@@ -97,9 +101,10 @@ def import_hdf5(file: Path, path: Path) -> None:
     store = feature_cache.store
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, wait=True):
-        labels = store.annotations()
-        if labels is not None:
-            write_file_atomically(path / ANNOTATIONS, labels)
+        for name in FILES:
+            content = store.read_file(name)
+            if content is not None:
+                write_file_atomically(path / name, content)
         for group in (DETECTOR, CODEC, VIDEOS):
             (path / group).mkdir()
             for name, array in store.arrays(group).items() if group != VIDEOS else ():

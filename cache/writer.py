@@ -28,14 +28,13 @@ from cache.layout import (
     checked_name,
     group_metadata,
     is_complete,
-    read_group_attributes,
     sync_to_disk,
     write_file_atomically,
 )
 from cache.reader import FeatureCache, Root
 from cache.shard_writer import write_array
 from cache.sink import VideoSink
-from cache.stores import FolderStore, video_groups
+from cache.stores import FolderStore, Store, video_groups
 
 
 class CacheWriter:
@@ -50,7 +49,7 @@ class CacheWriter:
         provenance: Provenance,
     ) -> None:
         self.path, self.fingerprint, self.codec = path, fingerprint, codec
-        self._sources, self._provenance, self._recorded = sources, provenance, False
+        self.sources, self.provenance, self._recorded = sources, provenance, False
 
     @classmethod
     def open(
@@ -80,7 +79,7 @@ class CacheWriter:
         path.mkdir(parents=True, exist_ok=True)
         with locked(path, wait=True):
             if (path / METADATA).exists():
-                _check_continuation(path, fingerprint, sources)
+                check_continuation(FolderStore(path=path), fingerprint, sources)
                 codec = FeatureCache.open(path).codec
             else:
                 _create(path, fingerprint, heads, codec)
@@ -108,7 +107,7 @@ class CacheWriter:
         with locked(folder, wait=False):
             _remove_leftover(folder)
             self._record_session()
-            stored = {**attributes.to_json(), "source": self._sources.get(name.partition("@")[0])}
+            stored = {**attributes.to_json(), "source": self.sources.get(name.partition("@")[0])}
             write_file_atomically(folder / METADATA, group_metadata({"complete": False, **stored}))
             sink = VideoSink(folder, attributes, self.codec, self.fingerprint.num_layers)
             try:
@@ -120,13 +119,17 @@ class CacheWriter:
             write_file_atomically(folder / METADATA, group_metadata({"complete": True, **stored}))
             sync_to_disk(folder.parent)
 
+    def total_bytes(self) -> int:
+        """Of all the cache's files."""
+        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+
     def _record_session(self) -> None:
         """Add this process to the provenance, once, and only when it writes features."""
         if self._recorded:
             return
         with locked(self.path, wait=True):
             root = Root.read(FolderStore(path=self.path))
-            _write_root(self.path, self.fingerprint, self.codec, [*root.sessions, asdict(self._provenance)])
+            _write_root(self.path, self.fingerprint, self.codec, [*root.sessions, asdict(self.provenance)])
         self._recorded = True
 
 
@@ -140,18 +143,25 @@ def video_sources(labels_json: bytes) -> dict[str, str]:
         raise AnnotationError(what, hint="each of `videos` needs id, file_names, height, width") from error
 
 
-def _check_continuation(path: Path, fingerprint: Fingerprint, sources: Mapping[str, str]) -> None:
+def check_continuation(store: Store, fingerprint: Fingerprint, sources: Mapping[str, str]) -> set[str]:
+    """Names of the complete videos of a cache that features of this fingerprint and these labels may join.
+
+    Raises FingerprintMismatch where they may not.
+    """
     hint = "extract into another path, set the old values again, or delete this cache"
-    Root.read(FolderStore(path=path)).fingerprint.require(fingerprint, where=path, hint=hint)
-    for name, complete in video_groups(path):
-        stored = (read_group_attributes(path / VIDEOS / name) or {}).get("source") if complete else None
-        wanted = sources.get(name.partition("@")[0], stored)
-        if stored is not None and stored != wanted:
+    Root.read(store).fingerprint.require(fingerprint, where=store.path, hint=hint)
+    complete = [name for name, is_complete in store.videos() if is_complete]
+    with ThreadPoolExecutor(max_workers=16) as pool:  # Requests, where the cache is remote.
+        attributes = list(pool.map(store.attributes, [f"{VIDEOS}/{name}" for name in complete]))
+    for name, stored in zip(complete, attributes, strict=True):
+        source = (stored or {}).get("source")
+        if source is not None and source != sources.get(name.partition("@")[0], source):
             raise FingerprintMismatch(
                 "the label file lists other frames (names, order, size) than were extracted under this name",
-                where=f"{path}: video {name!r}",
+                where=f"{store.path}: video {name!r}",
                 hint=f"another data set needs another path; for a replaced video delete {VIDEOS}/{name}",
             )
+    return set(complete)
 
 
 def _create(path: Path, fingerprint: Fingerprint, heads: DetectorHeads, codec: Codec) -> None:

@@ -20,8 +20,9 @@ from cache.codecs.rate_distortion import Calibration, Distortion, read_calibrati
 from cache.detector_masks import predict_queries
 from cache.errors import FingerprintMismatch
 from cache.geometry import network_size
-from cache.layout import METADATA, Size, crop_map
+from cache.layout import Size, crop_map
 from cache.reader import FeatureCache
+from cache.stores import extraction_store
 from configs.schema import CacheSettings, CodecName, Settings
 from configs.splits import all_splits, train_split
 from extract.detector import FrameDetector
@@ -58,7 +59,7 @@ def choose_codec(settings: Settings, detector: FrameDetector) -> ChosenCodec:
     """
     wanted = settings.cache.codec
     for split in all_splits(settings):
-        if (split.features / METADATA).exists():
+        if extraction_store(split.features).attributes("") is not None:
             feature_cache = FeatureCache.open(split.features)
             held = feature_cache.root.codec_name
             if wanted not in (CodecName.auto, CodecName(held)):

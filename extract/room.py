@@ -9,12 +9,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import gettempdir
 
 from cache.annotations import Labels, Video
 from cache.codecs import Codec
 from cache.errors import CacheError
-from cache.layout import METADATA, video_group_name
-from cache.stores import video_groups
+from cache.layout import video_group_name
+from cache.remote import remote_url
+from cache.stores import extraction_store
+from cache.upload import LOCAL_VIDEOS
 from configs.schema import Settings
 from configs.splits import SplitPaths
 from extract.detector import FrameDetector
@@ -40,7 +43,7 @@ class Workload:
     @classmethod
     def of(cls, split: SplitPaths, labels: Labels) -> Workload:
         """The videos of the labels that are not complete in the split's cache."""
-        complete = {name for name, done in video_groups(split.features) if done}
+        complete = {name for name, done in extraction_store(split.features).videos() if done}
         videos = tuple(video for video in labels.videos if video_group_name(video.id) not in complete)
         return cls(split=split, videos=videos)
 
@@ -94,6 +97,13 @@ def seconds(settings: Settings, videos: Sequence[Video], cost: FrameCost) -> flo
     return pixels * cost.seconds_per_pixel
 
 
+def local_folder(settings: Settings) -> Path:
+    """Where extraction writes: the cache itself, or what lies before an upload."""
+    if remote_url(settings.cache.path) is None:
+        return Path(settings.cache.path)
+    return Path(settings.cache.stage_to or gettempdir())
+
+
 def free_bytes(path: Path) -> int:
     """Room on the disk where `path` is or will be."""
     while not path.exists():
@@ -109,12 +119,14 @@ def require_room(settings: Settings, detector: FrameDetector, work: Sequence[Wor
     if settings.cache.ignore_space or not any(load.videos for load in work):
         return
     cost = measure_frames(settings, detector, work, 1)
-    needed = sum(stored_bytes(settings, load.videos, codec, cost) for load in work)
-    free = free_bytes(work[0].split.features)
+    sizes = sorted(stored_bytes(settings, [video], codec, cost) for load in work for video in load.videos)
+    folder = local_folder(settings)
+    passes_through = remote_url(settings.cache.path) is not None and settings.cache.stage_to is None
+    needed, free = sum(sizes[-LOCAL_VIDEOS:] if passes_through else sizes), free_bytes(folder)
     if needed > free:
         raise CacheError(
             f"the features of {sum(load.frames for load in work)} frames do not fit on the disk",
-            where=work[0].split.features.parent,
+            where=folder,
             expected=f"{needed / 1e9:.2f} GB",
             got=f"{free / 1e9:.2f} GB free",
             hint="choose a smaller cache.codec or another cache.path (`python -m extract estimate CONFIG` compares "
@@ -131,7 +143,7 @@ def print_estimate(
         return
     cost = measure_frames(settings, detector, work, TIMED_FRAMES)
     for load in work:
-        begun = " (continued)" if (load.split.features / METADATA).exists() else ""
+        begun = " (continued)" if extraction_store(load.split.features).attributes("") is not None else ""
         minutes = seconds(settings, load.videos, cost) / 60
         duration = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
         print(f"{load.split.name}{begun}: {len(load.videos)} videos, {load.frames} frames, {duration}")
@@ -140,4 +152,5 @@ def print_estimate(
             bound = "at most " if codec.compressed else ""
             each = size / max(load.frames, 1) / 1e6
             print(f"  {codec.name:8} {bound}{size / 1e9:.3f} GB, {each:.3f} MB a frame")
-    print(f"free: {free_bytes(work[0].split.features) / 1e9:.1f} GB at {work[0].split.features.parent}")
+    folder = local_folder(settings)
+    print(f"free: {free_bytes(folder) / 1e9:.1f} GB at {folder}")

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cache.annotations import Labels, load_labels
 from cache.codecs import Codec, codec_identity
 from cache.codecs.float16 import Float16
 from cache.codecs.rate_distortion import format_table, write_calibration
-from cache.errors import AnnotationError, ConfigError
+from cache.errors import AnnotationError
 from cache.fingerprint import Fingerprint, Provenance
 from cache.layout import video_group_name
-from cache.remote import remote_url
-from cache.staging import upload
+from cache.upload import opened_writer
 from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
 from configs.schema import Settings
@@ -45,12 +44,9 @@ class ExtractionRecord:
 def extract(settings: Settings, only: Sequence[str] = ()) -> None:
     """Extract every split of a config that is not yet in its cache; everything checkable is checked first.
 
-    A remote cache (`cache.path=s3://...`) is written below `cache.stage_to` and uploaded split by split. Raises
-    VitaCacheError for unreadable labels, frames, weights, a cache of other content, or a disk without room.
+    A remote cache (`cache.path=s3://...`) is uploaded video by video (cache.upload). Raises VitaCacheError for
+    unreadable labels, frames, weights, a cache of other content, or a disk without room.
     """
-    address = remote_url(settings.cache.path)
-    if address is not None:
-        settings = replace(settings, cache=replace(settings.cache, path=_staging_folder(settings)))
     splits = [split for split in all_splits(settings) if not only or split.name in only]
     labels = [load_labels(split.labels) for split in splits]
     for split, content in zip(splits, labels, strict=True):
@@ -66,15 +62,6 @@ def extract(settings: Settings, only: Sequence[str] = ()) -> None:
     wanted = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), chosen.codec)
     for split, content in zip(splits, labels, strict=True):
         _extract_split(settings, detector, wanted, chosen, split, content)
-        if address is not None:
-            upload(split.features, f"{address}/{split.name}")
-
-
-def _staging_folder(settings: Settings) -> str:
-    if settings.cache.stage_to is None:
-        hint = "set cache.stage_to to a folder on a local disk: features are written there, then uploaded"
-        raise ConfigError("extraction to an object store needs a local folder", where=settings.cache.path, hint=hint)
-    return settings.cache.stage_to
 
 
 def print_estimate(settings: Settings) -> None:
@@ -126,8 +113,9 @@ def _extract_split(
     split: SplitPaths,
     labels: Labels,
 ) -> None:
-    writer = CacheWriter.open(
+    with opened_writer(
         split.features,
+        settings.cache.stage_to,
         fingerprint=wanted,
         heads=detector.prediction_heads(),
         codec=chosen.codec,
@@ -135,17 +123,17 @@ def _extract_split(
         provenance=Provenance.gather(
             {"weights": settings.detector.weights, "labels": str(split.labels), "frames": str(split.frames)}
         ),
-    )
-    if chosen.calibration is not None:
-        write_calibration(split.features, chosen.calibration)
-    pending = set(writer.pending([video_group_name(video.id) for video in labels.videos]))
-    videos = [video for video in labels.videos if video_group_name(video.id) in pending]
-    started = time.perf_counter()
-    total = sum(video.length for video in videos)
-    extract_videos(settings, detector, writer, split.frames, videos, title=f"extract {split.name}")
-    if not videos:
-        print(f"extract {split.name}: all {len(labels.videos)} videos are in {split.features} already")
-    _add_to_record(split.features, time.perf_counter() - started, total)
+    ) as writer:
+        if chosen.calibration is not None:
+            write_calibration(writer.path, chosen.calibration)
+        pending = set(writer.pending([video_group_name(video.id) for video in labels.videos]))
+        videos = [video for video in labels.videos if video_group_name(video.id) in pending]
+        started = time.perf_counter()
+        total = sum(video.length for video in videos)
+        extract_videos(settings, detector, writer, split.frames, videos, title=f"extract {split.name}")
+        if not videos:
+            print(f"extract {split.name}: all {len(labels.videos)} videos are in {split.features} already")
+        _add_to_record(writer, time.perf_counter() - started, total)
 
 
 def read_record(features: Path) -> ExtractionRecord:
@@ -154,8 +142,7 @@ def read_record(features: Path) -> ExtractionRecord:
     return ExtractionRecord(**json.loads(path.read_text())) if path.exists() else ExtractionRecord()
 
 
-def _add_to_record(features: Path, seconds: float, frames: int) -> None:
-    before = read_record(features)
-    size = sum(file.stat().st_size for file in features.rglob("*") if file.is_file())
+def _add_to_record(writer: CacheWriter, seconds: float, frames: int) -> None:
+    before, size = read_record(writer.path), writer.total_bytes()
     record = ExtractionRecord(seconds=before.seconds + seconds, frames=before.frames + frames, bytes=size)
-    (features / EXTRACTION_RECORD).write_text(json.dumps(asdict(record)))
+    (writer.path / EXTRACTION_RECORD).write_text(json.dumps(asdict(record)))

@@ -29,7 +29,7 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def tiny_settings(data: Path, features: Path, runs: Path, *overrides: str) -> Settings:
+def tiny_settings(data: Path, features: Path | str, runs: Path, *overrides: str) -> Settings:
     """The demo's settings on tiny data with a tiny head: a training step takes some 30 ms."""
     tiny = [
         f"data.root={data}",

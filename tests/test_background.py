@@ -109,7 +109,7 @@ def test_a_slow_disk_holds_the_detector_up(tmp_path: Path) -> None:
             gate.wait(60)
             return super().video(name, attributes)
 
-    held = Held(writer.path, writer.fingerprint, writer.codec, {}, writer._provenance)
+    held = Held(writer.path, writer.fingerprint, writer.codec, {}, writer.provenance)
     queries, maps = random_features(1)
 
     def produce() -> None:

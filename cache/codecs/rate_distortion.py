@@ -10,6 +10,7 @@ from typing import Any
 
 from cache.errors import CorruptData
 from cache.layout import write_file_atomically
+from cache.stores import open_store
 
 CALIBRATION = "calibration.json"
 
@@ -66,16 +67,18 @@ def write_calibration(path: Path, calibration: Calibration) -> None:
     write_file_atomically(path / CALIBRATION, json.dumps(calibration.to_json(), indent=1).encode())
 
 
-def read_calibration(path: Path) -> Calibration | None:
-    """The table stored with the cache at `path`, None where there is none. Raises CorruptData."""
-    file = path / CALIBRATION
-    try:
-        stored = json.loads(file.read_bytes())
-        return Calibration(**{**stored, "rows": tuple(Distortion(**row) for row in stored["rows"])})
-    except FileNotFoundError:
+def read_calibration(path: Path | str) -> Calibration | None:
+    """The table stored with the cache at `path` (of any store), None where there is none. Raises CorruptData."""
+    content = open_store(path).read_file(CALIBRATION)
+    if content is None:
         return None
+    try:
+        stored = json.loads(content)
+        return Calibration(**{**stored, "rows": tuple(Distortion(**row) for row in stored["rows"])})
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptData(f"unreadable calibration: {error!r}", where=file, hint="delete it") from error
+        raise CorruptData(
+            f"unreadable calibration: {error!r}", where=Path(path) / CALIBRATION, hint="delete it"
+        ) from error
 
 
 def format_table(calibration: Calibration) -> str:
