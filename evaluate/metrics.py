@@ -1,35 +1,31 @@
 """Average precision and recall of tracks, as YouTube-VIS and OVIS define them (REFERENCE section 8).
 
-The video IoU of two tracks is the sum over frames of their intersections over the sum of their unions.
-The masks of a video, side by side, are one mask; so stock pycocotools intersects tracks, and its COCOeval
-matches them and accumulates AP and AR, once it is told the tracks' areas and the benchmark's area ranges.
+Stock pycocotools' COCOeval matches tracks, once it is told their video IoUs, their areas and the benchmark's area
+ranges; `evaluate.weighted` accumulates its matches.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from cache import masks
 from cache.errors import AnnotationError
 from cache.labels import Labels, Video, mask_areas
-from cache.masks import Rle
 from evaluate.results import TrackPrediction
+from evaluate.video_iou import FloatArray, TrackMasks, track_ious
+from evaluate.weighted import MAX_DETECTIONS, CategoryMatches, Scores, weighted_scores
 
-FloatArray = NDArray[np.float64]
-
-_ALL_AREAS = [0.0, 1e10]
-AREA_RANGES = (_ALL_AREAS, [0.0, 128.0**2], [128.0**2, 256.0**2], [256.0**2, 1e10])
-MAX_DETECTIONS = (1, 10, 100)
+AreaRange = tuple[float, float]
+ALL_AREAS: AreaRange = (0.0, 1e10)
+AREA_RANGES: dict[str, AreaRange] = {"s": (0.0, 128.0**2), "m": (128.0**2, 256.0**2), "l": (256.0**2, 1e10)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +56,7 @@ class VideoMetrics:
 
 
 class VideoEvaluation:
-    """Predictions matched to the labels once; metrics can then be read for any draw of videos."""
+    """Predictions matched to the labels once; scores can then be read for any weights of the videos."""
 
     def __init__(self, labels: Labels, predictions: Sequence[TrackPrediction]) -> None:
         """Match; AnnotationError where the labels have no tracks or a prediction does not fit its video."""
@@ -70,42 +66,59 @@ class VideoEvaluation:
                 hint="Score on a labelled split, e.g. a part of train that was held out.",
             )
         self.labels = labels
-        with _quiet():
-            self._coco = _TrackEval(_ground_truth(labels), _detections(labels, predictions))
-            self._coco.evaluate()
+        self._coco = _TrackEval(_ground_truth(labels), _detections(labels, predictions))
+        self.matches = self.matches_of(ALL_AREAS)
 
     @property
     def ious(self) -> dict[tuple[int, int], FloatArray]:
         """Video IoUs by (video id, category id), (D, G): by descending score; labels in file order."""
         return {(int(video), int(category)): ious for (video, category), ious in self._coco.ious.items()}
 
+    def matches_of(self, areas: AreaRange) -> list[CategoryMatches]:
+        """Match tracks whose mean area lies in a range of pixels, by category; COCO ignores the others."""
+        return [self._category_matches(category.id, areas) for category in self.labels.categories]
+
+    def scores(self, weights_SV: FloatArray | None = None) -> Scores:
+        """Scores under S sets of weights of the videos, in the order of the labels; None: the split as it is."""
+        return weighted_scores(self.matches, self._as_it_is() if weights_SV is None else weights_SV)
+
     def metrics(self) -> VideoMetrics:
         """The 12 numbers and the AP of every category."""
-        with _quiet():
-            self._coco.accumulate()
-            self._coco.summarize()
-        names = [name for name in VideoMetrics.__dataclass_fields__ if name != "per_category"]
-        stats = {name: _defined(value) for name, value in zip(names, self._coco.stats.tolist(), strict=True)}
-        precision: FloatArray = self._coco.eval["precision"][:, :, :, 0, -1]
-        categories = self.labels.categories
-        per_category = {c.name: _mean_defined(precision[:, :, k]) for k, c in enumerate(categories)}
-        return VideoMetrics(**stats, per_category=per_category)
+        scores = self.scores()
+        stats = {name: values.item() for name, values in scores.headline().items()}
+        stats["AR100"] = _mean_defined(scores.recall_SKTN[..., 2])
+        for letter, areas in AREA_RANGES.items():
+            of_size = weighted_scores(self.matches_of(areas), self._as_it_is())
+            stats[f"AP{letter}"] = _mean_defined(of_size.ap_SKT)
+            stats[f"AR{letter}"] = _mean_defined(of_size.recall_SKTN[..., 2])
+        names = [category.name for category in self.labels.categories]
+        per_category = dict(zip(names, map(defined, scores.by_category()[0].tolist()), strict=True))
+        return VideoMetrics(**{name: defined(value) for name, value in stats.items()}, per_category=per_category)
 
-    def average_precision(self, video_ids: Iterable[int]) -> float | None:
-        """AP of a draw of videos; one drawn twice counts twice (for the bootstrap over videos)."""
-        row = {int(video): index for index, video in enumerate(self._coco.params.imgIds)}
-        drawn = [row[video] for video in video_ids]
-        stride = len(row)
-        rows_per_category = stride * len(AREA_RANGES)  # COCOeval lists categories x area ranges x videos.
-        sample = _TrackEval()
-        sample.params.imgIds, sample.params.catIds = list(range(len(drawn))), self._coco.params.catIds
-        sample.params.areaRng, sample.params.maxDets = [_ALL_AREAS], [MAX_DETECTIONS[-1]]
-        sample._paramsEval = sample.params
-        first_rows = range(0, len(self._coco.evalImgs), rows_per_category)
-        sample.evalImgs = [self._coco.evalImgs[first + index] for first in first_rows for index in drawn]
-        with _quiet():
-            sample.accumulate()
-        return _mean_defined(sample.eval["precision"])
+    def _as_it_is(self) -> FloatArray:
+        return np.ones((1, len(self.labels.videos)))
+
+    def _category_matches(self, category_id: int, areas: AreaRange) -> CategoryMatches:
+        limit, num_thresholds = MAX_DETECTIONS[-1], len(self._coco.params.iouThrs)
+        found, objects_V = [], np.zeros(len(self.labels.videos), dtype=np.int64)
+        for row, video in enumerate(self.labels.videos):
+            matched = self._coco.evaluateImg(video.id, category_id, list(areas), limit)
+            if matched is not None:
+                found.append((row, matched))
+                objects_V[row] = int((np.asarray(matched["gtIgnore"]) == 0).sum())
+        empty_T0 = np.zeros((num_thresholds, 0))
+        scores = np.concatenate([[], *(matched["dtScores"] for _, matched in found)])
+        order = np.argsort(-scores, kind="stable")
+        counts = [len(matched["dtIds"]) for _, matched in found]
+        return CategoryMatches(
+            found_D=np.concatenate([[], *(matched["dtIds"] for _, matched in found)]).astype(np.int64)[order] - 1,
+            score_D=scores[order],
+            video_D=np.repeat([row for row, _ in found], counts).astype(np.int64)[order],
+            rank_D=np.concatenate([[], *map(np.arange, counts)]).astype(np.int64)[order],
+            object_TD=np.hstack([empty_T0, *(m["dtMatches"] for _, m in found)]).astype(np.int64)[:, order] - 1,
+            counted_TD=~np.hstack([empty_T0, *(m["dtIgnore"] for _, m in found)]).astype(bool)[:, order],
+            objects_V=objects_V,
+        )
 
 
 def evaluate_tracks(labels: Labels, predictions: Sequence[TrackPrediction]) -> VideoMetrics:
@@ -119,46 +132,34 @@ def video_ious(labels: Labels, predictions: Sequence[TrackPrediction]) -> dict[t
 
 
 class _TrackEval(COCOeval):  # type: ignore[misc]  # pycocotools has no types.
-    """Stock COCOeval but for the IoU of two tracks, each given as the masks of chunks of its video."""
+    """Stock COCOeval but for the IoU of two tracks; ready for `evaluateImg` of any video, category and area range."""
 
-    def __init__(self, ground_truth: COCO | None = None, detections: COCO | None = None) -> None:
+    def __init__(self, ground_truth: COCO, detections: COCO) -> None:
         super().__init__(ground_truth, detections, iouType="segm")
-        self.params.areaRng = [list(bounds) for bounds in AREA_RANGES]
         self.params.maxDets = list(MAX_DETECTIONS)
+        self._prepare()
+        pairs = itertools.product(self.params.imgIds, self.params.catIds)
+        self.ious = {(video, category): self.computeIoU(video, category) for video, category in pairs}
 
     def computeIoU(self, imgId: int, catId: int) -> FloatArray:  # noqa: N802  # pycocotools' name.
-        """IoUs (D, G) of one video and category, detections by descending score; for crowds over D's area."""
-        tracks = self._gts[imgId, catId]
+        """IoUs (D, G) of one video and category, detections by descending score."""
         found = sorted(self._dts[imgId, catId], key=lambda track: -track["score"])[: self.params.maxDets[-1]]
-        intersections = np.zeros((len(found), len(tracks)))
-        if not intersections.size:
-            return intersections
-        found_chunks = zip(*(track["segmentation"]["counts"] for track in found), strict=True)
-        track_chunks = zip(*(track["segmentation"]["counts"] for track in tracks), strict=True)
-        for left, right in zip(found_chunks, track_chunks, strict=True):
-            # Against a crowd pycocotools divides by D's area alone: times that area, rounded, the
-            # intersection is exact, and chunks of one video can be added up.
-            over_found = coco_mask.iou(list(left), list(right), [1] * len(tracks))
-            intersections += np.rint(over_found * coco_mask.area(list(left))[:, None])
-        found_areas = np.array([[track["pixels"]] for track in found])
-        track_areas = np.array([[track["pixels"] for track in tracks]])
-        crowd = np.array([[bool(track["iscrowd"]) for track in tracks]])
-        unions = np.where(crowd, found_areas, found_areas + track_areas - intersections)
-        return intersections / np.maximum(unions, 1)
+        masks_of = [[track["segmentation"]["counts"] for track in side] for side in (found, self._gts[imgId, catId])]
+        return track_ious(*masks_of)
 
 
 def _ground_truth(labels: Labels) -> COCO:
     annotations = []
     for number, track in enumerate(labels.tracks, start=1):  # COCOeval takes id 0 for "no match".
-        video = labels.video_by_id[track.video_id]
+        joined = TrackMasks.of(track.segmentations, labels.video_by_id[track.video_id], iscrowd=track.iscrowd)
         annotations.append(
             {
                 "id": number,
                 "image_id": track.video_id,
                 "category_id": track.category_id,
                 "iscrowd": int(track.iscrowd),
-                "area": _mean_area(track.areas),
-                **_chunked(track.segmentations, video),
+                "area": mean_area(track.areas),
+                "segmentation": {"counts": joined},  # COCOeval hands through any `counts` that are no list.
             }
         )
     return _coco(labels, annotations)
@@ -173,8 +174,8 @@ def _detections(labels: Labels, predictions: Sequence[TrackPrediction]) -> COCO:
                 "image_id": track.video_id,
                 "category_id": track.category_id,
                 "score": track.score,
-                "area": _mean_area(mask_areas(track.segmentations)),
-                **_chunked(track.segmentations, _video_of(track, labels)),
+                "area": mean_area(mask_areas(track.segmentations)),
+                "segmentation": {"counts": TrackMasks.of(track.segmentations, _video_of(track, labels))},
             }
         )
     return _coco(labels, annotations)
@@ -205,37 +206,23 @@ def _coco(labels: Labels, annotations: list[dict[str, object]]) -> COCO:
         "categories": [{"id": category.id, "name": category.name} for category in labels.categories],
         "annotations": annotations,
     }
-    coco.createIndex()
+    with contextlib.redirect_stdout(io.StringIO()):  # It prints its progress.
+        coco.createIndex()
     return coco
 
 
-def _chunked(segmentations: Sequence[Rle | None], video: Video) -> dict[str, object]:
-    """The masks of a track, side by side in chunks that pycocotools can hold (one chunk for most videos)."""
-    frames = max(1, masks.MAX_PIXELS // (video.height * video.width))
-    chunks = [
-        masks.side_by_side(segmentations[start : start + frames], video.height, video.width).to_json()
-        for start in range(0, video.length, frames)
-    ]
-    # COCOeval hands through any `counts` that are no list.
-    return {"segmentation": {"counts": tuple(chunks)}, "pixels": int(coco_mask.area(chunks).sum())}
-
-
-def _mean_area(areas: Sequence[float]) -> float:
+def mean_area(areas: Sequence[float]) -> float:
     """Mean over the frames where the object is seen; 0 for an object never seen."""
     seen = [area for area in areas if area > 0]
     return sum(seen) / len(seen) if seen else 0.0
 
 
-def _mean_defined(values: FloatArray) -> float | None:
-    """Mean without the entries that pycocotools marks as undefined (-1)."""
-    defined = values[values > -1]
-    return float(defined.mean()) if defined.size else None
+def defined(value: float) -> float | None:
+    """None for NaN, which stands for nothing to find."""
+    return None if math.isnan(value) else value
 
 
-def _defined(value: float) -> float | None:
-    return None if value == -1 else value
-
-
-def _quiet() -> contextlib.redirect_stdout[io.StringIO]:
-    """COCOeval prints its progress and a table of its own."""
-    return contextlib.redirect_stdout(io.StringIO())
+def _mean_defined(values: FloatArray) -> float:
+    """Mean without NaN; NaN where nothing is left."""
+    kept = values[~np.isnan(values)]
+    return float(kept.mean()) if kept.size else math.nan
