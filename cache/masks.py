@@ -45,6 +45,12 @@ def encode(mask: NDArray[np.uint8] | NDArray[np.bool_]) -> Rle:
     return Rle(height=height, width=width, counts=coded["counts"].decode("ascii"))
 
 
+def encode_columns(masks_Gwh: NDArray[np.bool_]) -> list[str]:
+    """The compressed counts of G masks that lie column by column in memory, (G, w, h): no pixel is copied."""
+    columns = np.ascontiguousarray(masks_Gwh).view(np.uint8)
+    return [coded["counts"].decode("ascii") for coded in coco_mask.encode(columns.transpose(2, 1, 0))]
+
+
 def mask(rle: Rle) -> NDArray[np.uint8]:
     """Decode to a mask (h, w) of 0 and 1."""
     pixels: NDArray[np.uint8] = coco_mask.decode(rle.to_json())

@@ -152,6 +152,7 @@ def _validate_relations(s: Settings, where: str) -> None:
             s.detector.config_file,
             "a detectron2 YAML with detector.engine=detectron2, null with another engine",
         ),
+        "evaluate.keep_queries": (0 < s.evaluate.keep_queries <= 1, s.evaluate.keep_queries, "0 < x <= 1"),
         "loss.oversample": (s.loss.oversample >= 1, s.loss.oversample, "1 or more candidates per point"),
         "train.num_layers": (
             s.train.num_layers is None or 1 <= s.train.num_layers <= s.detector.num_layers,

@@ -180,7 +180,8 @@ class EvaluateSettings:
     checkpoint: CheckpointChoice = CheckpointChoice.last
     top_k: int = 10  # tracks per video: 10 for YouTube-VIS, 20 for OVIS
     repeats: bool = True  # VITA: the release may give one video query several labels
-    chunk_frames: int = 16  # frames whose masks are decoded at once
+    keep_queries: float = 1.0  # share of each frame's queries that the head sees: those least likely "no object"
+    chunk_frames: int = 16  # frames that are read, encoded and decoded at once; any number gives the same tracks
     report_videos: int = 6
 
 

@@ -5,7 +5,7 @@ Shapes: T frames, Q frame queries, C channels, K categories of the labels, J cat
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 
 import torch
@@ -13,7 +13,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from evaluate.inference import MaskDecoder, VideoTracks, assemble_tracks, best_labels
+from evaluate.inference import VideoTracks, assemble_tracks, best_labels
+from evaluate.mask_decoding import MaskDecoder
 from train_head.detector_predictions import FrozenHeads
 from train_head.mask_folding import MapDecoding, MaskWeights
 
@@ -59,9 +60,13 @@ def track_without_training(
     decoder = MaskDecoder(len(found.queries_M), image_hw, original_hw, normed_TQC.device)
     weights_TMR = predictions.mask_weights.weights_R[:, found.queries_M]
     const_TM = predictions.mask_weights.const[:, found.queries_M]
+    decoder.decode(_logits(weights_TMR, const_TM, maps))
+    return assemble_tracks(found, decoder)
+
+
+def _logits(weights_TMR: Tensor, const_TM: Tensor, maps: Iterable[Tensor]) -> Iterator[Tensor]:
     first = 0
     for map_tRHW in maps:
         chunk = slice(first, first + len(map_tRHW))
-        decoder.add(MaskWeights(weights_R=weights_TMR[chunk], const=const_TM[chunk]).logits(map_tRHW))
+        yield MaskWeights(weights_R=weights_TMR[chunk], const=const_TM[chunk]).logits(map_tRHW)
         first += len(map_tRHW)
-    return assemble_tracks(found, decoder)

@@ -31,7 +31,7 @@ class DrawnTrack:
     """A track to draw: its caption and one mask or None per frame; its place in the list is its colour."""
 
     caption: str
-    segmentations: tuple[Rle | None, ...]
+    segmentations: Sequence[Rle | None]
 
 
 def labelled_tracks(labels: Labels, video_id: int) -> list[DrawnTrack]:

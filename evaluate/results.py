@@ -9,7 +9,7 @@ import json
 import lzma
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class TrackPrediction:
     video_id: int
     category_id: int
     score: float
-    segmentations: tuple[Rle | None, ...]
+    segmentations: Sequence[Rle | None]
 
     def to_json(self) -> dict[str, object]:
         """The entry of the submission format."""

@@ -2,42 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from cache.labels import Labels, Video
 from cache.layout import video_group_name
-from cache.reader import CachedVideo
 from evaluate.inference import VideoTracks
+from evaluate.predictors import VideoPredictor
 from evaluate.results import TrackPrediction
 from train_head.data import VideoSet
 
-VideoPredictor = Callable[[CachedVideo, Tensor], VideoTracks]
-"""A cached video and its frame queries (T, L, Q, C), as stored -> tracks."""
+VIDEOS_AT_ONCE = 2  # while one is read or encoded, another can compute
 
 
 def predict_videos(videos: VideoSet, predictor: VideoPredictor, title: str) -> list[TrackPrediction]:
-    """Run a predictor over all videos of a set, with frames per second in the progress line."""
+    """Run a predictor over all videos of a set, with frames per second in the progress line.
+
+    Within a video, reading, computing and encoding already overlap (`read_ahead`); several videos at once keep all
+    three busy where videos are short.
+    """
     predictions: list[TrackPrediction] = []
     total = sum(video.length for video in videos.labels.videos)
-    with tqdm(total=total, desc=title, unit="frame") as progress:
-        for video in videos.labels.videos:
-            cached = videos.feature_cache.video(video_group_name(video.id))
-            tracks = predictor(cached, torch.from_numpy(cached.frame_queries()))
+    with (
+        tqdm(total=total, desc=title, unit="frame") as progress,
+        ThreadPoolExecutor(max_workers=VIDEOS_AT_ONCE) as pool,
+    ):
+        cached = (videos.feature_cache.video(video_group_name(video.id)) for video in videos.labels.videos)
+        for video, tracks in zip(videos.labels.videos, pool.map(predictor, cached), strict=True):
             predictions.extend(_submitted(videos.labels, video, tracks))
             progress.update(video.length)
     return predictions
-
-
-def map_chunks(cached: CachedVideo, chunk_frames: int, device: torch.device) -> Iterator[Tensor]:
-    """Yield a video's stored maps in order, (t, R, H, W) each, read when they are needed."""
-    num_frames = cached.attributes.num_frames
-    for start in range(0, num_frames, chunk_frames):
-        frames = range(start, min(start + chunk_frames, num_frames))
-        yield torch.from_numpy(cached.mask_features(frames)).to(device)
 
 
 def _submitted(labels: Labels, video: Video, tracks: VideoTracks) -> Iterator[TrackPrediction]:
