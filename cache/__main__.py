@@ -1,4 +1,4 @@
-"""`python -m cache inspect|verify|prune|diff|export|import|stage|bench|doctor`: know, check, move and mend a cache.
+"""`python -m cache VERB ...`: know, check, move and mend a cache.
 
 PATH is a cache's folder, an HDF5 file (x.h5), or an address (s3://..., gs://...).
 """
@@ -18,10 +18,11 @@ from tqdm import tqdm
 from cache.bench import bench
 from cache.errors import CacheError, VitaCacheError
 from cache.inspection import summarise, verify_root, verify_video
-from cache.maintenance import differences, is_folder, prunable, prune
+from cache.maintenance import differences, is_folder, prunable, prune, upgrade
 from cache.reader import FeatureCache
 from cache.staging import stage
 from cache.transfer import export_hdf5, import_hdf5
+from cache.upload import upload
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     verb("export", "write a cache to one HDF5 file", "path", "file")
     verb("import", "write the cache of an HDF5 file to a folder", "file", "path")
     verb("stage", "copy a remote cache to a folder, continuing where it stopped", "path", "folder")
+    verb("upload", "copy a cache in a folder to an address, continuing where it stopped", "path", "address")
+    verb("upgrade", "convert a cache of an older format", "path")
     command = verb("bench", "measure reading against bare preadv and other libraries")
     command.add_argument("--folder", type=Path, help="where to write the test data (1 GB); default: the system's")
     command.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -82,6 +85,10 @@ def _run(chosen: argparse.Namespace) -> int:
             import_hdf5(Path(chosen.file), Path(chosen.path))
         case "stage":
             stage(chosen.path, Path(chosen.folder))
+        case "upload":
+            upload(Path(chosen.path), chosen.address)
+        case "upgrade":
+            print(upgrade(chosen.path))
         case "bench":
             return bench(chosen.folder, chosen.json, chosen.scale)
         case "doctor":  # it loads detectors, which this package knows nothing of

@@ -1,4 +1,4 @@
-"""Keeping caches in order: what may go (`prune`), and what sets two of them apart (`diff`)."""
+"""Keeping caches in order: what may go (`prune`), what sets two apart (`diff`), older formats (`upgrade`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.layout import ANNOTATIONS, VIDEOS
-from cache.reader import FeatureCache
-from cache.stores import FolderStore
+from cache.layout import ANNOTATIONS, FORMAT_VERSION, VIDEOS
+from cache.reader import FeatureCache, Root
+from cache.stores import FolderStore, open_store
 from cache.writer import locked, video_sources
 
 
@@ -47,6 +47,16 @@ def prune(found: list[Prunable]) -> None:
     for entry in found:
         with locked(entry.folder, wait=False):
             shutil.rmtree(entry.folder)
+
+
+def upgrade(path: Path | str) -> str:
+    """Convert a cache of an older format to the newest, in place; returns what was done.
+
+    Format 1 is the only one so far. A later format adds its step here: it rewrites what differs and the root last.
+    Raises FormatVersionError for a format that this release does not know.
+    """
+    Root.read(open_store(path))
+    return f"{path}: is format {FORMAT_VERSION} already: nothing to do"
 
 
 def is_folder(feature_cache: FeatureCache) -> bool:

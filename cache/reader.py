@@ -73,7 +73,8 @@ def _version_hint(found: object) -> str:
     """The command that makes a cache of another version readable. Every version to come reads format 1."""
     again = "`make extract CONFIG=... cache.path=<a new path>` extracts again"
     if isinstance(found, int) and found > FORMAT_VERSION:
-        return f"a later release wrote it: `git pull && make install` reads it; or {again}"
+        update = "`git pull && make install`, then `python -m cache upgrade <the cache>`"
+        return f"a later release wrote it: update vita-cache ({update}); or {again}"
     return f"no release wrote this version; {again}"
 
 

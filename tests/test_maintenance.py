@@ -143,14 +143,28 @@ def test_every_version_reads_format_1() -> None:
     assert main(["verify", str(FORMAT_1)]) == 0
 
 
-def test_a_later_version_names_the_command_that_helps(tmp_path: Path) -> None:
+def test_format_1_is_upgraded_by_doing_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = shutil.copytree(FORMAT_1, tmp_path / "a")
+    assert main(["upgrade", str(path)]) == 0
+    assert "is format 1 already: nothing to do" in capsys.readouterr().out
+    assert main(["upgrade", str(tmp_path / "none")]) == 2
+    for file in FORMAT_1.rglob("*"):
+        assert file.is_dir() or (path / file.relative_to(FORMAT_1)).read_bytes() == file.read_bytes()
+
+
+def test_a_later_version_names_the_command_that_helps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = shutil.copytree(FORMAT_1, tmp_path / "a")
     root = json.loads((path / "zarr.json").read_text())
     root["attributes"]["format_version"] = 2
     (path / "zarr.json").write_text(json.dumps(root))
-    with pytest.raises(FormatVersionError, match=r"git pull[\s\S]*make extract"):
+    with pytest.raises(FormatVersionError, match=r"git pull[\s\S]*python -m cache upgrade[\s\S]*make extract"):
         FeatureCache.open(path)
+    before = (path / "zarr.json").read_bytes()
+    assert main(["upgrade", str(path)]) == 2
+    assert "update vita-cache" in capsys.readouterr().err
+    assert (path / "zarr.json").read_bytes() == before
     root["attributes"]["format_version"] = 0
     (path / "zarr.json").write_text(json.dumps(root))
     with pytest.raises(FormatVersionError, match=r"expected 1, got 0[\s\S]*make extract CONFIG"):
         FeatureCache.open(path)
+    assert main(["upgrade", str(path)]) == 2
