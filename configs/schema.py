@@ -136,6 +136,7 @@ class LossSettings:
     mask_weight: float = 5.0
     dice_weight: float = 5.0
     sim_weight: float = 0.5
+    frame_weight: float = 1.0  # of the detector's own losses on single frames, where it is fine-tuned
     no_object_weight: float = 0.1
     num_points: int = 12544  # that the mask losses see of every mask
     matching_points: int | None = None  # that the matching sees of every frame; null takes num_points
@@ -173,6 +174,20 @@ class TrainSettings:
 
 
 @dataclass
+class FinetuneSettings:
+    """Training the detector too (`make finetune`), from images: what differs from training the head alone."""
+
+    frames_only: bool = False  # the detector without a head, on single frames: train.batch_clips of them
+    detector_rate: float = 1.0  # share of train.learning_rate that the detector takes
+    backbone_rate: float = 0.1  # and that its backbone takes
+    flip: bool = True  # half of the clips, left to right; every frame of a clip alike, as all that follows
+    short_edges: list[int] = field(default_factory=lambda: list(range(288, 513, 32)))  # pixels, one for each clip
+    crop_share: float = 0.5  # of the clips are cut out before they are resized
+    crop_edges: list[int] = field(default_factory=lambda: [400, 500, 600])  # shorter edge that crop_sizes refer to
+    crop_sizes: list[int] = field(default_factory=lambda: [384, 600])  # least and largest edge of a crop
+
+
+@dataclass
 class EvaluateSettings:
     """Whole-video inference and scoring."""
 
@@ -199,4 +214,5 @@ class Settings:
     head: HeadSettings = field(default_factory=HeadSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
+    finetune: FinetuneSettings = field(default_factory=FinetuneSettings)
     evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)

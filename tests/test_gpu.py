@@ -15,6 +15,7 @@ from extract.detector import load_detector
 from tests.conftest import tiny_settings
 from train_head.data import open_evaluation_set, open_training_set
 from train_head.run_folder import open_run
+from train_head.sources import CachedSource
 from train_head.trainer import Trainer, train
 
 pytestmark = [
@@ -43,7 +44,8 @@ def test_detector_features(precision: str, tolerance: float) -> None:
 def on_device(settings: Settings, device: Device, precision: Precision, name: str) -> Trainer:
     settings.device, settings.train.precision, settings.name = device, precision, name
     videos = open_training_set(settings)
-    return Trainer(settings, videos, open_run(settings, None))
+    folder = open_run(settings, None)
+    return Trainer(settings, CachedSource(settings, videos, torch.device(device.value)), folder)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(Precision.float32, 2e-3), (Precision.bfloat16, 0.1)])

@@ -27,6 +27,7 @@ from extract.__main__ import main as extract_main
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
+from train_head.clips import Clip
 from train_head.run_folder import read_metrics_log
 from train_head.trainer import train
 
@@ -94,7 +95,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_data: Path, tiny_cache: 
     stop_at = 5  # two steps after the checkpoint of step 3
     original = trainer.Trainer.training_step
 
-    def interrupted(self: trainer.Trainer, clips: list[trainer.Clip]) -> object:
+    def interrupted(self: trainer.Trainer[Clip], clips: list[Clip]) -> object:
         if self.progress.step == stop_at:
             raise KeyboardInterrupt
         return original(self, clips)

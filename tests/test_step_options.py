@@ -20,6 +20,7 @@ from train_head.build import point_config
 from train_head.clips import Clip
 from train_head.data import open_training_set
 from train_head.points import RandomPoints
+from train_head.sources import CachedSource
 from train_head.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -46,7 +47,8 @@ def test_impossible_options_are_refused(override: str) -> None:
 
 def first_step(settings: Settings, last_layer_only: bool = False) -> tuple[float, list[torch.Tensor]]:
     """Loss and gradients of a run's first step; with `last_layer_only` from clips that hold no other layer."""
-    trainer = Trainer(settings, open_training_set(settings), Path(settings.runs) / settings.name)
+    source = CachedSource(settings, open_training_set(settings), CPU)
+    trainer = Trainer(settings, source, Path(settings.runs) / settings.name)
     clips = next(trainer._batches())
     if last_layer_only:
         clips = [last_layer(clip) for clip in clips]

@@ -16,8 +16,9 @@ from cache.errors import ConfigError
 from configs.schema import Settings
 from evaluate.stage import evaluate, score_head
 from tests.conftest import tiny_settings
-from train_head.build import build_optimizer, learning_rate
+from train_head.build import TrainedPart, build_optimizer, learning_rate
 from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
+from train_head.clips import Clip
 from train_head.distributed import Group
 from train_head.head import VitaHead
 from train_head.run_folder import read_metrics_log
@@ -34,7 +35,7 @@ def test_learning_rate_warms_up_then_steps_down(tiny_run: Settings) -> None:
 def test_norms_and_embeddings_are_not_decayed(tiny_run: Settings) -> None:
     head = VitaHead(load_checkpoint(Path(tiny_run.runs) / "tiny" / CHECKPOINT).config)
     names = {id(parameter): name for name, parameter in head.named_parameters()}
-    decayed, free = build_optimizer(head, tiny_run).param_groups
+    decayed, free = build_optimizer([TrainedPart(module=head)], tiny_run).param_groups
     assert decayed["weight_decay"] == tiny_run.train.weight_decay and free["weight_decay"] == 0
     free_names = {names[id(parameter)] for parameter in free["params"]}
     embeddings = ("query_feat.weight", "query_embed.weight", "fq_pos.weight")
@@ -103,7 +104,7 @@ def test_a_moving_average_of_the_weights_is_kept_and_evaluated(
     seen: list[dict[str, torch.Tensor]] = []
     original = trainer.Trainer.training_step
 
-    def watched(self: trainer.Trainer, clips: list[trainer.Clip]) -> object:
+    def watched(self: trainer.Trainer[Clip], clips: list[Clip]) -> object:
         if not seen:
             seen.append({key: value.clone() for key, value in self.head.state_dict().items()})
         result = original(self, clips)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from train_head.bench_data import FixedPoints, Problem
@@ -24,11 +24,10 @@ from train_head.bench_dense import PlainPoints, dense_losses
 from train_head.clips import Clip
 from train_head.criterion import LossNormalisers
 from train_head.data import open_training_set
-from train_head.head import HeadOutputs
 from train_head.matcher import match_clips
 from train_head.points import PointSource
 from train_head.products import product
-from train_head.targets import ClipTargets
+from train_head.sources import CachedSource, ClipFeatures
 from train_head.trainer import Trainer
 
 
@@ -105,7 +104,8 @@ class Ours:
     def __init__(self, problem: Problem, folder: Path, cheap: bool = False) -> None:
         settings = problem.settings(folder, cheap)
         self.problem, self.videos = problem, open_training_set(settings)
-        self.trainer = Trainer(settings, self.videos, folder / "none")
+        source = CachedSource(settings, self.videos, torch.device(problem.device))
+        self.trainer = Trainer(settings, source, folder / "none")
         self.batches: Iterator[list[Clip]] = self.trainer._batches()
 
     def step(self) -> None:
@@ -118,12 +118,11 @@ class Ours:
         watch = Stopwatch(trainer.device)
         clips = next(self.batches)
         seconds = {"data": watch.lap()}
-        targets = [compute._targets(clip) for clip in clips]
-        normalisers = compute._normalisers(targets)
-        maps = [clip.map_TRHW.to(trainer.device) for clip in clips]
+        features, normalisers = self.inputs(clips)
+        maps, targets = features.maps, features.targets
         seconds["targets"] = watch.lap()
         trainer.optimizer.zero_grad(set_to_none=True)
-        outputs, weights = compute.forward(trainer.head, clips)
+        outputs, weights = compute.forward(trainer.head, features)
         seconds["head forward"] = watch.lap()
         match_clips(
             outputs.class_logits_DLBVK,
@@ -143,6 +142,13 @@ class Ours:
         trainer.optimizer.step()
         seconds["optimiser"] = watch.lap()
         return seconds
+
+    def inputs(self, clips: Sequence[Clip]) -> tuple[ClipFeatures, LossNormalisers]:
+        """Features and labels of a batch, and what its losses are divided by."""
+        compute = self.trainer.compute
+        targets = [compute.source.targets(clip) for clip in clips]
+        normalisers = compute.normalisers(targets)
+        return compute.source.features(clips, targets, normalisers.frames), normalisers.clips
 
     def flops(self) -> float:
         """Multiplications and additions of the matrix products of one step."""
@@ -201,19 +207,14 @@ class Dense(Ours):
         """Read a batch and train on it."""
         trainer, compute, clips = self.trainer, self.trainer.compute, next(self.batches)
         trainer.optimizer.zero_grad(set_to_none=True)
-        outputs, maps, targets, normalisers = self._inputs(clips)
+        features, normalisers = self.inputs(clips)
+        outputs = compute.forward(trainer.head, features)[0]
         points: list[PointSource] = [PlainPoints(compute.points, self.generator) for _ in clips]
         with torch.autocast(trainer.device.type, dtype=torch.bfloat16, enabled=compute.autocast):
-            losses = dense_losses(trainer.head, outputs, maps, targets, points, normalisers)
+            losses = dense_losses(trainer.head, outputs, features.maps, features.targets, points, normalisers)
         losses.total.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(trainer.head.parameters(), trainer.settings.train.clip_norm)
         trainer.optimizer.step()
-
-    def _inputs(self, clips: Sequence[Clip]) -> tuple[HeadOutputs, list[Tensor], list[ClipTargets], LossNormalisers]:
-        trainer, compute = self.trainer, self.trainer.compute
-        targets = [compute._targets(clip) for clip in clips]
-        maps = [clip.map_TRHW.to(trainer.device) for clip in clips]
-        return compute.forward(trainer.head, clips)[0], maps, targets, compute._normalisers(targets)
 
     @torch.no_grad()
     def compare(self) -> dict[str, tuple[float, float]]:
@@ -223,9 +224,10 @@ class Dense(Ours):
         generator = torch.Generator().manual_seed(1)
         points_P2 = torch.rand(self.problem.points, 2, generator=generator).to(trainer.device)
         points: list[PointSource] = [FixedPoints(points_P2) for _ in clips]
-        outputs, maps, targets, normalisers = self._inputs(clips)
+        features, normalisers = self.inputs(clips)
+        maps, targets = features.maps, features.targets
+        outputs, weights = compute.forward(trainer.head, features)
         dense = dense_losses(trainer.head, outputs, maps, targets, points, normalisers)
-        weights = compute.forward(trainer.head, clips)[1]
         ours = compute.criterion(outputs, weights, maps, targets, points, normalisers)
         pairs = {
             "class": (dense.label, ours.class_D.sum()),

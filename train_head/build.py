@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,19 +15,40 @@ from cache.heads import DetectorHeads
 from configs.schema import LossSettings, PaddedArea, Settings
 from train_head.criterion import LossWeights, VitaCriterion
 from train_head.data import VideoSet
-from train_head.head import HeadConfig, VitaHead
+from train_head.head import HeadConfig
 from train_head.mask_folding import MapDecoding
 from train_head.matcher import CostWeights
 from train_head.points import PointConfig
 
 
-def head_config(settings: Settings, videos: VideoSet) -> HeadConfig:
-    """Sizes of the head: what the settings choose, and what detector and labels dictate."""
-    heads, chosen = videos.feature_cache.heads, settings.head
+@dataclass(frozen=True, kw_only=True)
+class FeatureSizes:
+    """Sizes that detector and labels dictate to the head."""
+
+    num_classes: int  # of the labels
+    num_queries: int  # frame queries
+    hidden_dim: int  # channels of a frame query
+    map_channels: int  # of the FPN map, before any codec
+
+
+def feature_sizes(videos: VideoSet) -> FeatureSizes:
+    """Read the sizes off a cache."""
+    heads = videos.feature_cache.heads
     first = videos.feature_cache.video(videos.feature_cache.video_names()[0])
-    return HeadConfig(
+    return FeatureSizes(
         num_classes=len(videos.labels.categories),
-        num_frame_queries=first.frame_queries([0]).shape[2],
+        num_queries=first.frame_queries([0]).shape[2],
+        hidden_dim=heads.hidden_dim,
+        map_channels=map_channels(heads),
+    )
+
+
+def head_config(settings: Settings, sizes: FeatureSizes) -> HeadConfig:
+    """Sizes of the head: what the settings choose, and what detector and labels dictate."""
+    chosen = settings.head
+    return HeadConfig(
+        num_classes=sizes.num_classes,
+        num_frame_queries=sizes.num_queries,
         num_queries=chosen.num_queries,
         hidden_dim=chosen.hidden_dim,
         num_heads=chosen.num_heads,
@@ -34,12 +57,20 @@ def head_config(settings: Settings, videos: VideoSet) -> HeadConfig:
         dec_layers=chosen.dec_layers,
         window=chosen.window,
         mask_dim=chosen.mask_dim,
-        detector_dim=heads.hidden_dim,
-        map_dim=map_channels(heads),
+        detector_dim=sizes.hidden_dim,
+        map_dim=sizes.map_channels,
         shift_in_training=chosen.shift_in_training,
         shift_short_videos=chosen.shift_short_videos,
         use_sim=settings.loss.sim_weight > 0,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedPart:
+    """A module that is trained, and its share of the learning rate."""
+
+    module: nn.Module
+    rate_factor: float = 1.0
 
 
 def map_channels(heads: DetectorHeads) -> int:
@@ -81,17 +112,28 @@ def point_config(chosen: LossSettings) -> PointConfig:
     return PointConfig(matching=matching, loss=chosen.num_points, oversample=chosen.oversample)
 
 
-def build_optimizer(head: VitaHead, settings: Settings) -> torch.optim.AdamW:
-    """AdamW; norms and embeddings are not decayed (REFERENCE section 4)."""
-    free: list[nn.Parameter] = []
-    decayed: list[nn.Parameter] = []
-    for module in head.modules():
-        target = free if isinstance(module, nn.LayerNorm | nn.Embedding) else decayed
-        target.extend(module.parameters(recurse=False))
-    groups = [
-        {"params": decayed, "weight_decay": settings.train.weight_decay},
-        {"params": free, "weight_decay": 0.0},
-    ]
+def trained_parameters(parts: Sequence[TrainedPart]) -> list[nn.Parameter]:
+    """Return the parameters of all parts that take gradients."""
+    return [parameter for part in parts for parameter in part.module.parameters() if parameter.requires_grad]
+
+
+NOT_DECAYED = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)
+
+
+def build_optimizer(parts: Sequence[TrainedPart], settings: Settings) -> torch.optim.AdamW:
+    """AdamW; norms and embeddings are not decayed (REFERENCE section 4). Two groups for each part.
+
+    A group's `rate_factor` says which share of the learning rate it takes.
+    """
+    groups = []
+    for part in parts:
+        free: list[nn.Parameter] = []
+        decayed: list[nn.Parameter] = []
+        for module in part.module.modules():
+            own = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
+            (free if isinstance(module, NOT_DECAYED) else decayed).extend(own)
+        for parameters, decay in ((decayed, settings.train.weight_decay), (free, 0.0)):
+            groups.append({"params": parameters, "weight_decay": decay, "rate_factor": part.rate_factor})
     return torch.optim.AdamW(groups, lr=settings.train.learning_rate, fused=True)
 
 

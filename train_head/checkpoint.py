@@ -1,8 +1,9 @@
-"""A run's checkpoint: the head, and what is needed to go on training and to refuse another cache."""
+"""A run's checkpoint: what it trained, and what is needed to go on training and to refuse another cache."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 from collections.abc import Mapping
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 
+from cache.archives import require_sound_archive
 from cache.errors import ConfigError, FingerprintMismatch, WeightsError
-from cache.fingerprint import Fingerprint
+from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint
 from cache.reader import FeatureCache
 from train_head.head import HeadConfig, VitaHead
 
@@ -24,7 +26,11 @@ _VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """State after `step` training steps; `head` has the release's names without their prefix."""
+    """State after `step` training steps; `head` has the release's names without their prefix.
+
+    A run that fine-tuned the detector alone has an empty `head`. The fingerprint of one that fine-tuned the detector
+    is that of a cache which its exported detector fills.
+    """
 
     step: int
     seconds: float  # spent training, over all sessions
@@ -35,9 +41,13 @@ class Checkpoint:
     category_names: tuple[str, ...]
     average: Mapping[str, torch.Tensor] = field(default_factory=dict)  # moving average of `head`, where it is kept
     best_ap: float = -1.0  # highest AP so far, a fraction
+    detector: Mapping[str, torch.Tensor] = field(default_factory=dict)  # official names; empty where it is frozen
 
     def build_head(self, device: torch.device | str) -> VitaHead:
-        """Return the head in evaluation mode, with averaged weights where there are any."""
+        """Return the head in evaluation mode, with averaged weights where there are any; WeightsError without one."""
+        if not self.head:
+            hint = "extract with detector.weights=<run>/detector, then train a head"
+            raise WeightsError("this run fine-tuned the detector alone: it has no head", hint=hint)
         head = VitaHead(self.config)
         head.load_state_dict(dict(self.average or self.head))
         return head.to(device).eval()
@@ -74,6 +84,7 @@ class Checkpoint:
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write atomically: a killed run leaves the old checkpoint or the new one."""
+    path.with_name(HEAD_FINGERPRINT).write_text(json.dumps(checkpoint.fingerprint.to_json(), indent=1))
     state = {
         "version": _VERSION,
         "step": checkpoint.step,
@@ -85,6 +96,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "category_names": list(checkpoint.category_names),
         "average": dict(checkpoint.average),
         "best_ap": checkpoint.best_ap,
+        "detector": dict(checkpoint.detector),
     }
     temporary = path.with_suffix(".tmp")
     with temporary.open("wb") as file:
@@ -99,6 +111,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     if not path.is_file():
         raise WeightsError("no trained head here", where=path, hint="`make train` with the same config writes one")
     try:
+        require_sound_archive(path)
         state = torch.load(path, map_location=device, weights_only=True)
         return Checkpoint(
             step=state["step"],
@@ -110,8 +123,9 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
             category_names=tuple(state["category_names"]),
             average=state["average"],
             best_ap=state["best_ap"],
+            detector=state.get("detector", {}),
         )
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError, ValueError) as error:
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, KeyError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(
             f"not a checkpoint of vita-cache: {reason}", where=path, hint="delete it to train anew"

@@ -1,4 +1,4 @@
-"""Stage two: train the VITA head from a cache.
+"""Stage two: train the VITA head, from a cache or together with the detector.
 
 Whatever varies from step to step depends on (seed, clip number) alone, so that a resumed run equals one that was
 never interrupted, bit for bit on CPU, and any number of processes sees the same batches.
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Generic
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,13 @@ from tqdm import tqdm
 from cache.errors import ConfigError, VitaCacheError
 from configs.command import device_name, precision_name
 from configs.schema import Settings
-from train_head.build import build_optimizer, head_config, learning_rate
+from train_head.build import build_optimizer, head_config, learning_rate, trained_parameters
 from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
-from train_head.clips import Clip, ClipConfig, ClipDataset
-from train_head.data import VideoSet, open_training_set
+from train_head.data import open_training_set
 from train_head.distributed import Group, join_group
 from train_head.head import VitaHead
 from train_head.run_folder import MetricsLog, open_run
+from train_head.sources import AnyClip, CachedSource, FeatureSource
 from train_head.step import StepLosses, TrainingStep
 
 Evaluator = Callable[[], float | None]
@@ -34,11 +35,20 @@ Evaluator = Callable[[], float | None]
 
 
 def train(settings: Settings, evaluator: Evaluator | None = None) -> Path:
-    """Train a run to its last iteration, going on from its checkpoint if there is one; returns its folder.
+    """Train a head from the cache to its last iteration, going on from its checkpoint if there is one.
 
-    `evaluator` is called every `train.evaluate_every` steps. Raises VitaCacheError where cache, labels and settings
-    do not belong together, or a loss is not finite.
+    `evaluator` is called every `train.evaluate_every` steps. Returns the run's folder. Raises VitaCacheError where
+    cache, labels and settings do not belong together, or a loss is not finite.
     """
+    return run_training(settings, lambda device: CachedSource(settings, open_training_set(settings), device), evaluator)
+
+
+def run_training(
+    settings: Settings,
+    open_source: Callable[[torch.device], FeatureSource[AnyClip]],
+    evaluator: Evaluator | None = None,
+) -> Path:
+    """Train on the clips and features of any source; the rest as `train`."""
     device = device_name(settings.device)
     if precision_name(settings.train.precision, device) == "float16":
         raise ConfigError("training in float16 is not offered", hint="use train.precision=bfloat16 or float32")
@@ -50,10 +60,10 @@ def train(settings: Settings, evaluator: Evaluator | None = None) -> Path:
             expected=f"a multiple of {group.size} processes x train.accumulate {settings.train.accumulate}",
             got=settings.train.batch_clips,
         )
-    videos = open_training_set(settings)
-    folder = open_run(settings, videos.holdout) if group.is_main else Path(settings.runs) / settings.name
+    source = open_source(torch_device)
+    folder = open_run(settings, source.holdout) if group.is_main else Path(settings.runs) / settings.name
     group.wait()
-    Trainer(settings, videos, folder, group, torch_device, evaluator).run()
+    Trainer(settings, source, folder, group, torch_device, evaluator).run()
     group.wait()
     return folder
 
@@ -67,30 +77,31 @@ class Progress:
     best_ap: float = -1.0
 
 
-class Trainer:
+class Trainer(Generic[AnyClip]):
     """Head, optimiser and data of one run."""
 
     def __init__(
         self,
         settings: Settings,
-        videos: VideoSet,
+        source: FeatureSource[AnyClip],
         folder: Path,
         group: Group | None = None,
         device: torch.device | None = None,
         evaluator: Evaluator | None = None,
     ) -> None:
-        self.settings, self.videos, self.folder, self.evaluator = settings, videos, folder, evaluator
+        self.settings, self.source, self.folder, self.evaluator = settings, source, folder, evaluator
         self.group = group or Group()
         self.device = device or torch.device(device_name(settings.device))
         autocast = precision_name(settings.train.precision, self.device.type) == "bfloat16"
-        self.compute = TrainingStep(settings, videos, self.device, self.group, autocast)
+        self.compute = TrainingStep(settings, source, self.device, self.group, autocast)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            self.head = VitaHead(head_config(settings, videos)).to(self.device).train()
+            self.head = VitaHead(head_config(settings, source.sizes)).to(self.device).train()
         if settings.train.compile:
             self.head.compile()
         self.average: dict[str, Tensor] = {}
-        self.optimizer = build_optimizer(self.head, settings)
+        self.parts = self.compute.parts(self.head)
+        self.optimizer = build_optimizer(self.parts, settings)
         self.progress = Progress()
         if (folder / CHECKPOINT).exists():
             self._resume(load_checkpoint(folder / CHECKPOINT, self.device))
@@ -98,9 +109,10 @@ class Trainer:
             self.average = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        checkpoint.require_cache(self.videos.feature_cache, self.folder / CHECKPOINT)
+        self.source.resume(checkpoint, self.folder / CHECKPOINT)
         checkpoint.require_config(self.head.config, self.folder / CHECKPOINT)
-        self.head.load_state_dict(dict(checkpoint.head))
+        if self.source.trains_head:
+            self.head.load_state_dict(dict(checkpoint.head))
         if checkpoint.optimizer:  # an imported release has none
             self.optimizer.load_state_dict(dict(checkpoint.optimizer))
         self.average = dict(checkpoint.average)
@@ -124,7 +136,7 @@ class Trainer:
                 done.seconds = clock.seconds
                 bar.update()
                 if log is not None and (done.step % train.log_every == 0 or done.step == train.iterations):
-                    log.write(done.step, {**_logged(losses), **clock.shares(), "learning_rate": self._rate(-1)})
+                    log.write(done.step, {**self._logged(losses), **clock.shares(), "learning_rate": self._rate(-1)})
                     bar.set_postfix(loss=f"{losses.loss:.2f}", waiting=f"{clock.data_share:.0%}")
                 if done.step % train.checkpoint_every == 0:
                     self.save()
@@ -132,20 +144,15 @@ class Trainer:
                     self._evaluate(log)
         if done.step < train.iterations:
             print(f"train: the time budget of {train.time_budget:.0f} s is spent at step {done.step}")
+        if self.group.is_main:
+            print(self.source.finish(self.folder), end="")
         self.save()
 
-    def _batches(self) -> Iterator[list[Clip]]:
+    def _batches(self) -> Iterator[list[AnyClip]]:
         train = self.settings.train
-        config = ClipConfig(
-            num_frames=train.num_frames,
-            frame_range=train.frame_range,
-            seed=self.settings.seed,
-            replacement=train.replacement,
-        )
-        dataset = ClipDataset(self.videos.feature_cache, self.videos.labels, self.videos.video_ids, config)
         own = train.batch_clips // self.group.size
-        loader: DataLoader[Clip] = DataLoader(
-            dataset,
+        loader: DataLoader[AnyClip] = DataLoader(
+            self.source.clips(),
             batch_size=own,
             sampler=_ShareOfBatches(self.progress.step, train.iterations, train.batch_clips, self.group),
             num_workers=train.workers,
@@ -155,27 +162,35 @@ class Trainer:
         )
         return iter(loader)
 
-    def training_step(self, clips: Sequence[Clip]) -> StepLosses:
+    def training_step(self, clips: Sequence[AnyClip]) -> StepLosses:
         """Gradients and update for one batch; raises VitaCacheError, naming the videos, if anything is not finite."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate()
+            group["lr"] = self._rate() * group["rate_factor"]
         self.optimizer.zero_grad(set_to_none=True)
         try:
             losses = self.compute.gradients(self.head, clips)
         except FloatingPointError as error:
             raise self._not_finite(clips, str(error)) from error
-        nn.utils.clip_grad_norm_(self.head.parameters(), self.settings.train.clip_norm)
+        nn.utils.clip_grad_norm_(trained_parameters(self.parts), self.settings.train.clip_norm)
         self.optimizer.step()
         for name, tensor in self.head.state_dict().items() if self.average else ():
             self.average[name].lerp_(tensor, 1 - self.settings.train.ema)
         self.progress.step += 1
         return losses
 
+    def _logged(self, losses: StepLosses) -> dict[str, float]:
+        """What metrics.jsonl holds of a step's losses."""
+        values = asdict(losses)
+        values["class"] = values.pop("class_loss")
+        if not self.source.parts:
+            del values["frames"]
+        return values
+
     def _rate(self, offset: int = 0) -> float:
         return learning_rate(self.settings, self.progress.step + offset)
 
-    def _not_finite(self, clips: Sequence[Clip], reason: str) -> VitaCacheError:
-        names = [f"{self.videos.labels.video_by_id[clip.video_id].name} frames {clip.frames}" for clip in clips]
+    def _not_finite(self, clips: Sequence[AnyClip], reason: str) -> VitaCacheError:
+        names = [f"{self.source.labels.video_by_id[clip.video_id].name} frames {clip.frames}" for clip in clips]
         return VitaCacheError(
             f"step {self.progress.step}: {reason}; the batch was {'; '.join(names)}",
             where=self.folder,
@@ -202,11 +217,12 @@ class Trainer:
         checkpoint = Checkpoint(
             **asdict(self.progress),
             config=self.head.config,
-            head=self.head.state_dict(),
+            head=self.head.state_dict() if self.source.trains_head else {},
             average=self.average,
             optimizer=self.optimizer.state_dict(),
-            fingerprint=self.videos.feature_cache.fingerprint,
-            category_names=tuple(category.name for category in self.videos.labels.categories),
+            detector=self.source.state(),
+            fingerprint=self.source.fingerprint,
+            category_names=tuple(category.name for category in self.source.labels.categories),
         )
         save_checkpoint(self.folder / CHECKPOINT, checkpoint)
 
@@ -244,7 +260,7 @@ class _Clock:
     def spent(self, budget: float) -> bool:
         return 0 < budget <= self.seconds
 
-    def wait_for(self, batches: Iterator[list[Clip]]) -> list[Clip]:
+    def wait_for(self, batches: Iterator[list[AnyClip]]) -> list[AnyClip]:
         asked = time.perf_counter()
         clips = next(batches)
         self.waited += time.perf_counter() - asked
@@ -252,10 +268,3 @@ class _Clock:
 
     def shares(self) -> dict[str, float]:
         return {"seconds": self.seconds, "data_share": self.data_share}
-
-
-def _logged(losses: StepLosses) -> dict[str, float]:
-    """What metrics.jsonl holds of a step's losses."""
-    values = asdict(losses)
-    values["class"] = values.pop("class_loss")
-    return values
