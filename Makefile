@@ -5,7 +5,13 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-OVERRIDES := $(filter-out CONFIG=% PYTHON=% VENV=%,$(MAKEOVERRIDES))
+# Of `make predict`: KEEP_CACHE names a folder that its cache goes to and stays in.
+HEAD ?= runs/demo
+OUTPUT ?= runs/predictions
+STRIDE ?= 1
+SCORE ?= 0.3
+NAMES := CONFIG PYTHON VENV VIDEO HEAD OUTPUT STRIDE SCORE KEEP_CACHE
+OVERRIDES := $(filter-out $(NAMES:%=%=%),$(MAKEOVERRIDES))
 # On no registry; the commit that the golden numbers were recorded with.
 DETECTRON2 := git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833
 .DEFAULT_GOAL := help
@@ -16,9 +22,12 @@ extract: demo-data
 train: extract
 evaluate: train
 report: evaluate
+ifeq ($(HEAD)$(wildcard runs/demo/checkpoint.pt),runs/demo)
+predict: train
+endif
 endif
 
-.PHONY: bench doctor help demo demo-data demo-detector extract train evaluate report test lint install detectron2
+.PHONY: bench doctor fuzz help demo demo-data demo-detector extract train evaluate report predict test lint install detectron2
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +60,18 @@ evaluate: $(STAMP)  ## AP of the trained head and of the training-free baseline
 report: $(STAMP)  ## one self-contained HTML page of a run
 	@$(PY) -m evaluate report $(CONFIG) $(OVERRIDES)
 
+# The shell reads VIDEO and KEEP_CACHE itself, so that their names may hold anything.
+export VIDEO KEEP_CACHE
+predict: HEAD_CONFIG = $(firstword $(wildcard $(HEAD)/config.yaml) $(CONFIG))
+predict: SETTINGS = $(foreach word,$(OVERRIDES),$(if $(findstring =,$(word)),$(word)))
+predict: $(STAMP)  ## your own video: VIDEO=clip.mp4 (or a folder, or a list) [HEAD=runs/...] -> tracks, overlay, contact sheet
+	@mkdir -p "$(OUTPUT)" && temporary=$$(mktemp -d "$(OUTPUT)/.cache.XXXXXX") && \
+	trap 'rm -rf "$$temporary"' EXIT && trap 'exit 130' INT TERM HUP && \
+	features=$${KEEP_CACHE:-$$temporary} && video=$${VIDEO:-$(OUTPUT)/demo.mp4} && \
+	{ [ -n "$$VIDEO" ] || $(PY) -m extract demo-clip "$$video"; } && \
+	$(PY) -m extract video --head "$(HEAD)" --stride $(STRIDE) "$(HEAD_CONFIG)" "$$video" cache.path="$$features" $(SETTINGS) && \
+	$(PY) -m evaluate predict --head "$(HEAD)" --output "$(OUTPUT)" --score $(SCORE) "$(HEAD_CONFIG)" "$$features/video" $(SETTINGS)
+
 detectron2: $(STAMP)  ## the engine for your own detectron2 models (compiles, minutes); also needs their code in PYTHONPATH
 	$(PY) -m pip install -q setuptools timm opencv-python-headless
 	$(PY) -m pip install --no-build-isolation "$(DETECTRON2)"
@@ -71,3 +92,6 @@ lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+fuzz: $(STAMP)  ## damaged files of every kind, thousands of times, and what became of them
+	FUZZ_EXAMPLES=5000 $(PY) -m pytest tests/test_fuzz.py --hypothesis-show-statistics --timeout=3600

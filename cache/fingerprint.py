@@ -16,6 +16,9 @@ from typing import Any
 from cache.errors import CorruptData, FingerprintMismatch
 from cache.layout import FORMAT_VERSION
 
+HEAD_FINGERPRINT = "fingerprint.json"
+"""In the folder of a run, beside its checkpoint: what its head was trained on, for stage one, which reads no heads."""
+
 RECORDED_LIBRARIES = ("numpy", "zarr", "torch", "torchvision", "transformers", "detectron2")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from configs.command import run_command
 from configs.load import load_settings
@@ -19,9 +20,16 @@ def main() -> int:
     for verb in (run, report):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    predict = verbs.add_parser("predict", help="tracks, overlay and contact sheet of videos of your own")
+    predict.add_argument("--head", type=Path, required=True, help="folder of the run")
+    predict.add_argument("--output", type=Path, required=True, help="each video gets a folder in it")
+    predict.add_argument("--score", type=float, default=0.3, help="draw tracks of at least this score, 0 to 1")
+    predict.add_argument("config", help="a YAML file, or the short name of one in configs/")
+    predict.add_argument("features", type=Path, help="what `python -m extract video` wrote: <cache.path>/video")
+    predict.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     score.add_arguments(verbs.add_parser("score", help="AP and AR of any result file on any YTVIS label file"))
     arguments = parser.parse_args()
-    command = {"run": _run, "report": _report, "score": score.run}[arguments.verb]
+    command = {"run": _run, "report": _report, "predict": _predict, "score": score.run}[arguments.verb]
     return run_command(lambda: command(arguments))
 
 
@@ -41,6 +49,18 @@ def _report(arguments: argparse.Namespace) -> int:
     path = write_report(settings)
     print(run_summary(settings))
     print(f"report: {path}")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from evaluate.predict import predict
+
+    settings = load_settings(arguments.config, arguments.overrides)
+    for done in predict(settings, arguments.head, arguments.features, arguments.output, arguments.score):
+        seen = f"{done.drawn} of {done.tracks} tracks drawn (score {arguments.score:g} or more)"
+        print(f"{done.folder}: tracks.json, overlay.mp4, contact_sheet.png; {len(done.footage.seconds)} frames, {seen}")
+        if done.footage.problem is not None:
+            print(f"warning: {done.footage.source}: {done.footage.problem}")
     return 0
 
 

@@ -23,11 +23,31 @@ def main() -> int:
     for verb in (run, data, calibrate, estimate, bench, doctor):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    video = verbs.add_parser("video", help="extract videos of your own, without labels, into <cache.path>/video")
+    video.add_argument("--head", type=Path, help="folder of the run that will read the features: checked beforehand")
+    video.add_argument("--stride", type=int, default=1, help="take every n-th frame")
+    video.add_argument("config", help="a YAML file, or the short name of one in configs/")
+    words = "video files, folders of images, .txt lists of either; and settings that differ from the config"
+    video.add_argument("words", nargs="+", metavar="FILE|key=value", help=words)
+    clip = verbs.add_parser("demo-clip", help="generate an .mp4 of moving shapes")
+    clip.add_argument("output", type=Path)
+    clip.add_argument("--seed", type=int, default=0)
+    clip.add_argument("--frames", type=int, default=36)
     arguments = parser.parse_args()
     return run_command(lambda: _run(arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.verb == "video":
+        from extract.video import extract_footage
+
+        extract_footage(arguments.config, arguments.words, head=arguments.head, stride=arguments.stride)
+        return 0
+    if arguments.verb == "demo-clip":
+        from extract.demo.clip import write_clip
+
+        write_clip(arguments.output, seed=arguments.seed, num_frames=arguments.frames)
+        return 0
     settings = load_settings(arguments.config, arguments.overrides)
     if arguments.verb == "demo-data":
         from extract.demo.videos import write_demo_data

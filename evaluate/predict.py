@@ -1,0 +1,123 @@
+"""Tracks of footage of one's own: from its cache and a trained head to tracks.json, an overlay and a contact sheet."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from cache.footage import Footage, read_record
+from cache.labels import Category, Labels, Video
+from cache.reader import FeatureCache
+from cache.video_writer import VideoWriter
+from configs.schema import Settings
+from evaluate.labelled_frames import contact_sheet, draw_labelled, enlargement
+from evaluate.overlays import DrawnTrack, predicted_tracks
+from evaluate.predictors import head_predictor
+from evaluate.results import TrackPrediction
+from evaluate.whole_video import predict_videos
+from train_head.checkpoint import CHECKPOINT, load_checkpoint
+from train_head.data import VideoSet
+
+TRACKS, OVERLAY, SHEET = "tracks.json", "overlay.mp4", "contact_sheet.png"
+_SHEET_FRAMES = 12
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedFootage:
+    """What was written of one piece of footage."""
+
+    folder: Path
+    footage: Footage
+    tracks: int
+    drawn: int
+
+
+def predict(settings: Settings, run: Path, features: Path, output: Path, min_score: float) -> list[PredictedFootage]:
+    """Predict the tracks of all footage in a cache (`python -m extract video`); each gets a folder below `output`.
+
+    `run`: the folder of the head. `min_score`: of the tracks that are drawn, 0 to 1; tracks.json has all. Raises
+    WeightsError where there is no head, FingerprintMismatch where it was trained on other features, FrameError where
+    the footage has gone.
+    """
+    footage = read_record(features)
+    run = run.absolute()
+    settings = replace(settings, runs=str(run.parent), name=run.name)
+    videos = _video_set(FeatureCache.open(features), footage, load_checkpoint(run / CHECKPOINT).category_names)
+    predictor = head_predictor(settings, videos)
+    written: list[PredictedFootage] = []
+    for video, piece in zip(videos.labels.videos, footage, strict=True):
+        taken = [other.footage.name for other in written]
+        folder = output / (f"{piece.name}-{video.id}" if piece.name in taken else piece.name)
+        folder.mkdir(parents=True, exist_ok=True)
+        own = replace(videos, labels=videos.labels.subset([video.id]))
+        tracks = predict_videos(own, predictor, f"predict {piece.name}")
+        _write_tracks(folder / TRACKS, own.labels, piece, tracks)
+        drawn = _draw(folder, own.labels, piece, tracks, min_score)
+        written.append(PredictedFootage(folder=folder, footage=piece, tracks=len(tracks), drawn=drawn))
+    return written
+
+
+def _video_set(feature_cache: FeatureCache, footage: Sequence[Footage], categories: Sequence[str]) -> VideoSet:
+    """The footage as a split without labels. Category ids count from 1, as in the data sets of the field."""
+    labels = Labels(
+        categories=tuple(Category(id=index, name=name) for index, name in enumerate(categories, start=1)),
+        videos=tuple(
+            Video(
+                id=number,
+                width=piece.width,
+                height=piece.height,
+                length=len(piece.seconds),
+                file_names=tuple(f"{piece.name}/{frame * piece.stride:06d}" for frame in range(len(piece.seconds))),
+            )
+            for number, piece in enumerate(footage, start=1)
+        ),
+        tracks=(),
+        has_tracks=False,
+    )
+    return VideoSet(split="video", feature_cache=feature_cache, labels=labels, holdout=None)
+
+
+def _write_tracks(path: Path, labels: Labels, piece: Footage, tracks: Sequence[TrackPrediction]) -> None:
+    """The submission format; each entry also has its category's name and, per frame, the seconds since the first."""
+    names = {category.id: category.name for category in labels.categories}
+    entries = [
+        {**track.to_json(), "category_name": names[track.category_id], "timestamps": list(piece.seconds)}
+        for track in tracks
+    ]
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(entries))
+    draft.replace(path)
+
+
+def _draw(
+    folder: Path, labels: Labels, piece: Footage, predictions: Sequence[TrackPrediction], min_score: float
+) -> int:
+    """Write the overlay and the contact sheet in one pass; returns how many tracks were drawn."""
+    tracks = _distinct(predicted_tracks(labels, predictions, labels.videos[0].id, min_score))
+    count, scale = len(piece.seconds), enlargement((piece.height, piece.width))
+    sampled = set(np.linspace(0, count - 1, min(_SHEET_FRAMES, count)).round().astype(int).tolist())
+    pictures: list[tuple[float, NDArray[np.uint8]]] = []
+    with VideoWriter(folder / OVERLAY, (piece.height * scale, piece.width * scale)) as writer:
+        frames = tqdm(piece.frames(), desc=f"draw {piece.name}", total=count, unit="frame")
+        for index, (image, seconds) in enumerate(zip(frames, piece.seconds, strict=True)):
+            picture = draw_labelled(image, tracks, index)
+            writer.add(picture, seconds)
+            if index in sampled:
+                pictures.append((seconds, picture))
+    contact_sheet(pictures).save(folder / SHEET)
+    return len(tracks)
+
+
+def _distinct(tracks: Sequence[DrawnTrack]) -> list[DrawnTrack]:
+    """Without those whose masks a better track has: one video query may have several labels."""
+    kept: list[DrawnTrack] = []
+    for track in tracks:
+        if all(list(track.segmentations) != list(other.segmentations) for other in kept):
+            kept.append(track)
+    return kept

@@ -1,0 +1,172 @@
+"""Stage one for footage of one's own: video files and images, without labels, into one cache `<cache.path>/video`."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from cache.annotations import Video
+from cache.background import BackgroundWriter
+from cache.codecs.float16 import Float16
+from cache.errors import CacheError, FrameError, WeightsError
+from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint, Provenance
+from cache.footage import RECORD, Footage, look_through, read_record, write_record
+from cache.layout import VideoAttributes, video_group_name
+from cache.writer import CacheWriter
+from configs.command import device_name, precision_name
+from configs.load import load_settings
+from configs.schema import Precision, Settings
+from extract.checkpoints import weights_sha256
+from extract.detector import FrameDetector
+from extract.engines import open_detector
+from extract.room import free_bytes
+from extract.stage import fingerprint
+from extract.streaming import video_attributes
+
+FOLDER = "video"
+
+
+def extract_footage(config: str, words: Sequence[str], *, head: Path | None = None, stride: int = 1) -> Path:
+    """Run the frozen detector of a config over videos and return the cache that holds their features.
+
+    `words`: paths (see cache.footage.look_through) and settings (`key=value`). `head`: folder of the run that will
+    read the features, whose detector and precision are taken. A cache that is there is continued: what it holds is
+    not extracted again. Raises FrameError for what cannot be decoded, FingerprintMismatch for a detector other than
+    the head's, CacheError for a disk without room, all before the first frame is extracted.
+    """
+    paths = [Path(word) for word in words if not _is_setting(word)]
+    settings, wanted = _settings(config, [word for word in words if _is_setting(word)], head)
+    detector = _detector(settings)
+    held = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), Float16())
+    if wanted is not None:
+        hint = "set detector.* to those of the head's own extraction"
+        replace(wanted, codec=held.codec).require(held, where=head, hint=hint)
+    if stride < 1 or not paths:
+        raise FrameError("nothing to extract", expected="at least one file, --stride 1 or more")
+    footage = [piece for path in paths for piece in look_through(path, stride)]
+    for piece in footage:
+        if piece.problem is not None:
+            print(f"warning: {piece.source}: {piece.problem}. The {len(piece.seconds)} frames decoded are used.")
+    features = Path(settings.cache.path) / FOLDER
+    paths_of = {"weights": settings.detector.weights, "videos": ", ".join(piece.source for piece in footage)}
+    writer = CacheWriter.open(
+        features,
+        fingerprint=held,
+        heads=detector.prediction_heads(),
+        codec=Float16(),
+        labels_json=None,
+        provenance=Provenance.gather(paths_of),
+    )
+    known = read_record(features) if (features / RECORD).exists() else []
+    footage = known + [piece for piece in footage if piece not in known]
+    write_record(features, footage)
+    _extract(settings, detector, writer, footage)
+    return features
+
+
+def _is_setting(word: str) -> bool:
+    return "=" in word and not Path(word).exists()
+
+
+def _settings(config: str, overrides: Sequence[str], head: Path | None) -> tuple[Settings, Fingerprint | None]:
+    """The settings, and what the head was trained on where its run tells."""
+    settings = load_settings(config, overrides)
+    if head is None:
+        return settings, None
+    if not head.is_dir():
+        hint = f"`make train name={head.name}` with its config makes one; without name=, `make train` makes runs/demo"
+        raise WeightsError("no trained head here", where=head, hint=hint)
+    file = head / HEAD_FINGERPRINT
+    if not file.exists():
+        return settings, None
+    wanted = Fingerprint.from_json(json.loads(file.read_text()), where=file)
+    settings.detector.precision = Precision(wanted.precision)
+    return settings, wanted
+
+
+def _detector(settings: Settings) -> FrameDetector:
+    device = device_name(settings.device)
+    precision = precision_name(settings.detector.precision, device)
+    return open_detector(settings.detector, precision=precision, device=device)
+
+
+def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, footage: Sequence[Footage]) -> None:
+    pending = writer.pending([video_group_name(number) for number in range(1, len(footage) + 1)])
+    work = {name: footage[int(name) - 1] for name in pending}
+    _require_room(settings, detector, writer.path, list(work.values()))
+    total = sum(len(piece.seconds) for piece in work.values())
+    with (
+        ThreadPoolExecutor(max_workers=1) as decoder,
+        tqdm(total=total, desc="extract", unit="frame", disable=not work) as progress,
+        BackgroundWriter(writer) as background,
+    ):
+        for name, piece in work.items():
+            attributes = _attributes(settings, piece)
+            batches = _batches(piece, attributes.image_hw, settings.detector.batch_frames)
+            with background.video(name, attributes) as sink:
+                for images in _ahead(batches, decoder):
+                    features = detector.features(images)
+                    # Halved on the device: that is what the cache holds.
+                    queries, maps = features.frame_queries_BLQC.half(), features.mask_features_BCHW.half()
+                    sink.append(queries.cpu().numpy(), maps.cpu().numpy())
+                    progress.update(len(images))
+
+
+def _require_room(settings: Settings, detector: FrameDetector, path: Path, work: Sequence[Footage]) -> None:
+    """Refuse what the disk cannot hold; a black frame tells the sizes that the detector gives."""
+    needed = 0
+    for piece in work if not settings.cache.ignore_space else ():
+        attributes = _attributes(settings, piece)
+        features = detector.features(torch.zeros((1, 3, *attributes.image_hw), dtype=torch.uint8))
+        values = features.frame_queries_BLQC.numel() + features.mask_features_BCHW.shape[1] * math.prod(
+            attributes.map_hw
+        )
+        needed += 2 * values * len(piece.seconds)
+    if needed > free_bytes(path):
+        raise CacheError(
+            "the features of the videos do not fit on the disk",
+            where=path,
+            expected=f"{needed / 1e9:.2f} GB",
+            got=f"{free_bytes(path) / 1e9:.2f} GB free",
+            hint="take fewer frames (--stride), another cache.path, or set cache.ignore_space=true",
+        )
+
+
+def _attributes(settings: Settings, piece: Footage) -> VideoAttributes:
+    length = len(piece.seconds)
+    video = Video(id=1, width=piece.width, height=piece.height, length=length, file_names=(piece.name,) * length)
+    return video_attributes(settings, video)
+
+
+def _batches(piece: Footage, image_hw: tuple[int, int], batch_frames: int) -> Iterator[Tensor]:
+    """Frames in order as (b, 3, H, W) uint8, resized as those of a data set are (Pillow bilinear)."""
+    frames = (_resized(frame, image_hw) for frame in piece.frames())
+    while batch := list(islice(frames, batch_frames)):
+        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+
+
+def _resized(frame: NDArray[np.uint8], image_hw: tuple[int, int]) -> NDArray[np.uint8]:
+    if frame.shape[:2] == image_hw:
+        return frame
+    image = Image.fromarray(np.ascontiguousarray(frame))
+    return np.asarray(image.resize((image_hw[1], image_hw[0]), Image.Resampling.BILINEAR))
+
+
+def _ahead(batches: Iterator[Tensor], decoder: ThreadPoolExecutor) -> Iterator[Tensor]:
+    """The same batches, the next one decoded while the detector works on this one."""
+    waiting = decoder.submit(next, batches, None)
+    while (batch := waiting.result()) is not None:
+        waiting = decoder.submit(next, batches, None)
+        yield batch
