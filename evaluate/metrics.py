@@ -10,7 +10,7 @@ import contextlib
 import io
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -74,8 +74,13 @@ class VideoEvaluation:
         """Video IoUs by (video id, category id), (D, G): by descending score; labels in file order."""
         return {(int(video), int(category)): ious for (video, category), ious in self._coco.ious.items()}
 
-    def matches_of(self, areas: AreaRange) -> list[CategoryMatches]:
-        """Match tracks whose mean area lies in a range of pixels, by category; COCO ignores the others."""
+    def matches_of(self, areas: AreaRange, objects: Container[int] | None = None) -> list[CategoryMatches]:
+        """Match objects whose mean area lies in a range of pixels, by category; COCO ignores the others.
+
+        `objects`, where given, are the only ones to find: indices among the labels' tracks.
+        """
+        for track in itertools.chain.from_iterable(self._coco._gts.values()):
+            track["ignore"] = track["iscrowd"] or (objects is not None and track["id"] - 1 not in objects)
         return [self._category_matches(category.id, areas) for category in self.labels.categories]
 
     def scores(self, weights_SV: FloatArray | None = None) -> Scores:
@@ -86,11 +91,11 @@ class VideoEvaluation:
         """The 12 numbers and the AP of every category."""
         scores = self.scores()
         stats = {name: values.item() for name, values in scores.headline().items()}
-        stats["AR100"] = _mean_defined(scores.recall_SKTN[..., 2])
+        stats["AR100"] = mean_defined(scores.recall_SKTN[..., 2])
         for letter, areas in AREA_RANGES.items():
             of_size = weighted_scores(self.matches_of(areas), self._as_it_is())
-            stats[f"AP{letter}"] = _mean_defined(of_size.ap_SKT)
-            stats[f"AR{letter}"] = _mean_defined(of_size.recall_SKTN[..., 2])
+            stats[f"AP{letter}"] = mean_defined(of_size.ap_SKT)
+            stats[f"AR{letter}"] = mean_defined(of_size.recall_SKTN[..., 2])
         names = [category.name for category in self.labels.categories]
         per_category = dict(zip(names, map(defined, scores.by_category()[0].tolist()), strict=True))
         return VideoMetrics(**{name: defined(value) for name, value in stats.items()}, per_category=per_category)
@@ -222,7 +227,7 @@ def defined(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
-def _mean_defined(values: FloatArray) -> float:
+def mean_defined(values: FloatArray) -> float:
     """Mean without NaN; NaN where nothing is left."""
     kept = values[~np.isnan(values)]
     return float(kept.mean()) if kept.size else math.nan

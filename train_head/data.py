@@ -44,8 +44,18 @@ def open_training_set(settings: Settings) -> VideoSet:
 def open_evaluation_set(settings: Settings) -> VideoSet:
     """Open the videos that `evaluate.split` names.
 
+    Raises ConfigError where there are none, FingerprintMismatch where the cache holds other features than the
+    settings ask for.
+    """
+    split, paths = evaluation_split(settings)
+    return _open(settings, paths, split)
+
+
+def evaluation_split(settings: Settings) -> tuple[str, SplitPaths]:
+    """Which videos `evaluate.split` names, and where they lie.
+
     `auto` is the validation set where the config names one, or else the hold-out. Raises ConfigError where
-    there is neither, FingerprintMismatch where the cache holds other features than the settings ask for.
+    there is neither.
     """
     wanted = settings.evaluate.split
     valid = valid_split(settings)
@@ -54,14 +64,22 @@ def open_evaluation_set(settings: Settings) -> VideoSet:
     if wanted is SplitName.valid:
         if valid is None:
             raise ConfigError("evaluate.split is valid, but data.valid_labels is null", hint="use holdout")
-        return _open(settings, valid, "valid")
+        return "valid", valid
     if wanted is SplitName.holdout and settings.data.holdout == 0:
         raise ConfigError(
             "nothing to evaluate on: no validation labels, and no train videos held out",
             where="settings data.valid_labels, data.holdout",
             hint="set data.holdout=0.1 before training",
         )
-    return _open(settings, train_split(settings), wanted.value)
+    return wanted.value, train_split(settings)
+
+
+def chosen_videos(settings: Settings, split: str, labels: Labels) -> tuple[Labels, Split | None]:
+    """The videos of a split among those of its label file, and how they were drawn where some are held out."""
+    if split == "valid" or settings.data.holdout == 0:
+        return labels, None
+    holdout = holdout_split(labels, settings.data.holdout, settings.data.holdout_seed)
+    return labels.subset(holdout.train_ids if split == "train" else holdout.holdout_ids), holdout
 
 
 def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
@@ -69,11 +87,7 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
         local_copy(paths.features, settings.cache.stage_to), preload=settings.cache.preload
     )
     _require_settings(feature_cache, settings)
-    labels = feature_cache.labels()
-    holdout = None
-    if split != "valid" and settings.data.holdout > 0:
-        holdout = holdout_split(labels, settings.data.holdout, settings.data.holdout_seed)
-        labels = labels.subset(holdout.train_ids if split == "train" else holdout.holdout_ids)
+    labels, holdout = chosen_videos(settings, split, feature_cache.labels())
     if split == "train" and not labels.has_tracks:
         raise AnnotationError("the train split has no annotations", where=feature_cache.path)
     for video in labels.videos:
