@@ -66,6 +66,4 @@ class StoredMasks(Sequence[Rle | None]):
     def __getitem__(self, frame: int | slice) -> Rle | tuple[Rle | None, ...] | None:
         if isinstance(frame, slice):
             return tuple(self[index] for index in range(*frame.indices(len(self))))
-        if not 0 <= frame < len(self):
-            raise IndexError(frame)
-        return self._store.get(frame, self._track)
+        return self._store.get(range(len(self))[frame], self._track)
