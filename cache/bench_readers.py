@@ -1,4 +1,4 @@
-"""What `python -m cache bench` measures: the same random frames in every store, and one reader for each.
+"""What `python -m cache bench` measures: the same frames in every store, and one reader for each.
 
 Readers are functions (frames, out) that fill `out` (len(frames), ...) with a field's frames.
 """
@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,15 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.frames import ZarrFrames, open_frames
+from cache.frames import ZarrFrames
 from cache.layout import METADATA
-from cache.shard_layout import CRC_BYTES, shard_name
+from cache.shard_layout import CRC_BYTES, decode_index, index_bytes, shard_name
 from cache.shard_writer import ShardWriter
 from cache.shards import ShardedFrames
 
 Reader = Callable[[Sequence[int], NDArray[Any]], object]
-LIMIT = "preadv"
-LIMIT_OF_TWO, OURS = "preadv, two threads", "vita-cache"
-COMPARED = (LIMIT, LIMIT_OF_TWO, OURS)
+LIMIT, OURS, OURS_FIRST = "preadv", "vita-cache", "vita-cache, first read"
+COMPARED = (LIMIT, OURS, OURS_FIRST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +35,12 @@ class Sample:
     num_frames: int
     fields: tuple[tuple[tuple[int, ...], str], ...]
     """Shape of a frame and dtype, for each field."""
+    compressed: bool = False
+    """Whether the maps are integers of ever weaker channels, and compressed, as the logit codec's."""
 
     @property
     def frame_bytes(self) -> int:
-        """Of all fields together."""
+        """Of all fields together, as they lie in memory."""
         return sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for shape, dtype in self.fields)
 
 
@@ -49,7 +49,10 @@ def standard_samples(scale: float) -> tuple[Sample, ...]:
     queries = ((3, 100, 256), "<f2")
     return (
         Sample(name="float16", num_frames=max(8, int(48 * scale)), fields=(queries, ((256, 90, 160), "<f2"))),
-        Sample(name="int8 R=32", num_frames=max(8, int(192 * scale)), fields=(queries, ((32, 90, 160), "|i1"))),
+        Sample(name="int8", num_frames=max(8, int(96 * scale)), fields=(queries, ((256, 90, 160), "|i1"))),
+        Sample(
+            name="logit", num_frames=max(8, int(192 * scale)), fields=(queries, ((32, 90, 160), "|i1")), compressed=True
+        ),
     )
 
 
@@ -63,34 +66,39 @@ class StoredField:
 
     def readers(self) -> dict[str, Reader]:
         """By name: the limit first, then ours, then the others."""
+        metadata = json.loads((self.folder / "zarr" / METADATA).read_bytes())
+        array = self._opened(metadata)
         return {
-            LIMIT: self._preadv(),
-            LIMIT_OF_TWO: _in_two_threads(self._preadv()),
-            OURS: open_frames(self.folder / "zarr").read,
-            "zarr-python": self._zarr(),
+            LIMIT: self._preadv(array),
+            OURS: array.read,
+            OURS_FIRST: lambda frames, out: self._opened(metadata).read(frames, out),
+            "zarr-python": ZarrFrames.of(self.folder / "zarr", metadata).read,
             "h5py": self._h5py(),
             "memmap": self._memmap(),
         }
 
-    def _preadv(self) -> Reader:
-        """The bare system call, from the very shards that ours reads, at offsets known beforehand."""
-        array = open_frames(self.folder / "zarr")
-        assert isinstance(array, ShardedFrames)
-        size, per_shard = array.frame_bytes, array.frames_per_shard
-        names = [shard_name(shard, len(self.shape)) for shard in range(-(-self.shape[0] // per_shard))]
-        files = [os.open(self.folder / "zarr" / name, os.O_RDONLY) for name in names]
+    def _opened(self, metadata: dict[str, Any]) -> ShardedFrames:
+        array = ShardedFrames.recognise(self.folder / "zarr", metadata)
+        assert array is not None
+        return array
+
+    def _preadv(self, array: ShardedFrames) -> Reader:
+        """One bare system call a frame, of the very bytes that ours reads, at places known beforehand."""
+        row_bytes, per_shard, places = array.frame_bytes, array.frames_per_shard, []
+        for shard in range(-(-self.shape[0] // per_shard)):
+            file = self.folder / "zarr" / shard_name(shard, len(self.shape))
+            index = decode_index(file.read_bytes()[-index_bytes(per_shard) :])
+            assert index is not None
+            descriptor = os.open(file, os.O_RDONLY)
+            places += [(descriptor, offset, size - CRC_BYTES) for offset, size in index]
 
         def read(frames: Sequence[int], out: NDArray[Any]) -> None:
             buffer = out.reshape(-1).view(np.uint8).data
             for row, frame in enumerate(frames):
-                part = buffer[row * size : (row + 1) * size]
-                os.preadv(files[frame // per_shard], [part], frame % per_shard * (size + CRC_BYTES))
+                descriptor, offset, size = places[frame]
+                os.preadv(descriptor, [buffer[row * row_bytes : row * row_bytes + size]], offset)
 
         return read
-
-    def _zarr(self) -> Reader:
-        metadata = json.loads((self.folder / "zarr" / METADATA).read_bytes())
-        return ZarrFrames.of(self.folder / "zarr", metadata).read
 
     def _h5py(self) -> Reader:
         dataset = h5py.File(self.folder / "x.h5", "r")["x"]
@@ -111,32 +119,35 @@ class StoredField:
         return read
 
 
-def _in_two_threads(read: Reader) -> Reader:
-    def read_halves(frames: Sequence[int], out: NDArray[Any]) -> None:
-        middle = len(frames) // 2
-        with ThreadPoolExecutor(max_workers=1) as other:
-            second_half = other.submit(read, frames[middle:], out[middle:])
-            read(frames[:middle], out[:middle])
-            second_half.result()
-
-    return read_halves
-
-
-def store_field(folder: Path, num_frames: int, frame_shape: tuple[int, ...], dtype: str) -> StoredField:
-    """Write random frames to every store; chunks of one frame everywhere."""
-    folder.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    shape = (num_frames, *frame_shape)
-    axes = tuple("TLQC" if len(frame_shape) == 3 else "TX")
-    with h5py.File(folder / "x.h5", "w") as file, (folder / "raw.bin").open("wb") as raw:
-        dataset = file.create_dataset("x", shape, dtype, chunks=(1, *frame_shape))
-        writer = None
-        for frame in range(num_frames):
-            values = rng.integers(-100, 100, (1, *frame_shape), np.int8).astype(dtype)
-            writer = writer or ShardWriter(folder / "zarr", num_frames, values, axes)
-            writer.append(values)
-            raw.write(values.tobytes())
-            dataset[frame] = values[0]
-        if writer is not None:
+def store_fields(sample: Sample, folder: Path) -> list[StoredField]:
+    """Write the sample's fields, each to every store; chunks of one frame everywhere."""
+    fields = []
+    for index, (frame_shape, dtype) in enumerate(sample.fields):
+        place = folder / f"{sample.name}-{index}"
+        place.mkdir(parents=True)
+        shape = (sample.num_frames, *frame_shape)
+        compressed = sample.compressed and dtype == "|i1"
+        with h5py.File(place / "x.h5", "w") as file, (place / "raw.bin").open("wb") as raw:
+            dataset = file.create_dataset("x", shape, dtype, chunks=(1, *frame_shape))
+            example, axes = np.empty((1, *frame_shape), dtype), tuple("TXYZ")
+            writer = ShardWriter(place / "zarr", sample.num_frames, example, axes, compressed=compressed)
+            for frame, values in enumerate(_random_frames(shape, dtype, compressed)):
+                writer.append(values[None])
+                raw.write(values.tobytes())
+                dataset[frame] = values
             writer.finish()
-    return StoredField(folder=folder, shape=shape, dtype=np.dtype(dtype))
+        fields.append(StoredField(folder=place, shape=shape, dtype=np.dtype(dtype)))
+    return fields
+
+
+def _random_frames(shape: tuple[int, ...], dtype: str, decaying: bool) -> Iterator[NDArray[Any]]:
+    """Uniform numbers; or channels of ever smaller ones, which Zstandard packs to a third, as the logit codec's."""
+    rng = np.random.default_rng(0)
+    num_frames, *frame_shape = shape
+    scale = np.geomspace(20, 0.2, frame_shape[0]).reshape(-1, 1, 1)
+    for _ in range(num_frames):
+        if decaying:
+            values = np.rint(rng.laplace(scale=scale, size=frame_shape)).clip(-127, 127)
+        else:
+            values = rng.integers(-100, 100, frame_shape, np.int8)
+        yield values.astype(dtype)

@@ -2,15 +2,21 @@
 
 zarr-python spends about 1.3 ms of Python on each sharded chunk and reads them one after another (REFERENCE
 section 10). The shards that this project writes have one fixed layout, so a clip is a few `preadv` calls that
-land in the caller's array. Checksums are taken block by block, while the block is in the processor's cache.
+land in the caller's array.
+
+A chunk's checksum is verified when it is first read, and again when its file has changed (inode, size or time of
+modification): a checksum costs a third of what reading from the page cache does, and bytes in memory do not rot.
+What is known of a file travels with the array to forked and spawned processes.
 """
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +37,15 @@ from cache.shard_layout import (
     shard_name,
 )
 
-BLOCK_BYTES = 1 << 20
-"""Read and verified at a time: fits the second-level cache, and a system call's cost vanishes."""
-SPLIT_BYTES = 1 << 22
-"""From here on two threads share a read, so that checksums cost no time where a core is free."""
-FRAMES_PER_CALL = 256
-"""Two buffers a frame; the kernel takes 1,024 buffers a call (IOV_MAX)."""
+
+@dataclass(frozen=True, kw_only=True)
+class _Shard:
+    """What is known of a shard for as long as its file stays as it was."""
+
+    file_state: tuple[int, int, int]
+    index: list[tuple[int, int]]
+    verified: set[int] = field(default_factory=set)
+    """Frames whose checksums were right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +57,7 @@ class ShardedFrames:
     dtype: np.dtype[Any]
     frames_per_shard: int
     compressed: bool = False
-    _indexes: dict[int, list[tuple[int, int]]] = field(default_factory=dict, repr=False, compare=False)
+    _shards: dict[int, _Shard] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def recognise(cls, folder: Path, metadata: dict[str, Any]) -> ShardedFrames | None:
@@ -68,112 +77,70 @@ class ShardedFrames:
             compressed=is_compressed(metadata["codecs"]),
         )
 
-    @property
+    @cached_property
     def frame_bytes(self) -> int:
         """Size of a frame's elements."""
-        size: int = self.dtype.itemsize
-        for length in self.shape[1:]:
-            size *= length
-        return size
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
     def read(self, frames: Sequence[int], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """See frames.FrameArray."""
         out = checked_output(self.shape, self.dtype, frames, out)
         buffer = out.reshape(-1).view(np.uint8).data
-        order = sorted(range(len(frames)), key=frames.__getitem__)
-        middle = len(order) // 2 if len(order) * self.frame_bytes >= SPLIT_BYTES else 0
-        if middle == 0:
-            self._read_rows(frames, order, buffer)
-            return out
-        with ThreadPoolExecutor(max_workers=1) as other:  # Ends with the call: nothing to lose in a fork.
-            second_half = other.submit(self._read_rows, frames, order[middle:], buffer)
-            self._read_rows(frames, order[:middle], buffer)
-            second_half.result()
+        wanted = sorted(zip(frames, range(len(frames)), strict=True))
+        for number, pairs in groupby(wanted, lambda pair: pair[0] // self.frames_per_shard):
+            self._read_shard(number, list(pairs), buffer)
         return out
 
-    def _read_rows(self, frames: Sequence[int], order: list[int], buffer: memoryview) -> None:
-        """Read those rows of the buffer that `order` names, by ascending frame."""
-        start = 0
-        while start < len(order):
-            shard = frames[order[start]] // self.frames_per_shard
-            stop = start + 1
-            while stop < len(order) and frames[order[stop]] // self.frames_per_shard == shard:
-                stop += 1
-            self._read_shard(shard, [(frames[row], row) for row in order[start:stop]], buffer)
-            start = stop
-
-    def _read_shard(self, shard: int, wanted: list[tuple[int, int]], buffer: memoryview) -> None:
+    def _read_shard(self, number: int, wanted: list[tuple[int, int]], buffer: memoryview) -> None:
         """Read (frame, row of the buffer) pairs of one shard, in ascending order of frames."""
         try:
-            descriptor = os.open(self._file(shard), os.O_RDONLY)
+            descriptor = os.open(self._file(number), os.O_RDONLY)
         except OSError as error:
             raise self._corrupt(f"shard cannot be opened: {error.strerror}", wanted[0][0]) from error
         try:
-            entries = self._entries(descriptor, shard, wanted)
-            for run in _runs(entries):
-                if self.compressed:
-                    self._read_compressed(
-                        descriptor, entries[run.start : run.stop], wanted[run.start : run.stop], buffer
-                    )
-                else:
-                    self._read_run(descriptor, entries[run.start][0], wanted[run.start : run.stop], buffer)
+            shard, size = self._known(descriptor, number), self.frame_bytes
+            for frame, row in wanted:
+                self._read_frame(descriptor, shard, frame, buffer[row * size : (row + 1) * size])
         finally:
             os.close(descriptor)
 
-    def _read_run(self, descriptor: int, offset: int, wanted: list[tuple[int, int]], buffer: memoryview) -> None:
-        """Read frames that lie side by side: one call for a few small frames, several for a large one."""
-        size, checksum = self.frame_bytes, 0
-        rows = [buffer[row * size : (row + 1) * size] for _, row in wanted]
-        stored = bytearray(CRC_BYTES * len(wanted))
-        while len(rows[0]) > BLOCK_BYTES:
-            block, rows[0] = rows[0][:BLOCK_BYTES], rows[0][BLOCK_BYTES:]
-            if not _read_fully(descriptor, [block], offset):
-                raise self._corrupt("shard ends too early", wanted[0][0])
-            checksum = crc32c(block, checksum)
-            offset += BLOCK_BYTES
-        crcs = [memoryview(stored)[at : at + CRC_BYTES] for at in range(0, len(stored), CRC_BYTES)]
-        buffers = [part for pair in zip(rows, crcs, strict=True) for part in pair]
-        if not _read_fully(descriptor, buffers, offset):
-            raise self._corrupt("shard ends too early", wanted[0][0])
-        for (frame, _), row, crc in zip(wanted, rows, crcs, strict=True):
-            if crc32c(row, checksum) != int.from_bytes(crc, "little"):
+    def _read_frame(self, descriptor: int, shard: _Shard, frame: int, row: memoryview) -> None:
+        """Fill `row` with a frame's elements; the checksum is taken where it has not been yet."""
+        offset, size = shard.index[frame % self.frames_per_shard]
+        verified = frame in shard.verified
+        if not verified:
+            self._check_place(frame, offset, size)
+        chunk = memoryview(bytearray(size - CRC_BYTES)) if self.compressed else row
+        if not _read_fully(descriptor, chunk, offset):
+            raise self._corrupt("shard ends too early", frame)
+        if not verified:
+            if os.pread(descriptor, CRC_BYTES, offset + len(chunk)) != crc32c(chunk).to_bytes(CRC_BYTES, "little"):
                 raise self._corrupt("checksum mismatch", frame)
-            checksum = 0
+            shard.verified.add(frame)
+        if self.compressed and not decompress(chunk, row):
+            raise self._corrupt("chunk does not unpack to a frame", frame)
 
-    def _read_compressed(
-        self, descriptor: int, entries: list[tuple[int, int]], wanted: list[tuple[int, int]], buffer: memoryview
-    ) -> None:
-        """Read compressed frames that lie side by side in one call, then check and unpack each."""
-        content = memoryview(bytearray(sum(size for _, size in entries)))
-        if not _read_fully(descriptor, [content], entries[0][0]):
-            raise self._corrupt("shard ends too early", wanted[0][0])
-        for (_, size), (frame, row) in zip(entries, wanted, strict=True):
-            chunk, crc, content = content[: size - CRC_BYTES], content[size - CRC_BYTES : size], content[size:]
-            if crc32c(chunk) != int.from_bytes(crc, "little"):
-                raise self._corrupt("checksum mismatch", frame)
-            if not decompress(chunk, buffer[row * self.frame_bytes : (row + 1) * self.frame_bytes]):
-                raise self._corrupt("chunk does not unpack to a frame", frame)
+    def _check_place(self, frame: int, offset: int, size: int) -> None:
+        chunk_bytes = self.frame_bytes + CRC_BYTES
+        if offset == ABSENT and size == ABSENT:
+            raise self._corrupt("frame was never written", frame)
+        if not CRC_BYTES < size <= max_bytes(chunk_bytes) if self.compressed else size != chunk_bytes:
+            raise self._corrupt(f"chunk of {size} bytes instead of {chunk_bytes}", frame)
 
-    def _entries(self, descriptor: int, shard: int, wanted: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """Where the frames' chunks lie in the shard's file: (offset, size) in bytes."""
-        if shard not in self._indexes:
-            self._indexes[shard] = self._read_index(descriptor, shard)
-        index, chunk_bytes, entries = self._indexes[shard], self.frame_bytes + CRC_BYTES, []
-        for frame, _ in wanted:
-            offset, size = index[frame % self.frames_per_shard]
-            if offset == ABSENT and size == ABSENT:
-                raise self._corrupt("frame was never written", frame)
-            if not CRC_BYTES < size <= max_bytes(chunk_bytes) if self.compressed else size != chunk_bytes:
-                raise self._corrupt(f"chunk of {size} bytes instead of {chunk_bytes}", frame)
-            entries.append((offset, size))
-        return entries
+    def _known(self, descriptor: int, number: int) -> _Shard:
+        """The shard, its index read anew if the file is not the one known."""
+        status, shard = os.fstat(descriptor), self._shards.get(number)
+        file_state = (status.st_ino, status.st_size, status.st_mtime_ns)
+        if shard is None or shard.file_state != file_state:
+            index = self._read_index(descriptor, number, status.st_size)
+            shard = self._shards[number] = _Shard(file_state=file_state, index=index)
+        return shard
 
-    def _read_index(self, descriptor: int, shard: int) -> list[tuple[int, int]]:
+    def _read_index(self, descriptor: int, number: int, file_bytes: int) -> list[tuple[int, int]]:
         """Offset and size of each chunk of the shard."""
         content = bytearray(index_bytes(self.frames_per_shard))
-        start = os.fstat(descriptor).st_size - len(content)
-        first_frame = shard * self.frames_per_shard
-        if start < 0 or not _read_fully(descriptor, [memoryview(content)], start):
+        start, first_frame = file_bytes - len(content), number * self.frames_per_shard
+        if start < 0 or not _read_fully(descriptor, memoryview(content), start):
             raise self._corrupt("shard is shorter than its index", first_frame)
         index = decode_index(content)
         if index is None:
@@ -201,32 +168,14 @@ def checked_output(
     return out
 
 
-def _runs(entries: list[tuple[int, int]]) -> Iterator[range]:
-    """Split sorted chunks (offset, size) into ranges that lie side by side on disk, a block each or one large chunk."""
-    start = filled = 0
-    for stop, (offset, size) in enumerate(entries):
-        adjacent = stop > 0 and offset == sum(entries[stop - 1])
-        if stop > start and (not adjacent or stop - start == FRAMES_PER_CALL or filled + size > BLOCK_BYTES):
-            yield range(start, stop)
-            start, filled = stop, 0
-        filled += size
-    if start < len(entries):
-        yield range(start, len(entries))
-
-
-def _read_fully(descriptor: int, buffers: list[memoryview], offset: int) -> bool:
-    """Fill all buffers from `offset` on; False where the file ends before."""
-    while buffers:
-        count = os.preadv(descriptor, buffers, offset)
-        if count == 0:
-            return False
-        offset += count
+def _read_fully(descriptor: int, buffer: memoryview, offset: int) -> bool:
+    """Fill the buffer from `offset` on; False where the file ends before."""
+    while count := os.preadv(descriptor, [buffer], offset):
+        if count == len(buffer):
+            return True
         # The kernel may stop early: at signals, or on network file systems.
-        while buffers and count >= len(buffers[0]):
-            count -= len(buffers.pop(0))
-        if count:
-            buffers[0] = buffers[0][count:]
-    return True
+        buffer, offset = buffer[count:], offset + count
+    return False
 
 
 def corrupt_frame(what: str, file: Path | str, folder: Path, frame: int) -> CorruptData:
