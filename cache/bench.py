@@ -86,7 +86,8 @@ def bench(folder: Path | None, output: Path | None, scale: float) -> int:
             f"({found.of_limit_processor:.2f} by processor time)"
         )
     print(
-        f"opening {opening['videos']:.0f} videos, both fields: {opening['seconds']:.2f} s ({opening['processor_seconds']:.2f} s of processor time)"
+        f"opening {opening['videos']:.0f} videos, both fields: {opening['seconds']:.2f} s "
+        f"({opening['processor_seconds']:.2f} s of processor time)"
     )
     if output is not None:
         document = {"machine": facts, "reading": [asdict(found) for found in results], "opening": opening}
