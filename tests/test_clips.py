@@ -10,14 +10,14 @@ from cache import masks
 from cache.annotations import load_labels
 from cache.errors import AnnotationError, IncompleteVideo
 from cache.reader import FeatureCache
-from train_head.clips import ClipConfig, ClipDataset, draw_frames, read_targets
+from train_head.clips import ClipConfig, ClipDataset, ClipStream, draw_frames, read_targets
 
 
 def open_dataset(features: Path, seed: int = 3) -> ClipDataset:
     feature_cache = FeatureCache.open(features / "train")
     labels = feature_cache.labels()
     config = ClipConfig(num_frames=4, frame_range=2, seed=seed)
-    return ClipDataset(feature_cache, labels, [video.id for video in labels.videos], config)
+    return ClipDataset(feature_cache, ClipStream(labels, [video.id for video in labels.videos], config))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9, 40])
@@ -41,10 +41,10 @@ def test_the_reference_frame_comes_once_where_there_are_others() -> None:
 
 
 def test_every_epoch_visits_every_labelled_video_once(tiny_cache: Path) -> None:
-    dataset = open_dataset(tiny_cache)
-    count = len(dataset.video_ids)
-    epochs = [[dataset.video_at(i) for i in range(start, start + count)] for start in (0, count, 2 * count)]
-    assert all(sorted(epoch) == sorted(dataset.video_ids) for epoch in epochs)
+    stream = open_dataset(tiny_cache).stream
+    count = len(stream.video_ids)
+    epochs = [[stream.video_at(i) for i in range(start, start + count)] for start in (0, count, 2 * count)]
+    assert all(sorted(epoch) == sorted(stream.video_ids) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
@@ -68,10 +68,10 @@ def test_a_clip_carries_the_cached_frames_and_the_labels_of_them(tiny_cache: Pat
     for position, frame in enumerate(clip.frames):
         assert np.array_equal(clip.map_TRHW[position].numpy(), cached.mask_features([frame])[0])
         assert np.array_equal(clip.frame_queries_TLQC[position].numpy(), cached.frame_queries([frame])[0])
-    tracks = dataset.labels.tracks_of(clip.video_id)
+    tracks = dataset.stream.labels.tracks_of(clip.video_id)
     for row, identity in enumerate(clip.targets.identities_N.tolist()):
         track = tracks[identity]
-        assert clip.targets.labels_N[row] == dataset.labels.category_index[track.category_id]
+        assert clip.targets.labels_N[row] == dataset.stream.labels.category_index[track.category_id]
         for position, frame in enumerate(clip.frames):
             rle = track.segmentations[frame]
             expected = np.zeros(clip.targets.image_hw) if rle is None else masks.mask(rle)
@@ -96,7 +96,7 @@ def test_videos_without_objects_or_features_are_refused(tiny_cache: Path) -> Non
     labels = feature_cache.labels()
     config = ClipConfig(num_frames=2, frame_range=2, seed=0)
     with pytest.raises(AnnotationError, match="no video with a labelled object"):
-        ClipDataset(feature_cache, labels, [], config)
+        ClipStream(labels, [], config)
     other = FeatureCache.open(tiny_cache / "valid")
     with pytest.raises(IncompleteVideo, match="make extract"):
-        ClipDataset(other, labels, [video.id for video in labels.videos], config)
+        ClipDataset(other, ClipStream(labels, [video.id for video in labels.videos], config))

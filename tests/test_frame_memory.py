@@ -8,7 +8,7 @@ import torch
 
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
-from train_head.clips import Clip, ClipConfig, ClipDataset
+from train_head.clips import Clip, ClipConfig, ClipDataset, ClipStream
 from train_head.data import VideoSet, open_training_set
 from train_head.detector_predictions import FrozenHeads
 from train_head.frame_memory import FrameMemory, build_frame_memory, redrawn_classes
@@ -20,7 +20,7 @@ def build(data: Path, features: Path, runs: Path, mode: str) -> tuple[VideoSet, 
     heads = videos.feature_cache.heads
     decoding = decoding_of(videos.codec, map_channels(heads))
     config = ClipConfig(num_frames=4, frame_range=3, seed=0)
-    dataset = ClipDataset(videos.feature_cache, videos.labels, videos.video_ids, config)
+    dataset = ClipDataset(videos.feature_cache, ClipStream(videos.labels, videos.video_ids, config))
     return videos, build_frame_memory(settings, videos, FrozenHeads(heads), decoding), [dataset[i] for i in range(8)]
 
 

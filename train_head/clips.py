@@ -59,39 +59,26 @@ class Clip:
         )
 
 
-class ClipDataset(Dataset[Clip]):
-    """Clip i of an endless, shuffled stream over the videos that have labels."""
+class ClipStream:
+    """Which frames of which video clip i of an endless, shuffled stream takes."""
 
-    def __init__(
-        self, feature_cache: FeatureCache, labels: Labels, video_ids: Sequence[int], config: ClipConfig
-    ) -> None:
+    def __init__(self, labels: Labels, video_ids: Sequence[int], config: ClipConfig) -> None:
         """`video_ids`: the videos to train on; those without a labelled object are left out, as in the release.
 
-        Raises AnnotationError where nothing is left, IncompleteVideo where the cache lacks one of them.
+        Raises AnnotationError where nothing is left.
         """
-        self.feature_cache, self.labels, self.config = feature_cache, labels, config
+        self.labels, self.config = labels, config
         self.video_ids = [video_id for video_id in video_ids if labels.tracks_of(video_id)]
         if not self.video_ids:
-            raise AnnotationError("no video with a labelled object to train on", where=feature_cache.path)
-        for video_id in self.video_ids:
-            feature_cache.video(video_group_name(video_id))
+            raise AnnotationError("no video with a labelled object to train on", where="the train labels")
         self._epochs: dict[int, np.ndarray] = {}
 
-    def __getitem__(self, index: int) -> Clip:
-        """Read clip number `index`, 0 or more, without an upper bound."""
-        video_id = self.video_at(index)
-        cached = self.feature_cache.video(video_group_name(video_id))
-        rng = np.random.default_rng([self.config.seed, 1, index])
-        config, video_length = self.config, cached.attributes.num_frames
-        frames = draw_frames(rng, video_length, config.num_frames, config.frame_range, config.replacement)
-        return Clip(
-            index=index,
-            video_id=video_id,
-            frames=frames,
-            frame_queries_TLQC=read_into_tensor(cached.queries, frames),
-            map_TRHW=read_into_tensor(cached.maps, frames),
-            targets=read_targets(self.labels, video_id, frames, cached.attributes.image_hw),
-        )
+    def draw(self, index: int) -> tuple[int, tuple[int, ...]]:
+        """Video and frames of clip `index`, 0 or more, without an upper bound."""
+        video_id, config = self.video_at(index), self.config
+        rng = np.random.default_rng([config.seed, 1, index])
+        video_length = self.labels.video_by_id[video_id].length
+        return video_id, draw_frames(rng, video_length, config.num_frames, config.frame_range, config.replacement)
 
     def video_at(self, index: int) -> int:
         """Return the video of clip `index`: every epoch is its own permutation of all videos."""
@@ -100,6 +87,29 @@ class ClipDataset(Dataset[Clip]):
             permutation = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(self.video_ids))
             self._epochs = {epoch: permutation}
         return self.video_ids[int(self._epochs[epoch][position])]
+
+
+class ClipDataset(Dataset[Clip]):
+    """The clips of a stream, from the cache."""
+
+    def __init__(self, feature_cache: FeatureCache, stream: ClipStream) -> None:
+        """Raises IncompleteVideo where the cache lacks a video of the stream."""
+        self.feature_cache, self.stream = feature_cache, stream
+        for video_id in stream.video_ids:
+            feature_cache.video(video_group_name(video_id))
+
+    def __getitem__(self, index: int) -> Clip:
+        """Read clip number `index`."""
+        video_id, frames = self.stream.draw(index)
+        cached = self.feature_cache.video(video_group_name(video_id))
+        return Clip(
+            index=index,
+            video_id=video_id,
+            frames=frames,
+            frame_queries_TLQC=read_into_tensor(cached.queries, frames),
+            map_TRHW=read_into_tensor(cached.maps, frames),
+            targets=read_targets(self.stream.labels, video_id, frames, cached.attributes.image_hw),
+        )
 
 
 def draw_frames(

@@ -20,7 +20,7 @@ from cache.splits import Split
 from configs.schema import Settings
 from train_head.build import FeatureSizes, TrainedPart, decoding_of, feature_sizes
 from train_head.checkpoint import Checkpoint
-from train_head.clips import Clip, ClipConfig, ClipDataset
+from train_head.clips import Clip, ClipConfig, ClipDataset, ClipStream
 from train_head.criterion import LossNormalisers, VitaLosses
 from train_head.data import VideoSet
 from train_head.detector_predictions import FrozenHeads
@@ -108,6 +108,18 @@ class FeatureSource(Protocol[AnyClip]):
         ...
 
 
+def clip_stream(settings: Settings, labels: Labels, *, num_frames: int | None = None) -> ClipStream:
+    """Clips of the labels' videos as the settings draw them; `num_frames` None takes `train.num_frames`."""
+    train = settings.train
+    config = ClipConfig(
+        num_frames=num_frames or train.num_frames,
+        frame_range=train.frame_range,
+        seed=settings.seed,
+        replacement=train.replacement,
+    )
+    return ClipStream(labels, [video.id for video in labels.videos], config)
+
+
 class CachedSource:
     """Features of the frozen detector, from the cache."""
 
@@ -127,14 +139,7 @@ class CachedSource:
 
     def clips(self) -> ClipDataset:
         """Clips of the training videos."""
-        train = self.settings.train
-        config = ClipConfig(
-            num_frames=train.num_frames,
-            frame_range=train.frame_range,
-            seed=self.settings.seed,
-            replacement=train.replacement,
-        )
-        return ClipDataset(self.videos.feature_cache, self.labels, self.videos.video_ids, config)
+        return ClipDataset(self.videos.feature_cache, clip_stream(self.settings, self.labels))
 
     def targets(self, clip: Clip) -> ClipTargets:
         """Move the clip's targets to the device, with the frame matches of the layers that are trained on."""
