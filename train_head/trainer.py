@@ -7,7 +7,6 @@ never interrupted, bit for bit on CPU, and any number of processes sees the same
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint,
 from train_head.data import open_training_set
 from train_head.distributed import Group, join_group
 from train_head.head import VitaHead
+from train_head.pace import Pace
 from train_head.run_folder import MetricsLog, open_run
 from train_head.sources import AnyClip, CachedSource, FeatureSource
 from train_head.step import StepLosses, TrainingStep
@@ -125,19 +125,22 @@ class Trainer(Generic[AnyClip]):
             print(f"train: {self.folder} has its {train.iterations} iterations already")
             return
         log = MetricsLog(self.folder, done.step) if self.group.is_main else None
-        clock = _Clock(done.seconds)
+        pace = Pace(done.seconds)
         batches = self._batches()
         with tqdm(
             total=train.iterations, initial=done.step, desc="train", unit="step", disable=not self.group.is_main
         ) as bar:
-            while done.step < train.iterations and not clock.spent(train.time_budget):
-                clips = clock.wait_for(batches)
-                losses = self.training_step(clips)
-                done.seconds = clock.seconds
+            while done.step < train.iterations and not self._out_of_time(pace):
+                losses = pace.step(batches, self.training_step)
+                done.seconds = pace.seconds
                 bar.update()
+                if self.group.is_main and (complaint := pace.complaint()) is not None:
+                    tqdm.write(complaint)
                 if log is not None and (done.step % train.log_every == 0 or done.step == train.iterations):
-                    log.write(done.step, {**self._logged(losses), **clock.shares(), "learning_rate": self._rate(-1)})
-                    bar.set_postfix(loss=f"{losses.loss:.2f}", waiting=f"{clock.data_share:.0%}")
+                    times = pace.times()
+                    log.write(done.step, {**self._logged(losses), **times, "learning_rate": self._rate(-1)})
+                    shown = {name: f"{1e3 * times[name]:.0f} ms" for name in ("data_time", "step_time")}
+                    bar.set_postfix(loss=f"{losses.loss:.2f}", **shown)
                 if done.step % train.checkpoint_every == 0:
                     self.save()
                 if train.evaluate_every and done.step % train.evaluate_every == 0:
@@ -147,6 +150,13 @@ class Trainer(Generic[AnyClip]):
         if self.group.is_main:
             print(self.source.finish(self.folder), end="")
         self.save()
+
+    def _out_of_time(self, pace: Pace) -> bool:
+        """Whether the time budget of any process is spent: all stop at the same step, or they would wait for ever."""
+        budget = self.settings.train.time_budget
+        if budget == 0:
+            return False
+        return float(self.group.sum(torch.tensor(float(pace.spent(budget)), device=self.device))) > 0
 
     def _batches(self) -> Iterator[list[AnyClip]]:
         train = self.settings.train
@@ -241,30 +251,3 @@ class _ShareOfBatches:
 
     def __len__(self) -> int:
         return len(self.steps) * self.batch_clips // self.group.size
-
-
-class _Clock:
-    """Seconds of a run over all sessions, and how much of this one was spent waiting for data."""
-
-    def __init__(self, before: float) -> None:
-        self.before, self.started, self.waited = before, time.perf_counter(), 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.started
-
-    @property
-    def data_share(self) -> float:
-        return self.waited / max(1e-9, time.perf_counter() - self.started)
-
-    def spent(self, budget: float) -> bool:
-        return 0 < budget <= self.seconds
-
-    def wait_for(self, batches: Iterator[list[AnyClip]]) -> list[AnyClip]:
-        asked = time.perf_counter()
-        clips = next(batches)
-        self.waited += time.perf_counter() - asked
-        return clips
-
-    def shares(self) -> dict[str, float]:
-        return {"seconds": self.seconds, "data_share": self.data_share}
