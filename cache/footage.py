@@ -124,7 +124,8 @@ def _of_video(source: Path, stride: int) -> Footage:
     problems = decoding.problems
     if not seconds:
         raise FrameError("not a single frame can be decoded", where=source, got=problems[0] if problems else None)
-    more = f" (and {len(problems) - 1} more such places)" if len(problems) > 1 else ""
+    if len(problems) > 3:
+        problems = [*problems[:2], f"and so on at {len(problems) - 3} more places", problems[-1]]
     return _checked(
         Footage(
             source=str(source),
@@ -134,7 +135,7 @@ def _of_video(source: Path, stride: int) -> Footage:
             height=hw[0],
             width=hw[1],
             seconds=tuple(moment - seconds[0] for moment in seconds[::stride]),
-            problem=f"{problems[0]}{more}" if problems else None,
+            problem="; ".join(problems) or None,
         )
     )
 

@@ -1,0 +1,169 @@
+"""A video of one's own through detector, cache and head, and the pictures drawn of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from cache import masks
+from cache.errors import CacheError, FingerprintMismatch, FrameError, WeightsError
+from cache.masks import encode
+from configs.schema import Settings
+from evaluate.labelled_frames import contact_sheet, draw_labelled, enlargement
+from evaluate.overlays import PALETTE, DrawnTrack
+from evaluate.predict import predict
+from evaluate.stage import evaluate
+from extract.video import extract_footage
+from tests.video_samples import write_lossless
+
+ROOT = Path(__file__).parent.parent
+
+
+def frames_of(settings: Settings, name: str) -> list[Path]:
+    return sorted((Path(settings.data.root) / "valid" / "JPEGImages" / name).iterdir())
+
+
+def run_of(settings: Settings) -> tuple[Path, str]:
+    run = Path(settings.runs) / settings.name
+    return run, str(run / "config.yaml")
+
+
+@pytest.fixture(scope="module")
+def own_video(tiny_run: Settings, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The frames of validation video 1 as a lossless file, at moments of its own."""
+    frames = np.stack([np.array(Image.open(path)) for path in frames_of(tiny_run, "shapes_valid_0001")])
+    path = tmp_path_factory.mktemp("own") / "own.mkv"
+    return write_lossless(path, frames, [0, 50, 70, 200, 210, 400], given="rgb24", stored="bgr0")
+
+
+def test_a_file_a_folder_and_the_dataset_give_the_same_tracks(
+    tiny_run: Settings, own_video: Path, tmp_path: Path
+) -> None:
+    run, config = run_of(tiny_run)
+    evaluate(tiny_run)
+    expected = [track for track in json.loads((run / "results.json").read_text()) if track["video_id"] == 1]
+    folder = frames_of(tiny_run, "shapes_valid_0001")[0].parent
+    features = extract_footage(config, [str(own_video), str(folder), f"cache.path={tmp_path}"], head=run)
+    written = predict(tiny_run, run, features, tmp_path / "out", 0.0)
+    assert [done.folder.name for done in written] == ["own", "shapes_valid_0001"]
+    for done in written:
+        tracks = json.loads((done.folder / "tracks.json").read_text())
+        assert [track["category_id"] for track in tracks] == [track["category_id"] for track in expected]
+        for got, wanted in zip(tracks, expected, strict=True):
+            assert got["score"] == pytest.approx(wanted["score"], abs=1e-5)
+            assert got["category_name"] in ("circle", "square", "triangle", "star", "cross", "ring", "arrow", "moon")
+            assert got["timestamps"] == pytest.approx(done.footage.seconds)
+            pairs = zip(got["segmentations"], wanted["segmentations"], strict=True)
+            assert sum(differing_pixels(*pair) for pair in pairs) <= 6  # of 6 x 96 x 120, at zero logits
+    assert written[0].footage.seconds == pytest.approx([0, 0.05, 0.07, 0.2, 0.21, 0.4])
+    with av.open(str(written[0].folder / "overlay.mp4")) as container:
+        shown = list(container.decode(video=0))
+    assert [frame.time for frame in shown] == pytest.approx([0, 0.05, 0.07, 0.2, 0.21, 0.4], abs=1e-4)
+    assert (shown[0].height, shown[0].width) == (5 * 96, 5 * 120)
+    assert Image.open(written[0].folder / "contact_sheet.png").width > 1000
+
+
+def differing_pixels(first: dict[str, object] | None, second: dict[str, object] | None) -> int:
+    if first == second:
+        return 0
+    images = [
+        np.zeros((96, 120)) if rle is None else masks.mask(masks.from_counts([rle["counts"]], 96, 120)[0])
+        for rle in (first, second)
+    ]
+    return int((images[0] != images[1]).sum())
+
+
+def test_a_kept_cache_is_continued_and_not_extracted_again(tiny_run: Settings, own_video: Path, tmp_path: Path) -> None:
+    run, config = run_of(tiny_run)
+    words = [str(own_video), f"cache.path={tmp_path / 'kept'}"]
+    features = extract_footage(config, words, head=run)
+    before = (features / "videos" / "1" / "zarr.json").stat().st_mtime_ns
+    assert extract_footage(config, words, head=run, stride=1) == features
+    extract_footage(config, words, head=run, stride=4)
+    assert (features / "videos" / "1" / "zarr.json").stat().st_mtime_ns == before
+    assert [len(done.footage.seconds) for done in predict(tiny_run, run, features, tmp_path / "out", 0.5)] == [6, 2]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["own", "own-2"]
+
+
+def test_what_does_not_fit_together_is_refused_before_any_work(
+    tiny_run: Settings, own_video: Path, tmp_path: Path
+) -> None:
+    run, config = run_of(tiny_run)
+    place = f"cache.path={tmp_path / 'features'}"
+    with pytest.raises(WeightsError, match="make train"):
+        extract_footage(config, [str(own_video), place], head=tmp_path / "nowhere")
+    with pytest.raises(FingerprintMismatch, match="short edge"):
+        extract_footage(config, [str(own_video), place, "detector.short_edge=64"], head=run)
+    with pytest.raises(FrameError, match="nothing to extract"):
+        extract_footage(config, [place], head=run)
+    with pytest.raises(FrameError, match="no such file"):
+        extract_footage(config, ["nowhere.mp4", place], head=run)
+    assert not (tmp_path / "features").exists()
+    with pytest.raises(CacheError, match="not a cache of videos of your own"):
+        predict(tiny_run, run, Path(tiny_run.cache.path) / "valid", tmp_path, 0.3)
+    features = extract_footage(config, [str(own_video), place, "detector.short_edge=64"])
+    with pytest.raises(FingerprintMismatch, match="trained on other features"):
+        predict(tiny_run, run, features, tmp_path, 0.3)
+
+
+def test_colours_stay_with_their_tracks_and_labels_do_not_cover_each_other() -> None:
+    image = np.full((90, 160, 3), 128, np.uint8)
+    region = np.zeros((90, 160), bool)
+    region[40:60, 50:90] = True
+    here, absent = (encode(region),), (None,)
+    both = [DrawnTrack(caption="a" * 8, segmentations=here), DrawnTrack(caption="b" * 8, segmentations=here)]
+    drawn = draw_labelled(image, both, 0)
+    scale = enlargement((90, 160))
+    assert drawn.shape == (90 * scale, 160 * scale, 3) and min(drawn.shape[:2]) >= 480
+    boxes = [np.argwhere((np.abs(drawn.astype(int) - colour).max(axis=-1) < 3)[: 62 * scale]) for colour in PALETTE[:2]]
+    second = boxes[1]
+    assert len(second) > 400  # the second label has a place of its own, though its mask lies below the first
+    alone = draw_labelled(image, [DrawnTrack(caption="a", segmentations=absent), both[1]], 0)
+    inside = alone[50 * scale, 70 * scale].astype(int)
+    assert np.argmin([np.abs(inside - (np.array(colour) + 128) / 2).max() for colour in PALETTE]) == 1
+
+
+@pytest.mark.parametrize("hw", [(1, 1), (9, 700), (700, 9), (1080, 1920)])
+def test_any_size_can_be_labelled(hw: tuple[int, int]) -> None:
+    everywhere = encode(np.ones(hw, bool))
+    tracks = [DrawnTrack(caption="a long name 100", segmentations=(everywhere,))] * 3
+    drawn = draw_labelled(np.zeros((*hw, 3), np.uint8), tracks, 0)
+    assert drawn.shape[0] % hw[0] == 0 and drawn.shape[1] % hw[1] == 0 and drawn.any()
+
+
+def test_contact_sheets_hold_every_picture() -> None:
+    pictures = [(float(index), np.full((10, 20, 3), 40 * index, np.uint8)) for index in range(6)]
+    sheet = np.asarray(contact_sheet(pictures))
+    centres = [sheet[6 + 90 + row * 208, 6 + 180 + column * 366] for row in range(2) for column in range(4)]
+    assert [tuple(centre) for centre in centres] == [(40 * i,) * 3 for i in range(6)] + [(255,) * 3] * 2
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_make_predict_removes_its_cache_and_takes_any_name(tmp_path: Path, status: int) -> None:
+    """The recipe alone, with an interpreter that writes down its words."""
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {tmp_path}/words\nexit {status}\n')
+    python.chmod(0o755)
+    (tmp_path / "venv" / ".installed").touch()
+    out = tmp_path / "out"
+    words = [
+        f"VENV={tmp_path}/venv",
+        f"OUTPUT={out}",
+        "HEAD=runs/x",
+        "VIDEO=it's my clip.mp4",
+        "STRIDE=2",
+        "device=cpu",
+    ]
+    done = subprocess.run(["make", "-C", str(ROOT), "predict", *words], capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is (status == 0), done.stderr
+    said = (tmp_path / "words").read_text().splitlines()
+    assert "it's my clip.mp4" in said and "device=cpu" in said and said.count("runs/x") == (2 if status == 0 else 1)
+    assert not any(word.startswith("VIDEO") for word in said)
+    assert list(out.iterdir()) == []
