@@ -72,6 +72,9 @@ predict: $(STAMP)  ## your own video: VIDEO=clip.mp4 (or a folder, or a list) [H
 	$(PY) -m extract video --head "$(HEAD)" --stride $(STRIDE) "$(HEAD_CONFIG)" "$$video" cache.path="$$features" $(SETTINGS) && \
 	$(PY) -m evaluate predict --head "$(HEAD)" --output "$(OUTPUT)" --score $(SCORE) "$(HEAD_CONFIG)" "$$features/video" $(SETTINGS)
 
+compare: $(STAMP)  ## RUNS="runs/a runs/b": what differs, whether it is real, where it comes from
+	@$(PY) -m evaluate compare $(RUNS) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DIFFER),--allow-differences)
+
 detectron2: $(STAMP)  ## the engine for your own detectron2 models (compiles, minutes); also needs their code in PYTHONPATH
 	$(PY) -m pip install -q setuptools timm opencv-python-headless
 	$(PY) -m pip install --no-build-isolation "$(DETECTRON2)"

@@ -9,6 +9,7 @@ from pathlib import Path
 from configs.command import run_command
 from configs.load import load_settings
 from evaluate import score
+from evaluate.compare import command as compare
 
 
 def main() -> int:
@@ -28,9 +29,10 @@ def main() -> int:
     predict.add_argument("features", type=Path, help="what `python -m extract video` wrote: <cache.path>/video")
     predict.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     score.add_arguments(verbs.add_parser("score", help="AP and AR of any result file on any YTVIS label file"))
+    compare.add_arguments(verbs.add_parser("compare", help="runs against each other: intervals, parts, errors"))
     arguments = parser.parse_args()
-    command = {"run": _run, "report": _report, "predict": _predict, "score": score.run}[arguments.verb]
-    return run_command(lambda: command(arguments))
+    commands = {"run": _run, "report": _report, "predict": _predict, "score": score.run, "compare": compare.run}
+    return run_command(lambda: commands[arguments.verb](arguments))
 
 
 def _run(arguments: argparse.Namespace) -> int:

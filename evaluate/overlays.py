@@ -34,6 +34,27 @@ class DrawnTrack:
     segmentations: Sequence[Rle | None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Strip:
+    """Some frames of a video as one side sees them: who drew it, its tracks' captions with their colours, data URLs."""
+
+    title: str
+    legend: list[tuple[str, str]]
+    pictures: list[str]
+
+
+def draw_strip(
+    title: str, tracks: Sequence[DrawnTrack], images: Sequence[NDArray[np.uint8]], frames: Sequence[int]
+) -> Strip:
+    """Draw tracks over the images of these frames of their video."""
+    colours = ["#{:02x}{:02x}{:02x}".format(*PALETTE[index % len(PALETTE)]) for index in range(len(tracks))]
+    return Strip(
+        title=title,
+        legend=[(track.caption, colour) for track, colour in zip(tracks, colours, strict=True)],
+        pictures=[jpeg_data_url(draw_frame(image, tracks, frame)) for image, frame in zip(images, frames, strict=True)],
+    )
+
+
 def labelled_tracks(labels: Labels, video_id: int) -> list[DrawnTrack]:
     """Return the ground truth of a video."""
     names = {category.id: category.name for category in labels.categories}

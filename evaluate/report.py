@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from numpy.typing import NDArray
 from omegaconf import OmegaConf
 
 from cache.errors import CacheError
@@ -17,15 +14,8 @@ from cache.labels import Labels, Video
 from configs.schema import Settings
 from configs.splits import train_split, valid_split
 from evaluate.curves import loss_curves_svg
-from evaluate.overlays import (
-    PALETTE,
-    DrawnTrack,
-    draw_frame,
-    jpeg_data_url,
-    labelled_tracks,
-    predicted_tracks,
-    read_image,
-)
+from evaluate.overlays import Strip, draw_strip, labelled_tracks, predicted_tracks, read_image
+from evaluate.page import render
 from evaluate.results import TrackPrediction
 from evaluate.stored import load_predictions, stored_methods
 from evaluate.tables import HEADLINE, percent, read_metrics, stage_costs
@@ -34,16 +24,6 @@ from train_head.run_folder import read_metrics_log
 
 FRAMES_PER_VIDEO = 8
 MIN_SCORE = 0.3  # tracks below it are not drawn
-_TEMPLATE = Path(__file__).parent / "report.html.j2"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strip:
-    """One row of pictures of a video: who drew it, its tracks' captions with their colours, its frames."""
-
-    title: str
-    legend: list[tuple[str, str]]
-    pictures: list[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +45,8 @@ def write_report(settings: Settings) -> Path:
     if not (run / "results.json").exists():
         raise CacheError("nothing to report yet", where=run, hint="`make evaluate` with the same config comes first")
     log = read_metrics_log(run)
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    page = environment.from_string(_TEMPLATE.read_text()).render(
+    page = render(
+        "report.html.j2",
         name=settings.name,
         headline=HEADLINE,
         rows={method: [percent(values[key]) for key in HEADLINE] for method, values in metrics.items()},
@@ -108,16 +88,5 @@ def _draw_video(
     drawn = {"ground truth": labelled_tracks(labels, video.id)} if labels.has_tracks else {}
     for method, found in predictions.items():
         drawn[method] = predicted_tracks(labels, found, video.id, MIN_SCORE)
-    strips = [_strip(title, tracks, images, frames) for title, tracks in drawn.items()]
+    strips = [draw_strip(title, tracks, images, frames) for title, tracks in drawn.items()]
     return VideoStrips(name=video.name, frames=frames, strips=strips)
-
-
-def _strip(
-    title: str, tracks: Sequence[DrawnTrack], images: Sequence[NDArray[np.uint8]], frames: Sequence[int]
-) -> Strip:
-    colours = ["#{:02x}{:02x}{:02x}".format(*PALETTE[index % len(PALETTE)]) for index in range(len(tracks))]
-    return Strip(
-        title=title,
-        legend=[(track.caption, colour) for track, colour in zip(tracks, colours, strict=True)],
-        pictures=[jpeg_data_url(draw_frame(image, tracks, frame)) for image, frame in zip(images, frames, strict=True)],
-    )

@@ -75,18 +75,22 @@ def stored_methods(run: Path) -> list[str]:
     return [HEAD, *others] if (run / RESULTS_NAME).exists() else others
 
 
-def load_predictions(run: Path, method: str, labels: Labels) -> list[TrackPrediction]:
-    """Read a method's predictions. Raises CacheError where there are none, AnnotationError for other labels."""
+def require_predictions(run: Path, method: str) -> Path:
+    """Return a method's result file. Raises CacheError where the run keeps none."""
     path = method_folder(run, method) / RESULTS_NAME
     if not path.exists():
-        kept = ", ".join(stored_methods(run)) or "none"
         raise CacheError(
             f"no predictions of {method}",
             where=run,
-            got=f"methods: {kept}",
+            got=f"methods: {', '.join(stored_methods(run)) or 'none'}",
             hint="`make evaluate` writes those of head and baseline; `python -m evaluate ablate` others",
         )
-    return load_results(path, labels)
+    return path
+
+
+def load_predictions(run: Path, method: str, labels: Labels) -> list[TrackPrediction]:
+    """Read a method's predictions. Raises CacheError where there are none, AnnotationError for other labels."""
+    return load_results(require_predictions(run, method), labels)
 
 
 def load_metrics(run: Path, method: str) -> dict[str, Any]:

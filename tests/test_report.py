@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import jinja2
 import numpy as np
 import pytest
 
 from cache import masks
 from evaluate.overlays import PALETTE, DrawnTrack, draw_frame
+from evaluate.page import render
 from evaluate.tables import metrics_table, percent
 
 
@@ -34,15 +36,15 @@ def test_tables_print_percentages() -> None:
 
 
 def test_names_are_escaped_in_the_page() -> None:
-    import jinja2
-
-    from evaluate.report import _TEMPLATE
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     empty = {"headline": (), "rows": {}, "categories": {}, "costs": [], "curves": None, "videos": []}
-    page = environment.from_string(_TEMPLATE.read_text()).render(
-        name="<script>alert(1)</script>", split="valid", settings="a: <b>", fingerprint={"<i>": "<u>"}, **empty
+    page = render(
+        "report.html.j2",
+        name="<script>alert(1)</script>",
+        split="valid",
+        settings="a: <b>",
+        fingerprint={"<i>": "<u>"},
+        **empty,
     )
     assert "<script>" not in page and "&lt;script&gt;" in page and "<i>" not in page and "<u>" not in page
     with pytest.raises(jinja2.UndefinedError):
-        environment.from_string(_TEMPLATE.read_text()).render(name="x")
+        render("report.html.j2", name="x")
