@@ -16,7 +16,13 @@ from cache.codecs.fit import Statistics, StatisticsAccumulator
 from cache.codecs.float16 import Float16
 from cache.codecs.int8 import Int8
 from cache.codecs.logit import Logit
-from cache.codecs.rate_distortion import Calibration, Distortion, read_calibration, smallest_faithful
+from cache.codecs.rate_distortion import (
+    Calibration,
+    Distortion,
+    choice_in_words,
+    read_calibration,
+    smallest_faithful,
+)
 from cache.detector_masks import predict_queries
 from cache.errors import FingerprintMismatch
 from cache.geometry import network_size
@@ -36,10 +42,17 @@ LOGIT_STEPS = (1 / 32, 1 / 64, 1 / 90, 1 / 128, 1 / 180, 1 / 256, 1 / 512)
 
 @dataclass(frozen=True, kw_only=True)
 class ChosenCodec:
-    """The codec of a config's caches, and the measurements behind it (None where none were made)."""
+    """The codec of a config's caches, the measurements behind it (None where none were made), and why it."""
 
     codec: Codec
     calibration: Calibration | None
+    reason: str
+
+    def location_bytes(self, channels: int) -> float:
+        """Stored bytes a position of a map of so many channels: as measured, or else without compression."""
+        rows = () if self.calibration is None else (self.calibration.rows[self.calibration.chosen],)
+        measured = sum(row.bytes_per_location for row in rows)
+        return measured or self.codec.stored_channels(channels) * self.codec.dtype.itemsize
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +83,14 @@ def choose_codec(settings: Settings, detector: FrameDetector) -> ChosenCodec:
                     got=held,
                     hint=f"set cache.codec={held}, or extract into another cache.path",
                 )
-            return ChosenCodec(codec=feature_cache.codec, calibration=read_calibration(split.features))
+            reason = f"codec: {held}, with which {split.features} was begun"
+            calibration = read_calibration(split.features)
+            return ChosenCodec(codec=feature_cache.codec, calibration=calibration, reason=reason)
     if wanted is CodecName.float16:
-        return ChosenCodec(codec=Float16(), calibration=None)
+        return ChosenCodec(codec=Float16(), calibration=None, reason="codec: float16, as cache.codec says")
     codec, calibration = calibrate(settings, detector)
-    return ChosenCodec(codec=codec, calibration=calibration)
+    reason = choice_in_words(calibration, wanted is CodecName.auto)
+    return ChosenCodec(codec=codec, calibration=calibration, reason=reason)
 
 
 def calibrate(settings: Settings, detector: FrameDetector) -> tuple[Codec, Calibration]:

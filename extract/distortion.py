@@ -65,7 +65,7 @@ class DistortionMeter:
     def __init__(self, codec: Codec, setting: str, mean_C: NDArray[np.float64]) -> None:
         self.codec, self.setting = codec, setting
         self._mean_C11 = mean_C[:, None, None].astype(np.float32)
-        self._bytes = self._frames = self._channels = 0
+        self._bytes = self._map_bytes = self._locations = self._frames = self._channels = 0
         self._encode_s = self._decode_s = 0.0
         self._errors, self._signals = np.zeros(2), np.zeros(2)  # squares, of features and of logits
         self._ious: list[NDArray[np.float64]] = []
@@ -85,6 +85,7 @@ class DistortionMeter:
         self._signals += [float(np.square(values, dtype=np.float64).mean()) for values in signals]
         self._ious.append(_ious(frame.masks_Nhw, _masks(logits_NHW, frame.image_hw)))
         self._bytes += frame.query_bytes + CRC_BYTES
+        self._locations += stored_RHW[0].size
         self._frames += 1
         self._channels = len(stored_RHW)
 
@@ -96,7 +97,8 @@ class DistortionMeter:
             codec=self.codec.name,
             setting=self.setting,
             stored_channels=self._channels,
-            bytes_per_frame=self._bytes / self._frames,
+            bytes_per_frame=(self._bytes + self._map_bytes) / self._frames,
+            bytes_per_location=self._map_bytes / self._locations,
             feature_error=float(feature_error),
             logit_error=float(logit_error),
             mask_iou=float(ious.mean()) if len(ious) else 1.0,
@@ -111,7 +113,7 @@ class DistortionMeter:
         encoded = self.codec.encode(map_CHW[None])[0]
         content = compress(encoded) if self.codec.compressed else encoded.tobytes()
         self._encode_s += time.perf_counter() - started
-        self._bytes += len(content) + CRC_BYTES
+        self._map_bytes += len(content) + CRC_BYTES
         started = time.perf_counter()
         stored: NDArray[Any] = np.empty_like(encoded)
         if self.codec.compressed:

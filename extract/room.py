@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import gettempdir
 
 from cache.annotations import Labels, Video
-from cache.codecs import Codec
+from cache.codecs.rate_distortion import Calibration, Distortion
 from cache.errors import CacheError
 from cache.layout import video_group_name
 from cache.remote import remote_url
@@ -20,6 +20,7 @@ from cache.stores import extraction_store
 from cache.upload import LOCAL_VIDEOS
 from configs.schema import Settings
 from configs.splits import SplitPaths
+from extract.calibration import ChosenCodec
 from extract.detector import FrameDetector
 from extract.frames import frame_batches
 from extract.streaming import video_attributes
@@ -80,14 +81,13 @@ def measure_frames(settings: Settings, detector: FrameDetector, work: Sequence[W
     )
 
 
-def stored_bytes(settings: Settings, videos: Sequence[Video], codec: Codec, cost: FrameCost) -> int:
-    """Bytes that videos take with a codec; an upper bound where it compresses."""
-    total = 0
-    location_bytes = codec.stored_channels(cost.channels) * codec.dtype.itemsize
+def stored_bytes(settings: Settings, videos: Sequence[Video], location_bytes: float, cost: FrameCost) -> int:
+    """Bytes that videos take with a codec that takes `location_bytes` a position of the map."""
+    total = 0.0
     for video in videos:
         map_hw = video_attributes(settings, video).map_hw
         total += video.length * (cost.query_bytes + map_hw[0] * map_hw[1] * location_bytes)
-    return total
+    return round(total)
 
 
 def seconds(settings: Settings, videos: Sequence[Video], cost: FrameCost) -> float:
@@ -111,7 +111,7 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
-def require_room(settings: Settings, detector: FrameDetector, work: Sequence[Workload], codec: Codec) -> None:
+def require_room(settings: Settings, detector: FrameDetector, work: Sequence[Workload], chosen: ChosenCodec) -> None:
     """Refuse to begin an extraction that the disk cannot hold, unless `cache.ignore_space` is set.
 
     Raises CacheError with the bytes needed and free.
@@ -119,7 +119,8 @@ def require_room(settings: Settings, detector: FrameDetector, work: Sequence[Wor
     if settings.cache.ignore_space or not any(load.videos for load in work):
         return
     cost = measure_frames(settings, detector, work, 1)
-    sizes = sorted(stored_bytes(settings, [video], codec, cost) for load in work for video in load.videos)
+    each = chosen.location_bytes(cost.channels)
+    sizes = sorted(stored_bytes(settings, [video], each, cost) for load in work for video in load.videos)
     folder = local_folder(settings)
     passes_through = remote_url(settings.cache.path) is not None and settings.cache.stage_to is None
     needed, free = sum(sizes[-LOCAL_VIDEOS:] if passes_through else sizes), free_bytes(folder)
@@ -135,22 +136,25 @@ def require_room(settings: Settings, detector: FrameDetector, work: Sequence[Wor
 
 
 def print_estimate(
-    settings: Settings, detector: FrameDetector, work: Sequence[Workload], codecs: Sequence[Codec]
+    settings: Settings, detector: FrameDetector, work: Sequence[Workload], calibration: Calibration
 ) -> None:
     """Print what each split needs with each codec, the free space, and the hours from a timing of 20 frames."""
-    if not any(load.videos for load in work):
-        print("nothing to extract: every video is in the cache already")
-        return
     cost = measure_frames(settings, detector, work, TIMED_FRAMES)
     for load in work:
         begun = " (continued)" if extraction_store(load.split.features).attributes("") is not None else ""
         minutes = seconds(settings, load.videos, cost) / 60
         duration = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
         print(f"{load.split.name}{begun}: {len(load.videos)} videos, {load.frames} frames, {duration}")
-        for codec in codecs:
-            size = stored_bytes(settings, load.videos, codec, cost)
-            bound = "at most " if codec.compressed else ""
-            each = size / max(load.frames, 1) / 1e6
-            print(f"  {codec.name:8} {bound}{size / 1e9:.3f} GB, {each:.3f} MB a frame")
+        for label, row in _compared(settings, calibration):
+            size = stored_bytes(settings, load.videos, row.bytes_per_location, cost)
+            print(f"  {label:<18} {size / 1e9:9.3f} GB, {size / max(load.frames, 1) / 1e6:.3f} MB a frame")
     folder = local_folder(settings)
     print(f"free: {free_bytes(folder) / 1e9:.1f} GB at {folder}")
+
+
+def _compared(settings: Settings, calibration: Calibration) -> list[tuple[str, Distortion]]:
+    """The codecs that cache.codec can name, and what each of them is."""
+    default_step = f"1/{1 / settings.cache.logit_step:g}"
+    by_name = [(row.label, row) for row in calibration.rows if row.setting in ("", default_step)]
+    automatic = calibration.rows[calibration.chosen]
+    return [*reversed(by_name), (f"auto: {automatic.label}", automatic)]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cache.annotations import Labels, load_labels
 from cache.codecs import Codec, codec_identity
-from cache.codecs.float16 import Float16
 from cache.codecs.rate_distortion import format_table, write_calibration
 from cache.errors import AnnotationError
 from cache.fingerprint import Fingerprint, Provenance
@@ -18,7 +17,7 @@ from cache.layout import video_group_name
 from cache.upload import opened_writer
 from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
-from configs.schema import Settings
+from configs.schema import CodecName, Settings
 from configs.splits import SplitPaths, all_splits
 from extract import room
 from extract.calibration import ChosenCodec, calibrate, choose_codec
@@ -26,7 +25,7 @@ from extract.checkpoints import weights_sha256
 from extract.detector import PADDING_DIVISOR, FrameDetector
 from extract.engines import open_detector
 from extract.frames import require_frames
-from extract.room import Workload, require_room
+from extract.room import TIMED_FRAMES, Workload, require_room
 from extract.streaming import extract_videos
 
 EXTRACTION_RECORD = "extraction.json"
@@ -56,24 +55,32 @@ def extract(settings: Settings, only: Sequence[str] = ()) -> None:
     detector = _open_detector(settings)
     chosen = choose_codec(settings, detector)
     work = [Workload.of(split, content) for split, content in zip(splits, labels, strict=True)]
-    require_room(settings, detector, work, chosen.codec)
     if chosen.calibration is not None:
         print(format_table(chosen.calibration))
+    print(chosen.reason)
+    require_room(settings, detector, work, chosen)
     wanted = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), chosen.codec)
     for split, content in zip(splits, labels, strict=True):
         _extract_split(settings, detector, wanted, chosen, split, content)
 
 
 def print_estimate(settings: Settings) -> None:
-    """Print what an extraction would need, in bytes by codec and in hours; nothing is extracted or stored."""
+    """Print what an extraction would need, in bytes by codec and in hours; nothing is extracted or stored.
+
+    Speed and bytes are measured on 20 frames, to which the codecs are fitted too.
+    """
     splits = all_splits(settings)
     work = [Workload.of(split, load_labels(split.labels)) for split in splits]
     for load in work:
         require_frames(load.videos, load.split.frames)
+    if not any(load.videos for load in work):
+        print("nothing to extract: every video is in the cache already")
+        return
     detector = _open_detector(settings)
-    chosen = choose_codec(settings, detector)
-    codecs: list[Codec] = [Float16()] + ([] if isinstance(chosen.codec, Float16) else [chosen.codec])
-    room.print_estimate(settings, detector, work, codecs)
+    sample = replace(settings.cache, codec=CodecName.auto, calibration_frames=TIMED_FRAMES)
+    _, calibration = calibrate(replace(settings, cache=sample), detector)
+    print(format_table(calibration))
+    room.print_estimate(settings, detector, work, calibration)
 
 
 def print_rate_distortion(settings: Settings) -> None:

@@ -11,14 +11,9 @@ import numpy as np
 import pytest
 
 from cache.__main__ import main
-from cache.annotations import load_labels
 from cache.codecs.float16 import Float16
 from cache.errors import FormatVersionError
 from cache.reader import FeatureCache
-from configs.schema import DetectorSettings, Settings
-from configs.splits import SplitPaths
-from extract import room
-from extract.room import FrameCost, Workload, stored_bytes
 from tests.cache_samples import (
     FINGERPRINT,
     attributes_of,
@@ -100,31 +95,6 @@ def test_diff_of_a_copy_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixt
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
     assert capsys.readouterr().out == "the features are interchangeable\n"
-
-
-# Room
-
-
-def workload(tmp_path: Path, lengths: dict[int, int]) -> Workload:
-    file = tmp_path / "labels.json"
-    document = json.loads(labels_of(lengths)) | {"categories": [{"id": 1, "name": "cat"}]}
-    file.write_text(json.dumps(document))
-    split = SplitPaths(name="train", labels=file, frames=tmp_path, features=tmp_path / "a")
-    return Workload.of(split, load_labels(file))
-
-
-def test_the_estimate_is_what_is_written(tmp_path: Path) -> None:
-    """By hand: frames of 48 x 80 without resizing, padded to 64 x 96, so maps of 13 x 21 are kept of 16 x 24."""
-    settings = Settings(detector=DetectorSettings(short_edge=None))
-    cost = FrameCost(query_bytes=3 * 4 * 6 * 2, channels=6, seconds_per_pixel=1e-6)
-    work = workload(tmp_path, {1: 5, 2: 7})
-    assert stored_bytes(settings, work.videos, Float16(), cost) == 12 * (144 + 13 * 21 * 6 * 2)
-    assert room.seconds(settings, work.videos, cost) == pytest.approx(12 * 64 * 96 * 1e-6)
-
-
-def test_videos_in_the_cache_are_not_counted(tmp_path: Path) -> None:
-    write_video(open_writer(tmp_path / "a"), "1", 5)
-    assert workload(tmp_path, {1: 5, 2: 7}).frames == 7
 
 
 # Format 1 for ever

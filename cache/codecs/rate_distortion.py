@@ -37,6 +37,13 @@ class Distortion:
     """Encoding and compressing a frame."""
     decode_ms: float
     """Decompressing a frame and converting it to float32; nothing else is ever undone."""
+    bytes_per_location: float = 0.0
+    """Mask features alone, a position of the stored map; 0 in tables of caches that are older than this figure."""
+
+    @property
+    def label(self) -> str:
+        """Codec and setting, such as `logit 1/128`."""
+        return f"{self.codec} {self.setting}".strip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,21 @@ def read_calibration(path: Path | str) -> Calibration | None:
         ) from error
 
 
+def choice_in_words(calibration: Calibration, automatic: bool) -> str:
+    """Which codec a cache takes and why; `automatic`: it was chosen by its measurements, not by name."""
+    row, wanted = calibration.rows[calibration.chosen], calibration.min_mask_iou
+    measured = f"mean mask IoU {row.mask_iou:.4f} on {calibration.held_out_frames} held-out frames"
+    if row.mask_iou >= wanted:
+        why = f"the smallest that keeps {wanted:g}" if automatic else "as cache.codec says"
+        return f"codec: {row.label}, {why} ({measured}, {row.bytes_per_frame / 1e6:.3f} MB a frame)"
+    why = "NO CODEC keeps" if automatic else "the codec that cache.codec names does not keep"
+    instead = "the most faithful one is taken" if automatic else "it is taken all the same"
+    return (
+        f"warning: {why} cache.min_mask_iou={wanted:g}; {instead}: {row.label} ({measured}, "
+        f"{row.bytes_per_frame / 1e6:.3f} MB a frame)"
+    )
+
+
 def format_table(calibration: Calibration) -> str:
     """The table as text; the chosen row is marked."""
     lines = [
@@ -90,9 +112,8 @@ def format_table(calibration: Calibration) -> str:
         f"{'5th pct':>8} {'encode ms':>10} {'decode ms':>10}",
     ]
     for index, row in enumerate(calibration.rows):
-        name = f"{row.codec} {row.setting}".strip()
         lines.append(
-            f"{'*' if index == calibration.chosen else ' '} {name:<24} {row.stored_channels:>4} "
+            f"{'*' if index == calibration.chosen else ' '} {row.label:<24} {row.stored_channels:>4} "
             f"{row.bytes_per_frame:>12,.0f} {row.feature_error:>12.4f} {row.logit_error:>10.4f} {row.mask_iou:>9.4f} "
             f"{row.mask_iou_p5:>8.4f} {row.encode_ms:>10.2f} {row.decode_ms:>10.2f}"
         )

@@ -1,0 +1,152 @@
+"""What an extraction will need: the estimate against what is written, and the refusal to begin without room."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cache.annotations import load_labels
+from cache.errors import CacheError
+from cache.reader import FeatureCache
+from cache.upload import LOCAL_VIDEOS
+from configs.schema import DetectorSettings, Settings
+from configs.splits import SplitPaths
+from extract import room
+from extract.__main__ import main as extract_main
+from extract.room import FrameCost, Workload, stored_bytes
+from extract.stage import extract
+from tests.cache_samples import labels_of, open_writer, write_video
+from tests.conftest import tiny_settings
+from tests.object_store import local_s3
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def workload(tmp_path: Path, lengths: dict[int, int]) -> Workload:
+    file = tmp_path / "labels.json"
+    document = json.loads(labels_of(lengths)) | {"categories": [{"id": 1, "name": "cat"}]}
+    file.write_text(json.dumps(document))
+    split = SplitPaths(name="train", labels=file, frames=tmp_path, features=tmp_path / "a")
+    return Workload.of(split, load_labels(file))
+
+
+def test_bytes_and_seconds_by_hand(tmp_path: Path) -> None:
+    """Frames of 48 x 80 without resizing, padded to 64 x 96, so maps of 13 x 21 are kept of 16 x 24."""
+    settings = Settings(detector=DetectorSettings(short_edge=None))
+    cost = FrameCost(query_bytes=3 * 4 * 6 * 2, channels=6, seconds_per_pixel=1e-6)
+    work = workload(tmp_path, {1: 5, 2: 7})
+    assert stored_bytes(settings, work.videos, 6 * 2, cost) == 12 * (144 + 13 * 21 * 6 * 2)
+    assert room.seconds(settings, work.videos, cost) == pytest.approx(12 * 64 * 96 * 1e-6)
+
+
+def test_videos_in_the_cache_are_not_counted(tmp_path: Path) -> None:
+    write_video(open_writer(tmp_path / "a"), "1", 5)
+    assert workload(tmp_path, {1: 5, 2: 7}).frames == 7
+
+
+# The estimate
+
+
+def feature_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("videos/*/*/c.*"))
+
+
+def test_the_estimate_is_what_is_written(
+    tiny_data: Path,
+    tiny_cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [f"data.root={tiny_data}", f"cache.path={tmp_path / 'none'}", "device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["extract", "estimate", "demo", *words])
+    assert extract_main() == 0
+    printed = capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
+    blocks = re.findall(r"^(\w+): (\d+) videos, (\d+) frames, [\d.]+ minutes\n((?:  .*\n)+)", printed, re.M)
+    assert [(name, videos, frames) for name, videos, frames, _ in blocks] == [
+        ("train", "5", "30"),
+        ("valid", "2", "12"),
+    ]
+    words = ["cache.codec=logit", "cache.calibration_frames=12"]
+    extract(tiny_settings(tiny_data, tmp_path / "logit", tmp_path, *words), only=["train"])
+    said = {
+        row: float(size) for row, size in re.findall(r"^  (.*?)  +[\d.]+ GB, ([\d.]+) MB a frame", blocks[0][3], re.M)
+    }
+    assert list(said)[:3] == ["float16", "int8", "logit 1/128"] and list(said)[3].startswith("auto: ")
+    assert said["float16"] == pytest.approx(feature_bytes(tiny_cache / "train") / 30e6, rel=0.02)
+    assert said["logit 1/128"] == pytest.approx(feature_bytes(tmp_path / "logit" / "train") / 30e6, rel=0.1)
+    assert re.search(r"^free: [\d.]+ GB at ", printed, re.M)
+
+
+# Refusal
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MB; where this user may not mount one, the test is skipped."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("may not mount a file system")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(tiny_data: Path, small_disk: Path) -> None:
+    settings = tiny_settings(tiny_data, small_disk / "features", small_disk)
+    with pytest.raises(CacheError, match=r"42 frames do not fit.*expected .* GB, got 0.00 GB free[\s\S]*ignore_space"):
+        extract(settings)
+    assert list(small_disk.iterdir()) == []
+    settings.cache.ignore_space = True
+    with pytest.raises(CacheError, match=r"video '2': writing failed: No space left"):
+        extract(settings)
+    assert FeatureCache.open(small_disk / "features" / "train").video_names() == ["1"]
+
+
+def leave_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    """All disks have so many bytes left."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(total=10**12, used=10**12 - free, free=free))
+
+
+def test_room_decides_and_ignore_space_overrides(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = feature_bytes(tiny_cache / "valid")
+    settings = tiny_settings(tiny_data, tmp_path / "features", tmp_path)
+    leave_free(monkeypatch, int(needed * 0.98))
+    with pytest.raises(CacheError, match="12 frames do not fit"):
+        extract(settings, only=["valid"])
+    assert not (tmp_path / "features").exists()
+    settings.cache.ignore_space = True
+    extract(settings, only=["valid"])
+    assert feature_bytes(tmp_path / "features" / "valid") == needed
+
+
+def test_an_upload_needs_room_for_a_few_videos_only(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = sorted(
+        sum(file.stat().st_size for file in video.glob("*/c.*")) for video in (tiny_cache / "train/videos").glob("*/")
+    )
+    with local_s3("room") as bucket:
+        settings = tiny_settings(tiny_data, f"{bucket}/features", tmp_path)
+        leave_free(monkeypatch, int(sum(sizes[-LOCAL_VIDEOS:]) * 0.98))
+        with pytest.raises(CacheError, match=r"30 frames do not fit"):
+            extract(settings, only=["train"])
+        leave_free(monkeypatch, sum(sizes[-LOCAL_VIDEOS:]))
+        extract(settings, only=["train"])
+        assert len(FeatureCache.open(f"{bucket}/features/train").video_names()) == 5
+        settings.cache.stage_to = str(tmp_path / "ssd")
+        with pytest.raises(CacheError, match=r"12 frames do not fit"):
+            leave_free(monkeypatch, 1000)
+            extract(settings, only=["valid"])
