@@ -10,7 +10,9 @@ HEAD ?= runs/demo
 OUTPUT ?= runs/predictions
 STRIDE ?= 1
 SCORE ?= 0.3
-NAMES := CONFIG PYTHON VENV VIDEO HEAD OUTPUT STRIDE SCORE KEEP_CACHE
+# Of `make compare`: DIFFER=1 compares runs of unequal terms, and says so.
+COMPARISON ?= runs/comparison
+NAMES := RUNS COMPARISON DIFFER CONFIG PYTHON VENV VIDEO HEAD OUTPUT STRIDE SCORE KEEP_CACHE
 OVERRIDES := $(filter-out $(NAMES:%=%=%),$(MAKEOVERRIDES))
 # On no registry; the commit that the golden numbers were recorded with.
 DETECTRON2 := git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833
@@ -27,7 +29,7 @@ predict: train
 endif
 endif
 
-.PHONY: bench doctor fuzz help demo demo-data demo-detector extract train evaluate report predict test lint install detectron2
+.PHONY: bench doctor fuzz help demo demo-data demo-detector extract train evaluate report compare predict test lint install detectron2
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -73,7 +75,7 @@ predict: $(STAMP)  ## your own video: VIDEO=clip.mp4 (or a folder, or a list) [H
 	$(PY) -m evaluate predict --head "$(HEAD)" --output "$(OUTPUT)" --score $(SCORE) "$(HEAD_CONFIG)" "$$features/video" $(SETTINGS)
 
 compare: $(STAMP)  ## RUNS="runs/a runs/b": what differs, whether it is real, where it comes from
-	@$(PY) -m evaluate compare $(RUNS) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(DIFFER),--allow-differences)
+	@$(PY) -m evaluate compare $(RUNS) --output $(COMPARISON) $(if $(DIFFER),--allow-differences)
 
 detectron2: $(STAMP)  ## the engine for your own detectron2 models (compiles, minutes); also needs their code in PYTHONPATH
 	$(PY) -m pip install -q setuptools timm opencv-python-headless
