@@ -183,8 +183,8 @@ class FinetuneSettings:
     flip: bool = True  # half of the clips, left to right; every frame of a clip alike, as all that follows
     short_edges: list[int] = field(default_factory=lambda: list(range(288, 513, 32)))  # pixels, one for each clip
     crop_share: float = 0.5  # of the clips are cut out before they are resized
-    crop_edges: list[int] = field(default_factory=lambda: [400, 500, 600])  # shorter edge that crop_sizes refer to
-    crop_sizes: list[int] = field(default_factory=lambda: [384, 600])  # least and largest edge of a crop
+    resize_edges: list[int] = field(default_factory=lambda: [400, 500, 600])  # shorter edge that crop_sides refer to
+    crop_sides: list[int] = field(default_factory=lambda: [384, 600])  # least and largest edge of a crop
 
 
 @dataclass

@@ -9,6 +9,7 @@ import torch
 from cache import masks
 from cache.annotations import load_labels
 from cache.errors import AnnotationError, IncompleteVideo
+from cache.geometry import Transform
 from cache.reader import FeatureCache
 from train_head.clips import ClipConfig, ClipDataset, ClipStream, draw_frames, read_targets
 
@@ -84,7 +85,9 @@ def test_labels_are_resized_to_the_networks_input(tiny_cache: Path) -> None:
     track = labels.tracks[0]
     frame = next(i for i, rle in enumerate(track.segmentations) if rle is not None)
     video = labels.video_by_id[track.video_id]
-    doubled = read_targets(labels, video.id, [frame], (2 * video.height, 2 * video.width))
+    original_hw = (video.height, video.width)
+    transform = Transform.resize(original_hw, (2 * video.height, 2 * video.width))
+    doubled = read_targets(labels, video.id, [frame], [transform])
     row = doubled.identities_N.tolist().index(labels.tracks_of(video.id).index(track))
     rle = track.segmentations[frame]
     assert rle is not None

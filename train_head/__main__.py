@@ -16,6 +16,7 @@ def main() -> int:
     arguments = _parser().parse_args()
     run = {
         "train": _train,
+        "finetune": _finetune,
         "sweep": _sweep,
         "bench": _bench,
         "import-release": _import_release,
@@ -30,7 +31,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", required=True)
     train = verbs.add_parser("train", help="train the head from the cache; goes on from its checkpoint")
     sweep = verbs.add_parser("sweep", help="train and evaluate every combination of settings such as seed=0,1,2")
-    for verb in (train, sweep):
+    finetune = verbs.add_parser("finetune", help="train detector and head from images, or the detector alone")
+    for verb in (train, finetune, sweep):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     bench = verbs.add_parser("bench", help="cost of a training step, against the live detector and plain losses")
@@ -67,6 +69,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     folder = train(settings, average_precision)
     print(f"trained: {folder}")
+    return 0
+
+
+def _finetune(arguments: argparse.Namespace) -> int:
+    from train_head.joint import finetune
+
+    print(f"fine-tuned: {finetune(load_settings(arguments.config, arguments.overrides))}")
     return 0
 
 

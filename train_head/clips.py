@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, get_worker_info
 from cache import masks
 from cache.errors import AnnotationError
 from cache.frames import FrameArray
+from cache.geometry import Transform
 from cache.labels import Labels
 from cache.layout import video_group_name
 from cache.reader import FeatureCache
@@ -102,13 +103,14 @@ class ClipDataset(Dataset[Clip]):
         """Read clip number `index`."""
         video_id, frames = self.stream.draw(index)
         cached = self.feature_cache.video(video_group_name(video_id))
+        transform = Transform.resize(cached.attributes.original_hw, cached.attributes.image_hw)
         return Clip(
             index=index,
             video_id=video_id,
             frames=frames,
             frame_queries_TLQC=read_into_tensor(cached.queries, frames),
             map_TRHW=read_into_tensor(cached.maps, frames),
-            targets=read_targets(self.stream.labels, video_id, frames, cached.attributes.image_hw),
+            targets=read_targets(self.stream.labels, video_id, frames, [transform] * len(frames)),
         )
 
 
@@ -145,24 +147,17 @@ def read_into_tensor(array: FrameArray, frames: Sequence[int]) -> Tensor:
     return tensor
 
 
-def read_targets(labels: Labels, video_id: int, frames: Sequence[int], image_hw: tuple[int, int]) -> ClipTargets:
-    """Decode the labels of some frames of a video at the network's input size (nearest, as the release resizes)."""
+def read_targets(labels: Labels, video_id: int, frames: Sequence[int], transforms: Sequence[Transform]) -> ClipTargets:
+    """Decode the labels of some frames of a video, transformed as the network's input was, each by its own."""
     tracks = [track for track in labels.tracks_of(video_id) if not track.iscrowd]
-    masks_NThw = torch.zeros(len(tracks), len(frames), *image_hw, dtype=torch.uint8)
+    masks_NThw = torch.zeros(len(tracks), len(frames), *transforms[0].size, dtype=torch.uint8)
     for row, track in enumerate(tracks):
-        for column, frame in enumerate(frames):
+        for column, (frame, transform) in enumerate(zip(frames, transforms, strict=True)):
             rle = track.segmentations[frame]
             if rle is not None:
-                masks_NThw[row, column] = _resized(torch.from_numpy(masks.mask(rle)), image_hw)
+                masks_NThw[row, column] = torch.from_numpy(transform.on_mask(masks.mask(rle)))
     return clip_targets(
         torch.tensor([labels.category_index[track.category_id] for track in tracks], dtype=torch.int64),
         torch.arange(len(tracks)),
         masks_NThw,
     )
-
-
-def _resized(mask_hw: Tensor, image_hw: tuple[int, int]) -> Tensor:
-    if tuple(mask_hw.shape) == image_hw:
-        return mask_hw
-    resized: Tensor = torch.nn.functional.interpolate(mask_hw[None, None], image_hw, mode="nearest-exact")[0, 0]
-    return resized

@@ -61,9 +61,12 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
 
 
 def export_file(run: Path, target: Path, detector: Path | None) -> str:
-    """Write a run's head, and a detector's tensors if asked, as a VITA checkpoint; returns what was done."""
+    """Write a run's head and detector as a VITA checkpoint; returns what was done.
+
+    `detector`: an official file; None takes the detector that the run fine-tuned, or none where it is frozen.
+    """
     checkpoint = load_checkpoint(run / CHECKPOINT)
-    others = {} if detector is None else read_weight_file(detector)
+    others = checkpoint.detector if detector is None else read_weight_file(detector)
     model = export_release(checkpoint.head, others)
     temporary = target.with_suffix(".tmp")
     torch.save({"model": model, "iteration": checkpoint.step}, temporary)

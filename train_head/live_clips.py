@@ -1,0 +1,91 @@
+"""Clips of images for fine-tuning: read, augmented and labelled, all frames of a clip alike (VITA's augmentations).
+
+Shapes: T frames, H×W input pixels without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cache.geometry import Transform, TransformRanges, network_size
+from cache.labels import Video
+from configs.schema import FinetuneSettings
+from train_head.clips import ClipStream, read_targets
+from train_head.targets import ClipTargets
+
+FrameReader = Callable[[Video, int], Image.Image]
+"""The RGB image of one frame of a video, of the size that the labels say."""
+_STREAM = 2  # of random numbers: 0 shuffles videos, 1 draws frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveClip:
+    """T frames of one video as images, transformed alike."""
+
+    index: int
+    video_id: int
+    frames: tuple[int, ...]
+    images_T3HW: Tensor  # uint8 RGB, unpadded
+    targets: ClipTargets
+
+    def pin_memory(self) -> LiveClip:
+        """Copy to page-locked memory (called by the data loader)."""
+        return LiveClip(
+            index=self.index,
+            video_id=self.video_id,
+            frames=self.frames,
+            images_T3HW=self.images_T3HW.pin_memory(),
+            targets=self.targets.pin_memory(),
+        )
+
+
+class LiveClips(Dataset[LiveClip]):
+    """The clips of a stream, from image files; clip i and its augmentation depend on (seed, i) alone."""
+
+    def __init__(
+        self, stream: ClipStream, read: FrameReader, short_edge: int | None, chosen: FinetuneSettings | None
+    ) -> None:
+        """`chosen`: the augmentation; None resizes to `short_edge`, as extraction does.
+
+        `read` travels to worker processes.
+        """
+        self.stream, self.read, self.short_edge, self.chosen = stream, read, short_edge, chosen
+
+    def __getitem__(self, index: int) -> LiveClip:
+        """Read, transform and label the frames of clip number `index`."""
+        video_id, frames = self.stream.draw(index)
+        video = self.stream.labels.video_by_id[video_id]
+        original_hw = (video.height, video.width)
+        transform = self.transform(index, original_hw)
+        images = [transform.on_image(self.read(video, frame)) for frame in frames]
+        return LiveClip(
+            index=index,
+            video_id=video_id,
+            frames=frames,
+            images_T3HW=torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2),
+            targets=read_targets(self.stream.labels, video_id, frames, [transform] * len(frames)),
+        )
+
+    def transform(self, index: int, original_hw: tuple[int, int]) -> Transform:
+        """One transform for all frames of clip `index`."""
+        chosen = self.chosen
+        if chosen is None:
+            return Transform.resize(original_hw, network_size(original_hw, self.short_edge))
+        rng = np.random.default_rng([self.stream.config.seed, _STREAM, index])
+        if rng.random() < chosen.crop_share:
+            ranges = TransformRanges(
+                resize_edges=tuple(chosen.resize_edges),
+                crop_sides=(chosen.crop_sides[0], chosen.crop_sides[1]),
+                short_edges=tuple(chosen.short_edges),
+                flip=chosen.flip,
+            )
+            return ranges.draw(rng, original_hw, 1)[0]
+        size = network_size(original_hw, int(rng.choice(chosen.short_edges)))
+        return Transform(crop=(0, 0, *original_hw), size=size, flip=chosen.flip and bool(rng.random() < 0.5))
