@@ -65,7 +65,10 @@ class ZarrFrames:
     def read(self, frames: Sequence[int], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """See FrameArray. One basic-indexing read a frame: fancy indexing of shards is far slower still."""
         out = checked_output(self.shape, self.dtype, frames, out)
-        array = zarr.open_array(str(self.folder), mode="r")
+        try:
+            array = zarr.open_array(str(self.folder), mode="r")
+        except Exception as error:  # damaged metadata can fail anywhere in their reader
+            raise CorruptData(f"unreadable array metadata: {error!r}", where=self.folder) from error
         fill = fill_value(self.dtype)
         for position, frame in enumerate(frames):
             for file in self._files(array, frame):
@@ -73,7 +76,7 @@ class ZarrFrames:
                     raise corrupt_frame("shard cannot be opened: no such file", file, self.folder, frame)
             try:
                 out[position] = array[frame]
-            except (ValueError, RuntimeError, OSError, LookupError) as error:
+            except (ValueError, TypeError, RuntimeError, OSError, LookupError) as error:
                 raise corrupt_frame(f"unreadable: {error}", self.folder, self.folder, frame) from error
             missing = np.isnan(out[position]) if fill != fill else out[position] == fill
             if missing.all():

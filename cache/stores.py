@@ -117,7 +117,7 @@ class FolderStore:
     def _array(self, folder: Path) -> NDArray[Any]:
         try:
             array = np.asarray(zarr.open_array(str(folder), mode="r")[...])
-        except (ValueError, OSError, LookupError) as error:
+        except Exception as error:  # damaged metadata can fail anywhere in their reader
             raise CorruptData(f"unreadable: {error}", where=folder) from error
         return require_finite(array, folder)
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.archives import require_sound_archive
 from cache.errors import WeightsError
 from extract.safe_pickle import load_plain_pickle
 
@@ -134,6 +135,7 @@ def _model_dict(path: Path) -> dict[str, object]:
             with path.open("rb") as stream:
                 content = load_plain_pickle(stream)
         else:
+            require_sound_archive(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can fail anywhere in its reader
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
