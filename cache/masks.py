@@ -23,6 +23,7 @@ IntArray = NDArray[np.int64]
 # frame) even the terminating zero of the string fits.
 MAX_PIXELS = 2**25
 _MAX_CHARACTERS_PER_RUN = 6
+_AREAS_AT_ONCE = 255  # pycocotools puts the number of masks into an 8-bit integer, which NumPy 2 refuses beyond
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +60,13 @@ def mask(rle: Rle) -> NDArray[np.uint8]:
 
 def areas(rles: Sequence[Rle]) -> IntArray:
     """Foreground pixels of each mask, (N,)."""
-    return np.asarray(coco_mask.area([rle.to_json() for rle in rles]), dtype=np.int64).reshape(-1)
+    return coded_areas([rle.to_json() for rle in rles])
+
+
+def coded_areas(coded: Sequence[dict[str, object]]) -> IntArray:
+    """Foreground pixels of each mask in the form of `Rle.to_json`, (N,)."""
+    parts = [coded[start : start + _AREAS_AT_ONCE] for start in range(0, len(coded), _AREAS_AT_ONCE)]
+    return np.concatenate([np.empty(0, np.int64), *(np.asarray(coco_mask.area(part), np.int64) for part in parts)])
 
 
 def from_counts(counts: Sequence[object], height: int, width: int) -> list[Rle]:

@@ -35,7 +35,7 @@ class TrackMasks:
             masks.side_by_side(segmentations[start : start + frames], video.height, video.width).to_json()
             for start in range(0, video.length, frames)
         ]
-        return cls(chunks=tuple(chunks), pixels=int(coco_mask.area(chunks).sum()), iscrowd=iscrowd)
+        return cls(chunks=tuple(chunks), pixels=int(masks.coded_areas(chunks).sum()), iscrowd=iscrowd)
 
 
 def track_ious(found: Sequence[TrackMasks], labelled: Sequence[TrackMasks]) -> FloatArray:
@@ -49,7 +49,7 @@ def track_ious(found: Sequence[TrackMasks], labelled: Sequence[TrackMasks]) -> F
         # Against a crowd pycocotools divides by D's area alone: times that area, rounded, the
         # intersection is exact, and chunks of one video can be added up.
         over_found = coco_mask.iou(list(left), list(right), [1] * len(labelled))
-        intersections += np.rint(over_found * coco_mask.area(list(left))[:, None])
+        intersections += np.rint(over_found * masks.coded_areas(left)[:, None])
     found_areas = np.array([[track.pixels] for track in found])
     label_areas = np.array([[track.pixels for track in labelled]])
     crowd = np.array([[track.iscrowd for track in labelled]])

@@ -116,3 +116,8 @@ def test_uint8_and_bool_masks_encode_alike() -> None:
     mask = np.array([[0, 255, 0], [1, 0, 0]], dtype=np.uint8)
     assert masks.encode(mask) == masks.encode(mask != 0)
     assert masks.encode(mask).counts == "123"
+
+
+def test_areas_of_more_masks_than_pycocotools_counts() -> None:
+    frames = [np.arange(12).reshape(3, 4) < number % 13 for number in range(600)]
+    assert masks.areas([masks.encode(frame) for frame in frames]).tolist() == [number % 13 for number in range(600)]
