@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cache import masks
-from cache.layout import Size
+from cache.layout import Size, VideoAttributes
 from cache.masks import Rle
 
 Box = tuple[int, int, int, int]
@@ -77,10 +77,13 @@ class Transform:
             return mask
         ys, xs = self._sources()
         top, left, height, width = self.crop
+        if not self.rotation:
+            columns = np.swapaxes(mask, -1, -2)  # as a decoded mask lies in memory: five times faster
+            taken: NDArray[Any] = np.take(np.take(columns, left + xs[0], axis=-2), top + ys[:, 0], axis=-1)
+            return np.swapaxes(taken, -1, -2)
         inside = (ys >= 0) & (ys < height) & (xs >= 0) & (xs < width)
         rows, columns = top + np.clip(ys, 0, height - 1), left + np.clip(xs, 0, width - 1)
-        taken: NDArray[Any] = mask[..., rows, columns]
-        return taken if not self.rotation else np.where(inside, taken, np.zeros_like(taken))
+        return np.where(inside, mask[..., rows, columns], np.zeros((), mask.dtype))
 
     def on_rle(self, rle: Rle) -> Rle:
         """Transform a run-length encoded mask; the result may be empty."""
@@ -97,6 +100,12 @@ class Transform:
         if self.flip:
             xs = out_w - xs
         return np.floor(ys * height / out_h).astype(np.int64), np.floor(xs * width / out_w).astype(np.int64)
+
+
+def transform_of(attributes: VideoAttributes) -> Transform:
+    """What leads from a video's frames on disk to the network input that a cache holds the features of."""
+    view = attributes.view
+    return Transform(crop=view.crop or (0, 0, *attributes.original_hw), size=attributes.image_hw, flip=view.flip)
 
 
 @dataclass(frozen=True, kw_only=True)

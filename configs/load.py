@@ -106,11 +106,15 @@ def validate(settings: Settings, where: str) -> None:
         "train.decay_factor": s.train.decay_factor,
         "train.log_every": s.train.log_every,
         "train.checkpoint_every": s.train.checkpoint_every,
+        "pseudo.num_images": 1 if s.pseudo.num_images is None else s.pseudo.num_images,
+        "pseudo.num_frames": s.pseudo.num_frames,
         "evaluate.top_k": s.evaluate.top_k,
         "evaluate.chunk_frames": s.evaluate.chunk_frames,
     }
     not_negative: dict[str, float] = {
         "seed": s.seed,
+        "pseudo.ratio": s.pseudo.ratio,
+        "pseudo.seed": s.pseudo.seed,
         "head.enc_layers": s.head.enc_layers,
         "head.window": s.head.window,
         "train.weight_decay": s.train.weight_decay,
@@ -128,6 +132,7 @@ def validate(settings: Settings, where: str) -> None:
     _require({k: v > 0 for k, v in positive.items()}, positive, "more than 0", where)
     _require({k: v >= 0 for k, v in not_negative.items()}, not_negative, "0 or more", where)
     _validate_relations(settings, where)
+    _validate_sources(settings, where)
 
 
 def _require(holds: dict[str, bool], values: dict[str, Any], expected: str, where: str) -> None:
@@ -176,6 +181,50 @@ def _validate_relations(s: Settings, where: str) -> None:
             "a folder name: runs go to <runs>/<name>",
         ),
     }
+    _refuse(checks, where)
+
+
+def _validate_sources(s: Settings, where: str) -> None:
+    """Views, pseudo-videos and mixtures."""
+    pseudo = s.pseudo
+    views = [(view.crop, view.crop_seed if view.crop < 1 else 0, view.short_edge, view.flip) for view in s.data.views]
+    same = [v for v in s.data.views if v.crop == 1 and v.short_edge in (None, s.detector.short_edge) and not v.flip]
+    edges = [*pseudo.resize_edges, *pseudo.short_edges, *pseudo.crop_sides]
+    checks: dict[str, tuple[bool, object, str]] = {
+        "data.views": (
+            not same and len(set(views)) == len(views),
+            f"{len(views)} views",
+            "views that differ from each other and from the video itself",
+        ),
+        "data.views: crop": (all(0 < v.crop <= 1 for v in s.data.views), s.data.views, "a share, 0 < x <= 1"),
+        "data.views: crop_seed": (all(v.crop_seed >= 0 for v in s.data.views), s.data.views, "0 or more"),
+        "data.views: short_edge": (
+            all(v.short_edge is None or 32 <= v.short_edge <= 1333 for v in s.data.views),
+            s.data.views,
+            "32 to 1333 pixels, or null",
+        ),
+        "pseudo.labels": (
+            pseudo.ratio == 0 or (pseudo.labels is not None and pseudo.images is not None),
+            pseudo.labels,
+            "with pseudo.ratio > 0, a COCO instances JSON, and its folder as pseudo.images",
+        ),
+        "pseudo.*_edges, crop_sides": (
+            bool(pseudo.resize_edges and pseudo.short_edges) and all(32 <= edge <= 1333 for edge in edges),
+            edges,
+            "32 to 1333 pixels",
+        ),
+        "pseudo.crop_sides": (
+            len(pseudo.crop_sides) == 2 and pseudo.crop_sides == sorted(pseudo.crop_sides),
+            pseudo.crop_sides,
+            "the least side and the largest",
+        ),
+        "pseudo.rotation": (0 <= pseudo.rotation <= 90, pseudo.rotation, "degrees, 0 <= x <= 90"),
+        "train.mix": (all(m.ratio > 0 for m in s.train.mix), s.train.mix, "ratios above 0"),
+    }
+    _refuse(checks, where)
+
+
+def _refuse(checks: dict[str, tuple[bool, object, str]], where: str) -> None:
     for key, (holds, got, expected) in checks.items():
         if not holds:
             raise ConfigError(f"impossible value of {key}", where=where, expected=expected, got=got)

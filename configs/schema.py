@@ -71,6 +71,16 @@ class Split(Enum):
 
 
 @dataclass
+class ViewSettings:
+    """A variant of every train video: cut out, resized, mirrored, in this order."""
+
+    crop: float = 1.0  # share of height and of width that is kept
+    crop_seed: int = 0  # decides, with the video's id, where the crop lies
+    short_edge: int | None = None  # pixels; null takes detector.short_edge
+    flip: bool = False  # left to right
+
+
+@dataclass
 class DataSettings:
     """A data set in YouTube-VIS layout; label and frame paths are relative to `root`."""
 
@@ -81,6 +91,27 @@ class DataSettings:
     valid_frames: str | None = "valid/JPEGImages"
     holdout: float = 0.0  # share of the train videos kept out of training to evaluate on
     holdout_seed: int = 0
+    views: list[ViewSettings] = field(default_factory=list)  # of train videos, beside themselves: clips show any one
+
+
+@dataclass
+class PseudoSettings:
+    """Pseudo-videos: crops of a labelled still image play the frames of a video (REFERENCE section 4).
+
+    An image is thought of at one of `resize_edges`, where its crops have sides within `crop_sides`.
+    """
+
+    ratio: float = 0.0  # clips of pseudo-videos for each clip of a video; 0: they are not even extracted
+    labels: str | None = None  # COCO instances JSON; as `images`, relative to data.root
+    images: str | None = None
+    num_images: int | None = None  # drawn from those that show known categories; null takes all
+    num_frames: int = 6  # crops of an image
+    seed: int = 0  # of choice and crops
+    resize_edges: list[int] = field(default_factory=lambda: [400, 500, 600])  # shorter edge, pixels
+    crop_sides: list[int] = field(default_factory=lambda: [384, 600])  # least and largest, pixels
+    short_edges: list[int] = field(default_factory=lambda: list(range(288, 513, 32)))  # of the network input
+    rotation: float = 15.0  # degrees to either side
+    flip: bool = True  # half of them, left to right
 
 
 @dataclass
@@ -147,6 +178,14 @@ class LossSettings:
 
 
 @dataclass
+class MixSettings:
+    """Another cache of labelled videos to train on, by the same detector and with the same codec and categories."""
+
+    cache: str  # path of one split, such as caches/coco/train
+    ratio: float = 1.0  # its clips for each clip of the config's own train videos
+
+
+@dataclass
 class TrainSettings:
     """The training run."""
 
@@ -157,6 +196,7 @@ class TrainSettings:
     num_layers: int | None = None  # cached detector layers to train on, the last ones; null takes all
     frame_range: int = 20  # clip frames lie within this many frames of the reference frame
     replacement: bool = True  # VITA: the release draws a clip's frames with replacement
+    mix: list[MixSettings] = field(default_factory=list)  # beside the train videos (and pseudo-videos: pseudo.ratio)
     learning_rate: float = 5e-5
     weight_decay: float = 0.05
     warmup: int = 10
@@ -209,6 +249,7 @@ class Settings:
     device: Device = Device.auto
     runs: str = "runs"
     data: DataSettings = field(default_factory=DataSettings)
+    pseudo: PseudoSettings = field(default_factory=PseudoSettings)
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     head: HeadSettings = field(default_factory=HeadSettings)

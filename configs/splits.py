@@ -32,8 +32,16 @@ def valid_split(settings: Settings) -> SplitPaths | None:
     return _split(settings, "valid", data.valid_labels, data.valid_frames)
 
 
+def pseudo_split(settings: Settings) -> SplitPaths | None:
+    """Return the paths of the pseudo-videos (labels and frames are those of the images), None without them."""
+    pseudo = settings.pseudo
+    if pseudo.ratio == 0 or pseudo.labels is None or pseudo.images is None:
+        return None
+    return _split(settings, "pseudo", pseudo.labels, pseudo.images)
+
+
 def all_splits(settings: Settings) -> list[SplitPaths]:
-    """Return every split that the config names."""
+    """Return every split of videos that the config names."""
     valid = valid_split(settings)
     return [train_split(settings)] + ([] if valid is None else [valid])
 

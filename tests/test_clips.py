@@ -10,15 +10,21 @@ from cache import masks
 from cache.annotations import load_labels
 from cache.errors import AnnotationError, IncompleteVideo
 from cache.geometry import Transform
+from cache.layout import View
 from cache.reader import FeatureCache
-from train_head.clips import ClipConfig, ClipDataset, ClipStream, draw_frames, read_targets
+from train_head.clips import ClipConfig, ClipDataset, ClipSource, ClipStream, draw_frames, read_targets
 
 
 def open_dataset(features: Path, seed: int = 3) -> ClipDataset:
     feature_cache = FeatureCache.open(features / "train")
-    labels = feature_cache.labels()
+    source = ClipSource(feature_cache=feature_cache, labels=feature_cache.labels())
+    return dataset_of([source], seed)
+
+
+def dataset_of(sources: list[ClipSource], seed: int = 3) -> ClipDataset:
     config = ClipConfig(num_frames=4, frame_range=2, seed=seed)
-    return ClipDataset(feature_cache, ClipStream(labels, [video.id for video in labels.videos], config))
+    stream = ClipStream([source.labels for source in sources], [source.ratio for source in sources], config)
+    return ClipDataset(sources, stream)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 9, 40])
@@ -43,9 +49,10 @@ def test_the_reference_frame_comes_once_where_there_are_others() -> None:
 
 def test_every_epoch_visits_every_labelled_video_once(tiny_cache: Path) -> None:
     stream = open_dataset(tiny_cache).stream
-    count = len(stream.video_ids)
+    (video_ids,) = stream.video_ids
+    count = len(video_ids)
     epochs = [[stream.video_at(i) for i in range(start, start + count)] for start in (0, count, 2 * count)]
-    assert all(sorted(epoch) == sorted(stream.video_ids) for epoch in epochs)
+    assert all(sorted(epoch) == [(0, video_id) for video_id in sorted(video_ids)] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
 
@@ -65,14 +72,15 @@ def test_a_clip_depends_on_seed_and_index_alone(tiny_cache: Path) -> None:
 def test_a_clip_carries_the_cached_frames_and_the_labels_of_them(tiny_cache: Path) -> None:
     dataset = open_dataset(tiny_cache)
     clip = dataset[1]
-    cached = dataset.feature_cache.video(str(clip.video_id))
+    source = dataset.sources[0]
+    cached = source.feature_cache.video(str(clip.video_id))
     for position, frame in enumerate(clip.frames):
         assert np.array_equal(clip.map_TRHW[position].numpy(), cached.mask_features([frame])[0])
         assert np.array_equal(clip.frame_queries_TLQC[position].numpy(), cached.frame_queries([frame])[0])
-    tracks = dataset.stream.labels.tracks_of(clip.video_id)
+    tracks = source.labels.tracks_of(clip.video_id)
     for row, identity in enumerate(clip.targets.identities_N.tolist()):
         track = tracks[identity]
-        assert clip.targets.labels_N[row] == dataset.stream.labels.category_index[track.category_id]
+        assert clip.targets.labels_N[row] == source.labels.category_index[track.category_id]
         for position, frame in enumerate(clip.frames):
             rle = track.segmentations[frame]
             expected = np.zeros(clip.targets.image_hw) if rle is None else masks.mask(rle)
@@ -85,8 +93,7 @@ def test_labels_are_resized_to_the_networks_input(tiny_cache: Path) -> None:
     track = labels.tracks[0]
     frame = next(i for i, rle in enumerate(track.segmentations) if rle is not None)
     video = labels.video_by_id[track.video_id]
-    original_hw = (video.height, video.width)
-    transform = Transform.resize(original_hw, (2 * video.height, 2 * video.width))
+    transform = Transform.resize((video.height, video.width), (2 * video.height, 2 * video.width))
     doubled = read_targets(labels, video.id, [frame], [transform])
     row = doubled.identities_N.tolist().index(labels.tracks_of(video.id).index(track))
     rle = track.segmentations[frame]
@@ -97,9 +104,10 @@ def test_labels_are_resized_to_the_networks_input(tiny_cache: Path) -> None:
 def test_videos_without_objects_or_features_are_refused(tiny_cache: Path) -> None:
     feature_cache = FeatureCache.open(tiny_cache / "train")
     labels = feature_cache.labels()
-    config = ClipConfig(num_frames=2, frame_range=2, seed=0)
     with pytest.raises(AnnotationError, match="no video with a labelled object"):
-        ClipStream(labels, [], config)
-    other = FeatureCache.open(tiny_cache / "valid")
+        dataset_of([ClipSource(feature_cache=feature_cache, labels=labels.subset([]))])
     with pytest.raises(IncompleteVideo, match="make extract"):
-        ClipDataset(other, ClipStream(labels, [video.id for video in labels.videos], config))
+        dataset_of([ClipSource(feature_cache=FeatureCache.open(tiny_cache / "valid"), labels=labels)])
+    flipped = {video.id: (View(), View(flip=True)) for video in labels.videos}
+    with pytest.raises(IncompleteVideo, match=r"'1@flip'[\s\S]*make extract"):
+        dataset_of([ClipSource(feature_cache=feature_cache, labels=labels, views=flipped)])

@@ -20,7 +20,7 @@ def build(data: Path, features: Path, runs: Path, mode: str) -> tuple[VideoSet, 
     heads = videos.feature_cache.heads
     decoding = decoding_of(videos.codec, map_channels(heads))
     config = ClipConfig(num_frames=4, frame_range=3, seed=0)
-    dataset = ClipDataset(videos.feature_cache, ClipStream(videos.labels, videos.video_ids, config))
+    dataset = ClipDataset(videos.sources, ClipStream([videos.labels], [1.0], config))
     return videos, build_frame_memory(settings, videos, FrozenHeads(heads), decoding), [dataset[i] for i in range(8)]
 
 

@@ -1,7 +1,8 @@
 """Clips of cached videos: which ones, in which order, and everything a training step needs of them.
 
 Clip number i of a run depends on (seed, i) alone, so a run can stop and resume anywhere, with any number of
-data workers, and see the same clips.
+data workers, and see the same clips. An epoch of a mixture is one permutation of every video of the first source
+and `ratio` times as many of each other source.
 
 Shapes: T frames, L detector layers, Q frame queries, C channels, R stored channels, H×W the stored map,
 N objects, h×w input pixels without padding.
@@ -9,20 +10,24 @@ N objects, h×w input pixels without padding.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import accumulate
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from cache import masks
 from cache.errors import AnnotationError
 from cache.frames import FrameArray
-from cache.geometry import Transform
+from cache.geometry import Transform, transform_of
 from cache.labels import Labels
-from cache.layout import video_group_name
+from cache.layout import View, video_group_name
 from cache.reader import FeatureCache
 from train_head.targets import ClipTargets, clip_targets
 
@@ -38,11 +43,30 @@ class ClipConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ClipSource:
+    """Labelled videos of one cache that clips are drawn from."""
+
+    feature_cache: FeatureCache
+    labels: Labels
+    views: Mapping[int, tuple[View, ...]] = field(default_factory=dict)
+    """Video id -> the views that a clip shows one of, with equal chances; where none are given, the video itself."""
+    ratio: float = 1.0
+    """Clips for each clip of the first source."""
+
+    def views_of(self, video_id: int) -> tuple[View, ...]:
+        """The views of a video that clips may show."""
+        return self.views.get(video_id, (View(),))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Clip:
     """T frames of one video, in order."""
 
     index: int
+    key: str  # of the video in this run: no other video, view or source has the same
+    name: str  # for people: the video's, and the view's
     video_id: int
+    num_tracks: int  # of the whole video
     frames: tuple[int, ...]
     frame_queries_TLQC: Tensor  # as stored: before the detector's decoder_norm
     map_TRHW: Tensor  # as stored, in the codec's number type
@@ -50,68 +74,96 @@ class Clip:
 
     def pin_memory(self) -> Clip:
         """Copy to page-locked memory (called by the data loader)."""
-        return Clip(
-            index=self.index,
-            video_id=self.video_id,
-            frames=self.frames,
+        return replace(
+            self,
             frame_queries_TLQC=self.frame_queries_TLQC.pin_memory(),
             map_TRHW=self.map_TRHW.pin_memory(),
             targets=self.targets.pin_memory(),
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class DrawnClip:
+    """Which frames a clip takes of which video; `source` is the position of its labels in the stream."""
+
+    source: int
+    video_id: int
+    frames: tuple[int, ...]
+
+
 class ClipStream:
     """Which frames of which video clip i of an endless, shuffled stream takes."""
 
-    def __init__(self, labels: Labels, video_ids: Sequence[int], config: ClipConfig) -> None:
-        """`video_ids`: the videos to train on; those without a labelled object are left out, as in the release.
+    def __init__(self, labels: Sequence[Labels], ratios: Sequence[float], config: ClipConfig) -> None:
+        """Mix label sets: `ratios` are clips of each for a clip of the first, whose own is not looked at.
 
-        Raises AnnotationError where nothing is left.
+        Videos without an object are left out, as in the release. Raises AnnotationError where none is left.
         """
         self.labels, self.config = labels, config
-        self.video_ids = [video_id for video_id in video_ids if labels.tracks_of(video_id)]
-        if not self.video_ids:
+        self.video_ids = [[video.id for video in part.videos if part.tracks_of(video.id)] for part in labels]
+        if not all(self.video_ids):
             raise AnnotationError("no video with a labelled object to train on", where="the train labels")
-        self._epochs: dict[int, np.ndarray] = {}
+        count = len(self.video_ids[0])
+        self._shares = [count, *(round(count * ratio) for ratio in ratios[1:])]
+        self._ends = list(accumulate(self._shares))
 
-    def draw(self, index: int) -> tuple[int, tuple[int, ...]]:
-        """Video and frames of clip `index`, 0 or more, without an upper bound."""
-        video_id, config = self.video_at(index), self.config
-        rng = np.random.default_rng([config.seed, 1, index])
-        video_length = self.labels.video_by_id[video_id].length
-        return video_id, draw_frames(rng, video_length, config.num_frames, config.frame_range, config.replacement)
+    def draw(self, index: int) -> DrawnClip:
+        """Clip number `index`, 0 or more, without an upper bound."""
+        source, video_id = self.video_at(index)
+        rng, config = np.random.default_rng([self.config.seed, 1, index]), self.config
+        length = self.labels[source].video_by_id[video_id].length
+        frames = draw_frames(rng, length, config.num_frames, config.frame_range, config.replacement)
+        return DrawnClip(source=source, video_id=video_id, frames=frames)
 
-    def video_at(self, index: int) -> int:
-        """Return the video of clip `index`: every epoch is its own permutation of all videos."""
-        epoch, position = divmod(index, len(self.video_ids))
-        if epoch not in self._epochs:
-            permutation = np.random.default_rng([self.config.seed, 0, epoch]).permutation(len(self.video_ids))
-            self._epochs = {epoch: permutation}
-        return self.video_ids[int(self._epochs[epoch][position])]
+    def video_at(self, index: int) -> tuple[int, int]:
+        """Return (source, video id) of clip `index`: no source repeats a video before it has shown all of them."""
+        seed, count = self.config.seed, self._ends[-1]
+        epoch, place = divmod(index, count)
+        slot = int(_permutation((seed, 0, epoch), count)[place])
+        source = bisect_right(self._ends, slot)
+        ids, share = self.video_ids[source], self._shares[source]
+        if source == 0:
+            return source, ids[slot]
+        shown = epoch * share + slot - self._ends[source - 1]
+        own_epoch, place = divmod(shown, len(ids))
+        return source, ids[int(_permutation((seed, 3, source, own_epoch), len(ids))[place])]
 
 
 class ClipDataset(Dataset[Clip]):
-    """The clips of a stream, from the cache."""
+    """The clips of a stream over the videos of one cache or several, read from there."""
 
-    def __init__(self, feature_cache: FeatureCache, stream: ClipStream) -> None:
-        """Raises IncompleteVideo where the cache lacks a video of the stream."""
-        self.feature_cache, self.stream = feature_cache, stream
-        for video_id in stream.video_ids:
-            feature_cache.video(video_group_name(video_id))
+    def __init__(self, sources: Sequence[ClipSource], stream: ClipStream) -> None:
+        """`stream` draws from the sources' labels. Raises IncompleteVideo where a cache lacks a view of a video."""
+        self.sources, self.stream = sources, stream
+        for source, video_ids in zip(sources, stream.video_ids, strict=True):
+            for video_id in video_ids:
+                for view in source.views_of(video_id):
+                    source.feature_cache.video(video_group_name(video_id, view))
 
     def __getitem__(self, index: int) -> Clip:
-        """Read clip number `index`."""
-        video_id, frames = self.stream.draw(index)
-        cached = self.feature_cache.video(video_group_name(video_id))
-        transform = Transform.resize(cached.attributes.original_hw, cached.attributes.image_hw)
+        """Read clip number `index`, in one of its video's views."""
+        drawn = self.stream.draw(index)
+        source, video_id, frames = self.sources[drawn.source], drawn.video_id, drawn.frames
+        views = source.views_of(video_id)
+        view = views[int(np.random.default_rng([self.stream.config.seed, 2, index]).integers(len(views)))]
+        cached = source.feature_cache.video(video_group_name(video_id, view))
+        video_name = source.labels.video_by_id[video_id].name
         return Clip(
             index=index,
+            key=f"{drawn.source}/{cached.name}",
+            name=f"{video_name}@{view.name}" if view.name else video_name,
             video_id=video_id,
+            num_tracks=len(source.labels.tracks_of(video_id)),
             frames=frames,
             frame_queries_TLQC=read_into_tensor(cached.queries, frames),
             map_TRHW=read_into_tensor(cached.maps, frames),
-            targets=read_targets(self.stream.labels, video_id, frames, [transform] * len(frames)),
+            targets=read_targets(source.labels, video_id, frames, [transform_of(cached.attributes)] * len(frames)),
         )
+
+
+@lru_cache(maxsize=16)
+def _permutation(key: tuple[int, ...], count: int) -> NDArray[np.int64]:
+    return np.random.default_rng(key).permutation(count)
 
 
 def draw_frames(
@@ -148,7 +200,7 @@ def read_into_tensor(array: FrameArray, frames: Sequence[int]) -> Tensor:
 
 
 def read_targets(labels: Labels, video_id: int, frames: Sequence[int], transforms: Sequence[Transform]) -> ClipTargets:
-    """Decode the labels of some frames of a video, transformed as the network's input was, each by its own."""
+    """Decode the labels of some frames of a video, each as its transform shows it (nearest, as the release)."""
     tracks = [track for track in labels.tracks_of(video_id) if not track.iscrowd]
     masks_NThw = torch.zeros(len(tracks), len(frames), *transforms[0].size, dtype=torch.uint8)
     for row, track in enumerate(tracks):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cache.codecs import Codec
 from cache.errors import AnnotationError, ConfigError, FingerprintMismatch
@@ -13,7 +14,9 @@ from cache.splits import Split, holdout_split
 from cache.staging import local_copy
 from configs.schema import CodecName, Settings
 from configs.schema import Split as SplitName
-from configs.splits import SplitPaths, train_split, valid_split
+from configs.splits import SplitPaths, pseudo_split, train_split, valid_split
+from configs.views import train_views
+from train_head.clips import ClipSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,7 @@ class VideoSet:
     feature_cache: FeatureCache
     labels: Labels  # of these videos only
     holdout: Split | None  # how the train videos were divided, where they were
+    sources: tuple[ClipSource, ...] = ()  # what clips of the training set are drawn from; these videos come first
 
     @property
     def video_ids(self) -> tuple[int, ...]:
@@ -37,8 +41,14 @@ class VideoSet:
 
 
 def open_training_set(settings: Settings) -> VideoSet:
-    """Open the train cache without the videos held out; refuses a cache that lacks a video or the labels."""
-    return _open(settings, train_split(settings), "train")
+    """Open the train cache without the videos held out, and what is mixed in; refuses caches that lack anything."""
+    videos = _open(settings, train_split(settings), "train")
+    views = {video.id: train_views(settings, video) for video in videos.labels.videos}
+    mixed = [(Path(mix.cache), mix.ratio) for mix in settings.train.mix]
+    pseudo = pseudo_split(settings)
+    mixed += [] if pseudo is None else [(pseudo.features, settings.pseudo.ratio)]
+    own = ClipSource(feature_cache=videos.feature_cache, labels=videos.labels, views=views)
+    return replace(videos, sources=(own, *(_open_mixed(settings, videos, path, ratio) for path, ratio in mixed)))
 
 
 def open_evaluation_set(settings: Settings) -> VideoSet:
@@ -93,6 +103,26 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
     for video in labels.videos:
         feature_cache.video(video_group_name(video.id))
     return VideoSet(split=split, feature_cache=feature_cache, labels=labels, holdout=holdout)
+
+
+def _open_mixed(settings: Settings, videos: VideoSet, path: Path, ratio: float) -> ClipSource:
+    """Open another cache to train on; its frames may have other sizes, and all else is as in the train cache."""
+    other = FeatureCache.open(local_copy(path, settings.cache.stage_to), preload=settings.cache.preload)
+    wanted = replace(videos.feature_cache.fingerprint, short_edge=other.fingerprint.short_edge)
+    hint = (
+        "extract both with the same detector and codec: `make extract` with the detector.* and cache.* of this config"
+    )
+    other.fingerprint.require(wanted, where=path, hint=hint)
+    labels = other.labels()
+    here, there = ({(c.id, c.name) for c in held.categories} for held in (videos.labels, labels))
+    if here != there:
+        raise AnnotationError(
+            "the labels of mixed caches have other categories: only in the train cache "
+            f"{sorted(here - there)[:3]}, only there {sorted(there - here)[:3]}",
+            where=path,
+            hint="give both label files the same ids and names",
+        )
+    return ClipSource(feature_cache=other, labels=labels, ratio=ratio)
 
 
 def _require_settings(feature_cache: FeatureCache, settings: Settings) -> None:

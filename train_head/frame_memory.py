@@ -10,7 +10,6 @@ from torch import Tensor
 
 from cache.category_map import category_pairs
 from cache.heads import DetectorHeads
-from cache.labels import Labels
 from configs.schema import FrameMatching, Settings
 from train_head.clips import Clip
 from train_head.data import VideoSet
@@ -29,23 +28,22 @@ class FrameMemory:
 
     def __init__(
         self,
-        labels: Labels,
         heads: FrozenHeads,
         decoding: MapDecoding,
         label_map_KJ: Tensor,
         num_points: int,
         cost_weights: CostWeights,
     ) -> None:
-        self.labels, self.heads, self.decoding, self.label_map_KJ = labels, heads, decoding, label_map_KJ
+        self.heads, self.decoding, self.label_map_KJ = heads, decoding, label_map_KJ
         self.num_points, self.cost_weights = num_points, cost_weights
-        self._known: dict[tuple[int, int], Tensor] = {}  # (video, frame) -> (L, A), -1 where not matched
+        self._known: dict[tuple[str, int], Tensor] = {}  # (clip's key, frame) -> (L, A), -1 where not matched
 
     def with_matches(self, clip: Clip, targets: ClipTargets) -> ClipTargets:
         """Return `targets`, the clip's on the computing device, with their `frame_queries_LTN`."""
-        unknown = [f for f in dict.fromkeys(clip.frames) if (clip.video_id, f) not in self._known]
+        unknown = [f for f in dict.fromkeys(clip.frames) if (clip.key, f) not in self._known]
         if unknown:
             self._compute(clip, targets, unknown)
-        matches_TLA = torch.stack([self._known[clip.video_id, frame] for frame in clip.frames])
+        matches_TLA = torch.stack([self._known[clip.key, frame] for frame in clip.frames])
         matches_LTN = matches_TLA.transpose(0, 1)[..., targets.identities_N]
         return replace(targets, frame_queries_LTN=matches_LTN)
 
@@ -54,7 +52,7 @@ class FrameMemory:
         rows = torch.tensor([clip.frames.index(frame) for frame in frames])
         chosen = replace(targets, present_NT=targets.present_NT[:, rows], masks_NThw=targets.masks_NThw[:, rows])
         normed_TLQC = self.heads.normed(clip.frame_queries_TLQC[rows].to(device))
-        points_TP2 = frame_points(self.labels.video_by_id[clip.video_id].name, frames, self.num_points)
+        points_TP2 = frame_points(clip.name, frames, self.num_points)
         matches_LTN = match_frames(
             self.heads.predict(normed_TLQC, self.decoding),
             clip.map_TRHW[rows].to(device),
@@ -63,11 +61,10 @@ class FrameMemory:
             points_TP2.to(device),
             self.cost_weights,
         )
-        num_tracks = len(self.labels.tracks_of(clip.video_id))
         for column, frame in enumerate(frames):
-            matches_LA = matches_LTN.new_full((len(matches_LTN), num_tracks), -1)
+            matches_LA = matches_LTN.new_full((len(matches_LTN), clip.num_tracks), -1)
             matches_LA[:, targets.identities_N] = matches_LTN[:, column]
-            self._known[clip.video_id, frame] = matches_LA
+            self._known[clip.key, frame] = matches_LA
 
 
 def build_frame_memory(settings: Settings, videos: VideoSet, heads: FrozenHeads, decoding: MapDecoding) -> FrameMemory:
@@ -86,7 +83,6 @@ def build_frame_memory(settings: Settings, videos: VideoSet, heads: FrozenHeads,
     }
     pairs = category_pairs(labels.categories, stored.category_names)
     return FrameMemory(
-        labels,
         heads,
         decoding,
         label_map(names[loss.frame_matching], num_labels, stored.num_classes, pairs).to(device),  # type: ignore[arg-type]

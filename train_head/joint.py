@@ -104,7 +104,7 @@ class LiveSource:
     def clips(self) -> LiveClips:
         """Clips of the training videos; single frames where the detector is trained alone."""
         settings = self.settings
-        stream = clip_stream(settings, self.labels, num_frames=None if self.trains_head else 1)
+        stream = clip_stream(settings, [self.labels], [1.0], num_frames=None if self.trains_head else 1)
         chosen = settings.finetune if self.augment else None
         return LiveClips(stream, FrameFolder(path=self.frames), settings.detector.short_edge, chosen)
 

@@ -6,7 +6,7 @@ Shapes: T frames, H×W input pixels without padding.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ class LiveClip:
     """T frames of one video as images, transformed alike."""
 
     index: int
+    name: str  # of the video, for people
     video_id: int
     frames: tuple[int, ...]
     images_T3HW: Tensor  # uint8 RGB, unpadded
@@ -37,13 +38,7 @@ class LiveClip:
 
     def pin_memory(self) -> LiveClip:
         """Copy to page-locked memory (called by the data loader)."""
-        return LiveClip(
-            index=self.index,
-            video_id=self.video_id,
-            frames=self.frames,
-            images_T3HW=self.images_T3HW.pin_memory(),
-            targets=self.targets.pin_memory(),
-        )
+        return replace(self, images_T3HW=self.images_T3HW.pin_memory(), targets=self.targets.pin_memory())
 
 
 class LiveClips(Dataset[LiveClip]):
@@ -60,17 +55,19 @@ class LiveClips(Dataset[LiveClip]):
 
     def __getitem__(self, index: int) -> LiveClip:
         """Read, transform and label the frames of clip number `index`."""
-        video_id, frames = self.stream.draw(index)
-        video = self.stream.labels.video_by_id[video_id]
+        drawn = self.stream.draw(index)
+        labels, video_id, frames = self.stream.labels[drawn.source], drawn.video_id, drawn.frames
+        video = labels.video_by_id[video_id]
         original_hw = (video.height, video.width)
         transform = self.transform(index, original_hw)
         images = [transform.on_image(self.read(video, frame)) for frame in frames]
         return LiveClip(
             index=index,
+            name=video.name,
             video_id=video_id,
             frames=frames,
             images_T3HW=torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2),
-            targets=read_targets(self.stream.labels, video_id, frames, [transform] * len(frames)),
+            targets=read_targets(labels, video_id, frames, [transform] * len(frames)),
         )
 
     def transform(self, index: int, original_hw: tuple[int, int]) -> Transform:

@@ -38,8 +38,8 @@ class SampledClip(Protocol):
         ...
 
     @property
-    def video_id(self) -> int:
-        """Its video, as the labels number it."""
+    def name(self) -> str:
+        """Its video, for people."""
         ...
 
     @property
@@ -108,7 +108,9 @@ class FeatureSource(Protocol[AnyClip]):
         ...
 
 
-def clip_stream(settings: Settings, labels: Labels, *, num_frames: int | None = None) -> ClipStream:
+def clip_stream(
+    settings: Settings, labels: Sequence[Labels], ratios: Sequence[float], *, num_frames: int | None = None
+) -> ClipStream:
     """Clips of the labels' videos as the settings draw them; `num_frames` None takes `train.num_frames`."""
     train = settings.train
     config = ClipConfig(
@@ -117,7 +119,7 @@ def clip_stream(settings: Settings, labels: Labels, *, num_frames: int | None = 
         seed=settings.seed,
         replacement=train.replacement,
     )
-    return ClipStream(labels, [video.id for video in labels.videos], config)
+    return ClipStream(labels, ratios, config)
 
 
 class CachedSource:
@@ -139,7 +141,9 @@ class CachedSource:
 
     def clips(self) -> ClipDataset:
         """Clips of the training videos."""
-        return ClipDataset(self.videos.feature_cache, clip_stream(self.settings, self.labels))
+        sources = self.videos.sources
+        labels, ratios = [source.labels for source in sources], [source.ratio for source in sources]
+        return ClipDataset(sources, clip_stream(self.settings, labels, ratios))
 
     def targets(self, clip: Clip) -> ClipTargets:
         """Move the clip's targets to the device, with the frame matches of the layers that are trained on."""

@@ -200,7 +200,7 @@ class Trainer(Generic[AnyClip]):
         return learning_rate(self.settings, self.progress.step + offset)
 
     def _not_finite(self, clips: Sequence[AnyClip], reason: str) -> VitaCacheError:
-        names = [f"{self.source.labels.video_by_id[clip.video_id].name} frames {clip.frames}" for clip in clips]
+        names = [f"{clip.name} frames {clip.frames}" for clip in clips]
         return VitaCacheError(
             f"step {self.progress.step}: {reason}; the batch was {'; '.join(names)}",
             where=self.folder,
