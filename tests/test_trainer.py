@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from cache.errors import ConfigError
 from configs.schema import Settings
@@ -22,7 +23,7 @@ from train_head.clips import Clip
 from train_head.distributed import Group
 from train_head.head import VitaHead
 from train_head.run_folder import read_metrics_log
-from train_head.trainer import _ShareOfBatches, train
+from train_head.trainer import Trainer, _ShareOfBatches, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -74,25 +75,43 @@ def test_accumulated_micro_batches_train_like_one_batch(tiny_data: Path, tiny_ca
         train(tiny_settings(tiny_data, tiny_cache, tmp_path, "train.accumulate=3", "name=odd"))
 
 
-def test_two_processes_train_like_one_and_resume_as_one(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
-    words = ["train.batch_clips=4", "train.iterations=4", "train.decay_steps=[3]", "train.checkpoint_every=2"]
-    one = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=one", *words)
-    train(one)
+def on_two_processes(settings: Settings, folder: Path, stop: int) -> str:
+    """Train with torchrun; both processes are killed when they come to step `stop`. Returns what they said."""
+    OmegaConf.save(OmegaConf.structured(settings), folder / "settings.yaml")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    overrides = [f"data.root={tiny_data}", f"cache.path={tiny_cache}", f"runs={tmp_path}", "name=two", "device=cpu"]
-    overrides += ["head.enc_layers=2", "head.dec_layers=2", "head.ffn_dim=64", "loss.num_points=64", "train.warmup=2"]
-    overrides += ["train.num_frames=3", "train.log_every=1", "train.time_budget=0", *words]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command += [f"--master-port={port}", "-m", "train_head", "train", "demo", *overrides]
+    command += [f"--master-port={port}", "-m", "tests.train_until", str(stop), str(folder / "settings.yaml")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert_same_training(tmp_path, "one", "two")
-    longer = ["train.iterations=4", "name=two", *words]
-    train(tiny_settings(tiny_data, tiny_cache, tmp_path, *longer))  # finished: one process finds nothing to do
-    assert load_checkpoint(tmp_path / "two" / CHECKPOINT).step == 4
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200).stderr
+
+
+def test_runs_killed_on_any_number_of_processes_go_on_with_any_other(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 and 2 on two processes, 3 and 4 on one, 5 and 6 on two; each is killed a step after its checkpoint."""
+    words = ("train.batch_clips=4", "train.checkpoint_every=2", "train.workers=0")
+    train(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=whole", *words))
+    broken = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=broken", *words)
+    said = on_two_processes(broken, tmp_path, stop=3)
+    assert (tmp_path / "broken" / CHECKPOINT).exists(), said[-4000:]
+    assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 2
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        original = Trainer.training_step
+
+        def interrupted(self: Trainer[Clip], clips: list[Clip]) -> object:
+            if self.progress.step == 5:
+                raise KeyboardInterrupt
+            return original(self, clips)
+
+        patch.setattr(Trainer, "training_step", interrupted)
+        train(broken)
+    assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 4
+    said = on_two_processes(broken, tmp_path, stop=7)
+    assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 6, said[-4000:]
+    assert_same_training(tmp_path, "whole", "broken")
+    assert [entry["step"] for entry in read_metrics_log(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_moving_average_of_the_weights_is_kept_and_evaluated(
