@@ -65,7 +65,7 @@ def areas(rles: Sequence[Rle]) -> IntArray:
 
 def coded_areas(coded: Sequence[dict[str, object]]) -> IntArray:
     """Foreground pixels of each mask in the form of `Rle.to_json`, (N,)."""
-    parts = [coded[start : start + _AREAS_AT_ONCE] for start in range(0, len(coded), _AREAS_AT_ONCE)]
+    parts = [list(coded[start : start + _AREAS_AT_ONCE]) for start in range(0, len(coded), _AREAS_AT_ONCE)]
     return np.concatenate([np.empty(0, np.int64), *(np.asarray(coco_mask.area(part), np.int64) for part in parts)])
 
 
