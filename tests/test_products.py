@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train_head.products import linear, product
+from train_head.products import Linear, feed_forward, linear, product
 
 
 def inputs(leading: tuple[int, ...], num_inputs: int, num_outputs: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,3 +51,22 @@ def test_autocast_takes_its_own_path() -> None:
     tokens, weight, bias = (tensor.float() for tensor in inputs((400,), 64, 90))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert linear(tokens, weight, bias).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("num_tokens", [3, 400])
+def test_feed_forward_and_its_gradients(num_tokens: int) -> None:
+    """Below and above the size where oneDNN is taken; the reference is float64."""
+    torch.manual_seed(3)
+    layers = Linear(64, 128), Linear(128, 32)
+    tokens = inputs((2, num_tokens), 64, 1)[0].float().requires_grad_()
+    operands = [tokens, *layers[0].parameters(), *layers[1].parameters()]
+    exact = [tensor.detach().double().requires_grad_() for tensor in operands]
+    expected = F.linear(F.relu(F.linear(*exact[:3])), *exact[3:])
+    actual = feed_forward(tokens, *layers)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+    gradient = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    expected.backward(gradient)
+    actual.backward(gradient.float())
+    for one, other in zip(operands, exact, strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-3)

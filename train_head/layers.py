@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train_head.products import Linear, linear
+from train_head.products import Linear, feed_forward, linear
 
 
 class MultiheadAttention(nn.Module):
@@ -113,7 +113,7 @@ class FeedForwardLayer(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Transform tokens (..., C) one by one."""
-        residual: Tensor = self.norm(tokens + self.linear2(F.relu(self.linear1(tokens))))
+        residual: Tensor = self.norm(tokens + feed_forward(tokens, self.linear1, self.linear2))
         return residual
 
 

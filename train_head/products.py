@@ -44,6 +44,14 @@ class Linear(nn.Linear):
         return linear(tokens, self.weight, self.bias)
 
 
+def feed_forward(tokens: Tensor, inner: Linear, outer: Linear) -> Tensor:
+    """Return `outer(relu(inner(tokens)))`; on CPU the ReLU costs no pass and no second copy of the hidden numbers."""
+    if not _worthwhile(tokens, inner.weight):
+        return outer(F.relu(inner(tokens)))  # type: ignore[no-any-return]
+    outputs_SO: Tensor = _FeedForward.apply(tokens.flatten(0, -2), inner.weight, inner.bias, outer.weight, outer.bias)
+    return outputs_SO.view(*tokens.shape[:-1], -1)
+
+
 def _worthwhile(tokens: Tensor, weight_OI: Tensor) -> bool:
     return (
         tokens.device.type == "cpu"
@@ -55,9 +63,9 @@ def _worthwhile(tokens: Tensor, weight_OI: Tensor) -> bool:
     )
 
 
-def _onednn(rows_SI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-    """The kernel behind compiled linear layers, without gradients."""
-    product_SO: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(rows_SI), _dense(weight_OI), bias_O, "none", [], "")
+def _onednn(rows_SI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, then: str = "none") -> Tensor:
+    """The kernel behind compiled linear layers, without gradients; `then` may be "relu"."""
+    product_SO: Tensor = torch.ops.mkldnn._linear_pointwise(_dense(rows_SI), _dense(weight_OI), bias_O, then, [], "")
     return product_SO
 
 
@@ -78,6 +86,39 @@ class _Linear(torch.autograd.Function):
         wants_tokens, wants_weight, wants_bias = ctx.needs_input_grad
         return (
             _onednn(gradient_SO, weight_OI.t(), None) if wants_tokens else None,
-            _onednn(gradient_SO.t(), tokens_SI.t(), None) if wants_weight else None,
+            _weight_gradient(gradient_SO, tokens_SI) if wants_weight else None,
             gradient_SO.sum(dim=0) if wants_bias else None,
+        )
+
+
+def _weight_gradient(gradient_SO: Tensor, tokens_SI: Tensor) -> Tensor:
+    """gradientᵀ · tokens (O, I). oneDNN copies its first operand where that is transposed: the smaller one, then."""
+    if gradient_SO.shape[1] <= tokens_SI.shape[1]:
+        return _onednn(gradient_SO.t(), tokens_SI.t(), None)
+    return _onednn(tokens_SI.t(), gradient_SO.t(), None).t()
+
+
+class _FeedForward(torch.autograd.Function):
+    """Two linear layers with a ReLU between them (S tokens of I numbers, J hidden, O outputs)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, tokens_SI: Tensor, inner_JI: Tensor, inner_J: Tensor, outer_OJ: Tensor, outer_O: Tensor
+    ) -> Tensor:
+        hidden_SJ = _onednn(tokens_SI, inner_JI, inner_J, "relu")
+        ctx.save_for_backward(tokens_SI, inner_JI, hidden_SJ, outer_OJ)
+        return _onednn(hidden_SJ, outer_OJ, outer_O)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_SO: Tensor) -> tuple[Tensor | None, ...]:
+        tokens_SI, inner_JI, hidden_SJ, outer_OJ = ctx.saved_tensors
+        outer_gradient_OJ = _weight_gradient(gradient_SO, hidden_SJ)
+        hidden_gradient_SJ = _onednn(gradient_SO, outer_OJ.t(), None)
+        torch.ops.aten.threshold_backward.grad_input(hidden_gradient_SJ, hidden_SJ, 0, grad_input=hidden_gradient_SJ)
+        return (
+            _onednn(hidden_gradient_SJ, inner_JI.t(), None) if ctx.needs_input_grad[0] else None,
+            _weight_gradient(hidden_gradient_SJ, tokens_SI),
+            hidden_gradient_SJ.sum(dim=0),
+            outer_gradient_OJ,
+            gradient_SO.sum(dim=0),
         )
