@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from cache.footage import Footage, read_record
 from cache.labels import Category, Labels, Video
+from cache.layout import video_group_name
 from cache.reader import FeatureCache
 from cache.video_writer import VideoWriter
 from configs.schema import Settings
@@ -20,7 +21,7 @@ from evaluate.labelled_frames import contact_sheet, draw_labelled, enlargement
 from evaluate.overlays import DrawnTrack, predicted_tracks
 from evaluate.predictors import head_predictor
 from evaluate.results import TrackPrediction
-from evaluate.whole_video import predict_videos
+from evaluate.whole_video import submitted
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
 from train_head.data import VideoSet
 
@@ -55,10 +56,12 @@ def predict(settings: Settings, run: Path, features: Path, output: Path, min_sco
         taken = [other.footage.name for other in written]
         folder = output / (f"{piece.name}-{video.id}" if piece.name in taken else piece.name)
         folder.mkdir(parents=True, exist_ok=True)
-        own = replace(videos, labels=videos.labels.subset([video.id]))
-        tracks = predict_videos(own, predictor, f"predict {piece.name}")
-        _write_tracks(folder / TRACKS, own.labels, piece, tracks)
-        drawn = _draw(folder, own.labels, piece, tracks, min_score)
+        cached = videos.feature_cache.video(video_group_name(video.id))
+        with tqdm(total=video.length, desc=f"predict {piece.name}", unit="frame") as progress:
+            found = replace(predictor, advance=progress.update)(cached)
+        tracks = list(submitted(videos.labels, video, found))
+        _write_tracks(folder / TRACKS, videos.labels, piece, tracks)
+        drawn = _draw(folder, predicted_tracks(videos.labels, tracks, video.id, min_score), piece)
         written.append(PredictedFootage(folder=folder, footage=piece, tracks=len(tracks), drawn=drawn))
     return written
 
@@ -95,11 +98,9 @@ def _write_tracks(path: Path, labels: Labels, piece: Footage, tracks: Sequence[T
     draft.replace(path)
 
 
-def _draw(
-    folder: Path, labels: Labels, piece: Footage, predictions: Sequence[TrackPrediction], min_score: float
-) -> int:
+def _draw(folder: Path, tracks: Sequence[DrawnTrack], piece: Footage) -> int:
     """Write the overlay and the contact sheet in one pass; returns how many tracks were drawn."""
-    tracks = _distinct(predicted_tracks(labels, predictions, labels.videos[0].id, min_score))
+    tracks = _distinct(tracks)
     count, scale = len(piece.seconds), enlargement((piece.height, piece.width))
     sampled = set(np.linspace(0, count - 1, min(_SHEET_FRAMES, count)).round().astype(int).tolist())
     pictures: list[tuple[float, NDArray[np.uint8]]] = []

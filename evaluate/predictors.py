@@ -40,6 +40,8 @@ class HeadPredictor:
     decoding: MapDecoding
     choices: EvaluateSettings
     device: torch.device
+    advance: Callable[[int], object] = lambda _: None
+    """Told the number of frames of every block whose masks are decoded."""
 
     def __call__(self, cached: CachedVideo) -> VideoTracks:
         """The tracks of a video; memory does not grow with its length but for the run lengths."""
@@ -64,7 +66,9 @@ class HeadPredictor:
 
     def maps(self, cached: CachedVideo, frames: Sequence[int]) -> Iterator[Tensor]:
         """The stored maps (t, R, H, W), in the same blocks."""
-        return stored_maps(cached, frames, self.choices.chunk_frames, self.device)
+        for map_tRHW in stored_maps(cached, frames, self.choices.chunk_frames, self.device):
+            yield map_tRHW
+            self.advance(len(map_tRHW))
 
 
 def stored_maps(

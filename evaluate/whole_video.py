@@ -31,12 +31,13 @@ def predict_videos(videos: VideoSet, predictor: VideoPredictor, title: str) -> l
     ):
         cached = (videos.feature_cache.video(video_group_name(video.id)) for video in videos.labels.videos)
         for video, tracks in zip(videos.labels.videos, pool.map(predictor, cached), strict=True):
-            predictions.extend(_submitted(videos.labels, video, tracks))
+            predictions.extend(submitted(videos.labels, video, tracks))
             progress.update(video.length)
     return predictions
 
 
-def _submitted(labels: Labels, video: Video, tracks: VideoTracks) -> Iterator[TrackPrediction]:
+def submitted(labels: Labels, video: Video, tracks: VideoTracks) -> Iterator[TrackPrediction]:
+    """A video's tracks in the submission format."""
     for score, label, segmentations in zip(tracks.scores, tracks.labels, tracks.masks, strict=True):
         yield TrackPrediction(
             video_id=video.id,

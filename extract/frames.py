@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from cache.annotations import Video
 from cache.errors import FrameError
+from cache.image_files import to_rgb
 
 _AHEAD = 4  # decoded batches that may wait for the detector
 _MAX_REPORTED = 5
@@ -33,13 +34,13 @@ def require_frames(videos: Sequence[Video], folder: Path) -> None:
 
 
 def read_frame(path: Path, expected_hw: tuple[int, int]) -> Image.Image:
-    """Decode one frame as RGB, EXIF orientation applied.
+    """Decode one frame as RGB (see cache.image_files.to_rgb).
 
     Raises FrameError if the file is missing, not an image, truncated, or not of the labelled (height, width).
     """
     try:
         with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
+            image = to_rgb(opened, path)
     except FileNotFoundError as error:
         raise FrameError("no such frame", where=path) from error
     except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:

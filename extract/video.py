@@ -36,6 +36,8 @@ from extract.stage import fingerprint
 from extract.streaming import video_attributes
 
 FOLDER = "video"
+FINE_TUNED = "detector"
+"""In the folder of a run that trained the detector along (train_head/joint.py)."""
 
 
 def extract_footage(config: str, words: Sequence[str], *, head: Path | None = None, stride: int = 1) -> Path:
@@ -88,6 +90,8 @@ def _settings(config: str, overrides: Sequence[str], head: Path | None) -> tuple
     if not head.is_dir():
         hint = f"`make train name={head.name}` with its config makes one; without name=, `make train` makes runs/demo"
         raise WeightsError("no trained head here", where=head, hint=hint)
+    if (head / FINE_TUNED).is_dir():
+        settings.detector.weights = str(head / FINE_TUNED)
     file = head / HEAD_FINGERPRINT
     if not file.exists():
         return settings, None
@@ -117,11 +121,15 @@ def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, f
             batches = _batches(piece, attributes.image_hw, settings.detector.batch_frames)
             with background.video(name, attributes) as sink:
                 for images in _ahead(batches, decoder):
-                    features = detector.features(images)
+                    count = len(images)
+                    features = detector.features(_filled(images, settings.detector.batch_frames))
                     # Halved on the device: that is what the cache holds.
-                    queries, maps = features.frame_queries_BLQC.half(), features.mask_features_BCHW.half()
+                    queries, maps = (
+                        features.frame_queries_BLQC[:count].half(),
+                        features.mask_features_BCHW[:count].half(),
+                    )
                     sink.append(queries.cpu().numpy(), maps.cpu().numpy())
-                    progress.update(len(images))
+                    progress.update(count)
 
 
 def _require_room(settings: Settings, detector: FrameDetector, path: Path, work: Sequence[Footage]) -> None:
@@ -155,6 +163,12 @@ def _batches(piece: Footage, image_hw: tuple[int, int], batch_frames: int) -> It
     frames = (_resized(frame, image_hw) for frame in piece.frames())
     while batch := list(islice(frames, batch_frames)):
         yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+
+
+def _filled(images_BCHW: Tensor, batch_frames: int) -> Tensor:
+    """Repeat the last image until the batch is full, as for data sets: the last bits of features depend on its size."""
+    missing = batch_frames - len(images_BCHW)
+    return torch.cat([images_BCHW, images_BCHW[-1:].expand(missing, -1, -1, -1)]) if missing else images_BCHW
 
 
 def _resized(frame: NDArray[np.uint8], image_hw: tuple[int, int]) -> NDArray[np.uint8]:
