@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from cache import masks
-from cache.annotations import Category, Labels, Track, Video, load_labels
+from cache.annotations import Category, Labels, Track, load_labels
 from cache.errors import AnnotationError
 from cache.labels import mask_areas
 from evaluate import score
 from evaluate.metrics import VideoEvaluation, VideoMetrics, evaluate_tracks, video_ious
 from evaluate.results import TrackPrediction, load_results
 from tests.naive_video_ap import Object, iou, naive_metrics
+from tests.track_samples import CATEGORIES, as_files_have_it, video_of
 
 GOLDEN = Path(__file__).parent / "golden" / "ytvis_eval"
-CATEGORIES = [3, 8]
 Cells = NDArray[np.bool_]
 
 
@@ -92,36 +92,6 @@ def scenes(draw: st.DrawFn) -> tuple[list[int], list[Object]]:
     return videos, objects
 
 
-def _segmentations(item: Object) -> tuple[masks.Rle | None, ...]:
-    """Empty frames as None and as an empty mask in turn: they mean the same."""
-    pixels = item.cells.repeat(item.scale, axis=1).repeat(item.scale, axis=2)
-    return tuple(None if t % 2 == 0 and not frame.any() else masks.encode(frame) for t, frame in enumerate(pixels))
-
-
-def _as_files_have_it(videos: list[int], objects: list[Object]) -> tuple[Labels, list[TrackPrediction]]:
-    tracks, predictions, sizes = [], [], {}
-    for number, item in enumerate(objects):
-        sizes[item.video] = (len(item.cells), *(edge * item.scale for edge in item.cells.shape[1:]))
-        fields = {"video_id": item.video, "category_id": item.category, "segmentations": _segmentations(item)}
-        if item.score is None:
-            areas = tuple(float(frame.sum()) * item.scale**2 for frame in item.cells)
-            tracks.append(Track(id=number, iscrowd=item.crowd, areas=areas, **fields))  # type: ignore[arg-type]
-        else:
-            predictions.append(TrackPrediction(score=item.score, **fields))  # type: ignore[arg-type]
-    labels = Labels(
-        categories=tuple(Category(id=number, name=f"c{number}") for number in CATEGORIES),
-        videos=tuple(_video(video, *sizes.get(video, (1, 1, 1))) for video in videos),
-        tracks=tuple(tracks),
-        has_tracks=True,
-    )
-    return labels, predictions
-
-
-def _video(video_id: int, length: int, height: int, width: int) -> Video:
-    names = tuple(f"v{video_id}/{frame}.jpg" for frame in range(length))
-    return Video(id=video_id, width=width, height=height, length=length, file_names=names)
-
-
 def _assert_equal(metrics: VideoMetrics, naive: dict[str, float | None]) -> None:
     measured = metrics.to_json()
     per_category = measured.pop("per_category")
@@ -136,7 +106,7 @@ def _assert_equal(metrics: VideoMetrics, naive: dict[str, float | None]) -> None
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_metrics_equal_the_naive_ones(scene: tuple[list[int], list[Object]], frames_per_chunk: int) -> None:
     videos, objects = scene
-    labels, predictions = _as_files_have_it(videos, objects)
+    labels, predictions = as_files_have_it(videos, objects)
     largest = max(video.height * video.width for video in labels.videos)
     with pytest.MonkeyPatch.context() as patch:
         # Videos too long for one mask are cut in chunks of frames.
@@ -152,7 +122,7 @@ def test_metrics_equal_the_naive_ones(scene: tuple[list[int], list[Object]], fra
 
 
 @given(scenes(), st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_video_of_weight_two_counts_as_two_copies_of_it(
     scene: tuple[list[int], list[Object]], data: st.DataObject
 ) -> None:
@@ -170,7 +140,7 @@ def test_a_video_of_weight_two_counts_as_two_copies_of_it(
         for item in objects
         if item.video == video
     ]
-    evaluation = VideoEvaluation(*_as_files_have_it(videos, objects))
+    evaluation = VideoEvaluation(*as_files_have_it(videos, objects))
     scores = evaluation.scores(np.array([[1] * len(videos), weights], dtype=float))
     measured = {name: values[1] for name, values in scores.headline().items()}
     for category, value in zip(CATEGORIES, scores.by_category()[1].tolist(), strict=True):
@@ -191,7 +161,7 @@ def test_hand_worked_ap() -> None:
         Object(video=2, category=3, cells=first, scale=1, score=0.9),
         Object(video=2, category=3, cells=~label, scale=1, score=0.1),
     ]
-    labels, predictions = _as_files_have_it([2], objects)
+    labels, predictions = as_files_have_it([2], objects)
     metrics = evaluate_tracks(labels, predictions)
     assert video_ious(labels, predictions)[2, 3].tolist() == [[0.5], [0.0]]
     numbers = [metrics.AP, metrics.AP50, metrics.AP75, metrics.AR1]
@@ -206,7 +176,7 @@ def test_a_long_video_whose_object_comes_back() -> None:
     mask[100:200, 300:400] = True
     here = masks.encode(mask)
     seen = [here, *[None] * 298, here]
-    video = _video(1, 300, *mask.shape)
+    video = video_of(1, 300, *mask.shape)
     track = Track(id=1, video_id=1, category_id=3, iscrowd=False, segmentations=tuple(seen), areas=mask_areas(seen))
     labels = Labels(categories=(Category(id=3, name="c3"),), videos=(video,), tracks=(track,), has_tracks=True)
     found = (*seen[:-2], here, here)
@@ -216,9 +186,9 @@ def test_a_long_video_whose_object_comes_back() -> None:
 
 def test_no_predictions_score_zero_and_no_labels_are_undefined() -> None:
     cells = np.ones((1, 1, 1), dtype=bool)
-    labelled, nothing = _as_files_have_it([2], [Object(video=2, category=3, cells=cells, scale=1)])
+    labelled, nothing = as_files_have_it([2], [Object(video=2, category=3, cells=cells, scale=1)])
     assert evaluate_tracks(labelled, nothing).AP == 0.0
-    empty, predictions = _as_files_have_it([2], [Object(video=2, category=3, cells=cells, scale=1, score=0.5)])
+    empty, predictions = as_files_have_it([2], [Object(video=2, category=3, cells=cells, scale=1, score=0.5)])
     assert evaluate_tracks(empty, predictions).AP is None
     assert evaluate_tracks(empty.subset([]), []).AP is None
 

@@ -48,6 +48,7 @@ def write_comparison(comparison: Comparison, groups: Sequence[Group], folder: Pa
         c=comparison,
         headline=HEADLINE,
         figure=intervals_svg(comparison),
+        cost_names=_COSTS,
         costs=[(row, cost_texts(row)) for row in comparison.rows],
         videos=list(zip(comparison.changed, sides, strict=True)),
         overlay_problem=problem,
