@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -66,17 +69,51 @@ def load_frame(path: Path, original_hw: tuple[int, int], image_hw: tuple[int, in
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FrameFile:
+    """A frame of a video: its file, and its (height, width) as the detector takes it."""
+
+    video: Video
+    path: Path
+    image_hw: tuple[int, int]
+
+    def load(self) -> Tensor:
+        """See load_frame."""
+        return load_frame(self.path, (self.video.height, self.video.width), self.image_hw)
+
+
+def frame_files(video: Video, folder: Path, image_hw: tuple[int, int]) -> Iterator[FrameFile]:
+    """All frames of a video, in order."""
+    for name in video.file_names:
+        yield FrameFile(video=video, path=folder / name, image_hw=image_hw)
+
+
+def decoded_batches(
+    files: Iterable[FrameFile], batch_frames: int, pool: ThreadPoolExecutor
+) -> Iterator[tuple[list[FrameFile], Tensor]]:
+    """Yield frames in order as (b, 3, H, W) uint8, decoded ahead in the pool's threads.
+
+    A batch holds frames of one size, of several videos where they follow each other: b is `batch_frames` but at
+    the end, where the size changes, and before an unreadable frame, whose FrameError is raised by the next batch.
+    """
+    coming = iter(files)
+    waiting = deque((file, pool.submit(file.load)) for file in islice(coming, _AHEAD * batch_frames))
+    while waiting:
+        batch = [waiting.popleft()]
+        waiting.extend((file, pool.submit(file.load)) for file in islice(coming, 1))
+        while waiting and len(batch) < batch_frames and _together(batch[0][0], *waiting[0]):
+            batch.append(waiting.popleft())
+            waiting.extend((file, pool.submit(file.load)) for file in islice(coming, 1))
+        yield [file for file, _ in batch], torch.stack([decoded.result() for _, decoded in batch])
+
+
+def _together(first: FrameFile, file: FrameFile, decoded: Future[Tensor]) -> bool:
+    return file.image_hw == first.image_hw and decoded.exception() is None
+
+
 def frame_batches(
     video: Video, folder: Path, image_hw: tuple[int, int], batch_frames: int, pool: ThreadPoolExecutor
 ) -> Iterator[Tensor]:
-    """Yield a video's frames in order as (b, 3, H, W) uint8, decoded ahead in the pool's threads."""
-    original_hw = (video.height, video.width)
-    waiting: list[Future[Tensor]] = []
-    paths = [folder / name for name in video.file_names]
-    submitted = 0
-    for start in range(0, len(paths), batch_frames):
-        while submitted < min(len(paths), start + _AHEAD * batch_frames):
-            waiting.append(pool.submit(load_frame, paths[submitted], original_hw, image_hw))
-            submitted += 1
-        batch, waiting = waiting[:batch_frames], waiting[batch_frames:]
-        yield torch.stack([future.result() for future in batch])
+    """Yield the frames of one video; see decoded_batches."""
+    for _, images in decoded_batches(frame_files(video, folder, image_hw), batch_frames, pool):
+        yield images

@@ -11,7 +11,7 @@ from PIL import Image
 from cache.errors import FrameError
 from cache.geometry import network_size
 from cache.labels import Video
-from extract.frames import frame_batches, load_frame, read_frame, require_frames
+from extract.frames import decoded_batches, frame_batches, frame_files, load_frame, read_frame, require_frames
 
 
 def save_jpeg(path: Path, height: int = 20, width: int = 30, **options: object) -> Path:
@@ -92,3 +92,17 @@ def test_batches_keep_the_order_and_lose_nothing(tmp_path: Path) -> None:
         batches = list(frame_batches(video, tmp_path, (4, 5), 3, pool))
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert torch.cat(batches)[:, 0, 0, 0].tolist() == list(range(7))
+
+
+def test_a_batch_holds_frames_of_several_videos_but_of_one_size(tmp_path: Path) -> None:
+    files = []
+    for number, (length, width) in enumerate([(3, 5), (2, 5), (2, 6), (1, 6)]):
+        names = tuple(f"{number}/{frame}.png" for frame in range(length))
+        for name in names:
+            save_jpeg(tmp_path / name, 4, width)
+        video = Video(id=number, width=width, height=4, length=length, file_names=names)
+        files += frame_files(video, tmp_path, (4, width))
+    with ThreadPoolExecutor(2) as pool:
+        batches = list(decoded_batches(files, 4, pool))
+    assert [[file.video.id for file in owners] for owners, _ in batches] == [[0, 0, 0, 1], [1], [2, 2, 3]]
+    assert [tuple(images.shape) for _, images in batches] == [(4, 3, 4, 5), (1, 3, 4, 5), (3, 3, 4, 6)]

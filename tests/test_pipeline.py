@@ -263,7 +263,8 @@ def test_a_truncated_jpeg_keeps_what_was_extracted_and_goes_on_when_mended(
     words = (f"data.root={broken_data}", f"cache.path={features}")
     status, message = run_extract(monkeypatch, capsys, *words)
     assert status == 2 and victim.name in message and "truncated" in message
-    assert FeatureCache.open(features / "train").video_names() == ["1", "2"]
+    complete = FeatureCache.open(features / "train").video_names()
+    assert {"1", "2"} <= set(complete) and "3" not in complete
     victim.write_bytes(intact)
     assert run_extract(monkeypatch, capsys, *words)[0] == 0
     assert array_bytes(features / "train") == array_bytes(tiny_cache / "train")

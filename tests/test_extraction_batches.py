@@ -1,0 +1,91 @@
+"""Batches shared by videos: every frame gets its own features, and the same bits whatever else is in the batch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cache.codecs.float16 import Float16
+from cache.errors import FrameError
+from cache.labels import Video
+from cache.reader import FeatureCache
+from cache.writer import CacheWriter
+from configs.schema import Settings
+from extract.detector import FrameDetector
+from extract.engines import open_detector
+from extract.frames import load_frame
+from extract.stage import fingerprint
+from extract.streaming import extract_videos
+from tests.conftest import tiny_settings
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    folder = tmp_path_factory.mktemp("batches")
+    return tiny_settings(tiny_data, folder, folder, "detector.batch_frames=4")
+
+
+@pytest.fixture(scope="module")
+def detector(settings: Settings) -> FrameDetector:
+    return open_detector(settings.detector, precision="float32", device="cpu")
+
+
+def labelled_videos(data: Path) -> list[Video]:
+    found = json.loads((data / "train.json").read_text())["videos"][:3]
+    return [
+        Video(id=v["id"], width=v["width"], height=v["height"], length=v["length"], file_names=tuple(v["file_names"]))
+        for v in found
+    ]
+
+
+def extracted(settings: Settings, detector: FrameDetector, videos: list[Video], path: Path) -> FeatureCache:
+    writer = CacheWriter.open(
+        path,
+        fingerprint=fingerprint(settings, detector, "", Float16()),
+        heads=detector.prediction_heads(),
+        codec=Float16(),
+        labels_json=None,
+    )
+    extract_videos(settings, detector, writer, Path(settings.data.root) / "train" / "JPEGImages", videos, "test")
+    return FeatureCache.open(path)
+
+
+def test_features_are_those_of_single_frames(settings: Settings, detector: FrameDetector, tmp_path: Path) -> None:
+    videos = labelled_videos(Path(settings.data.root))
+    feature_cache = extracted(settings, detector, videos, tmp_path / "a")
+    for video in videos:
+        stored = feature_cache.video(str(video.id)).read_clip(range(video.length))
+        for frame, name in enumerate(video.file_names):
+            hw = (video.height, video.width)
+            image = load_frame(Path(settings.data.root) / "train" / "JPEGImages" / name, hw, hw)
+            alone = detector.features(image[None])
+            height, width = stored.mask_features.shape[2:]
+            np.testing.assert_allclose(stored.frame_queries[frame], alone.frame_queries_BLQC[0], rtol=1e-3, atol=1e-3)
+            expected = alone.mask_features_BCHW[0, :, :height, :width]
+            np.testing.assert_allclose(stored.mask_features[frame], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_video_has_the_same_bits_alone_and_among_others(
+    settings: Settings, detector: FrameDetector, tmp_path: Path
+) -> None:
+    videos = labelled_videos(Path(settings.data.root))
+    together = extracted(settings, detector, videos, tmp_path / "together")
+    for video in videos:
+        alone = extracted(settings, detector, [video], tmp_path / str(video.id)).video(str(video.id))
+        among = together.video(str(video.id))
+        np.testing.assert_array_equal(among.frame_queries(), alone.frame_queries())
+        np.testing.assert_array_equal(among.mask_features(), alone.mask_features())
+
+
+def test_an_unreadable_frame_leaves_the_videos_before_it(
+    settings: Settings, detector: FrameDetector, tmp_path: Path
+) -> None:
+    first = labelled_videos(Path(settings.data.root))[0]
+    broken = replace(first, id=99, file_names=("nowhere.jpg", *first.file_names[1:]))
+    with pytest.raises(FrameError, match=r"nowhere\.jpg"):
+        extracted(settings, detector, [first, broken], tmp_path / "a")
+    assert FeatureCache.open(tmp_path / "a").video_names() == [str(first.id)]
