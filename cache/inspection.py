@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,14 +89,33 @@ def _verify_labels(feature_cache: FeatureCache) -> Iterator[Finding]:
         return
     try:
         sources = video_sources(content)
+        if json.loads(content).get("categories"):  # Videos without any object may come without categories.
+            feature_cache.labels()
     except VitaCacheError as error:
         yield Finding(where=str(labels), rule="labels", message=str(error))
         return
+    lengths = {str(video["id"]): len(video["file_names"]) for video in json.loads(content)["videos"]}
     for name in feature_cache.video_names():
-        wanted = sources.get(name.partition("@")[0])
-        if wanted is None or feature_cache.video(name).source not in (None, wanted):
-            what = "is not in the labels" if wanted is None else "shows other frames than the labels list"
-            yield Finding(where=f"{labels}: video {name!r}", rule="labels", message=f"the video {what}")
+        message = _misalignment(feature_cache, name, sources, lengths)
+        if message is not None:
+            yield Finding(where=f"{labels}: video {name!r}", rule="labels", message=f"the video {message}")
+
+
+def _misalignment(
+    feature_cache: FeatureCache, name: str, sources: Mapping[str, str], lengths: Mapping[str, int]
+) -> str | None:
+    """How a video contradicts the labels' digests of frames and numbers of frames, None where it agrees."""
+    video_id = name.partition("@")[0]
+    if video_id not in sources:
+        return "is not in the labels"
+    try:
+        video = feature_cache.video(name)
+    except VitaCacheError:
+        return None  # Reported where the video is verified.
+    if video.source not in (None, sources[video_id]):
+        return "shows other frames than the labels list"
+    stored, listed = video.attributes.num_frames, lengths[video_id]
+    return None if stored == listed else f"has {stored} frames, the labels list {listed}"
 
 
 def verify_video(feature_cache: FeatureCache, name: str) -> Iterator[Finding]:

@@ -420,26 +420,52 @@ def spoil_marker(path: Path) -> None:
     file.write_text(file.read_text().replace('"complete": true', '"complete": false'))
 
 
+def spoil_attribute(path: Path, name: str, value: object) -> None:
+    file = path / "videos/1/zarr.json"
+    document = json.loads(file.read_text())
+    document["attributes"][name] = value
+    file.write_text(json.dumps(document))
+
+
+def spoil_tracks(path: Path) -> None:
+    """An object with masks for four of five frames."""
+    document = json.loads((path / "annotations.json").read_text())
+    document["categories"] = [{"id": 1, "name": "cat"}]
+    document["annotations"] = [{"id": 1, "video_id": 1, "category_id": 1, "segmentations": [None] * 4}]
+    (path / "annotations.json").write_text(json.dumps(document))
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
 @pytest.mark.parametrize(
-    ("spoil", "rule"),
+    ("spoil", "rules"),
     [
-        (spoil_frame, "mask_features"),
-        (spoil_bit, "frame_queries"),
-        (spoil_marker, "complete"),
-        (lambda path: (path / "videos/1/mask_features/c.0.0.0.0").unlink(), "mask_features"),
-        (lambda path: (path / "detector/class_embed.bias/c.0").unlink(), "detector"),
-        (lambda path: (path / "annotations.json").write_text("{}"), "labels"),
-        (lambda path: (path / "annotations.json").write_bytes(labels_of({2: 5})), "labels"),
-        (lambda path: (path / "annotations.json").write_bytes(labels_of({1: 6})), "labels"),
+        (spoil_frame, ["mask_features"]),
+        (spoil_bit, ["frame_queries"]),
+        (spoil_marker, ["complete"]),
+        (lambda path: (path / "videos/1/mask_features/c.0.0.0.0").unlink(), ["mask_features"]),
+        (lambda path: (path / "detector/class_embed.bias/c.0").unlink(), ["detector"]),
+        (lambda path: (path / "annotations.json").write_text("{}"), ["labels"]),
+        (lambda path: (path / "annotations.json").write_bytes(labels_of({2: 5})), ["labels"]),
+        (lambda path: (path / "annotations.json").write_bytes(labels_of({1: 6})), ["labels"]),
+        (spoil_tracks, ["labels"]),
+        (lambda path: spoil_attribute(path, "num_frames", 4), ["labels", "frame_queries", "mask_features"]),
+        (lambda path: spoil_attribute(path, "image_hw", [16, 40]), ["mask_features"]),
+        (lambda path: spoil_attribute(path, "image_hw", "large"), ["attributes"]),
+        (lambda path: truncate(path / "videos/1/mask_features/c.0.0.0.0"), ["mask_features"]),
     ],
 )
-def test_verify_finds_every_defect(path: Path, capsys: pytest.CaptureFixture[str], spoil: object, rule: str) -> None:
+def test_verify_finds_every_defect(
+    path: Path, capsys: pytest.CaptureFixture[str], spoil: object, rules: list[str]
+) -> None:
     write_video(open_writer(path, labels_of({1: 5})), "1", 5)
     assert callable(spoil)
     spoil(path)
     assert main(["verify", str(path), "--json"]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
-    assert [finding["rule"] for finding in findings] == [rule]
+    assert [finding["rule"] for finding in findings] == rules
 
 
 def test_the_command_line_reports_bad_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

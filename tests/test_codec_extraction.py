@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from cache.codecs.rate_distortion import (
     CALIBRATION,
     Calibration,
     Distortion,
+    choice_in_words,
     format_table,
     read_calibration,
     smallest_faithful,
@@ -99,6 +101,8 @@ def test_the_measurements_are_stored(caches: dict[str, Path], capsys: pytest.Cap
         chosen = calibration.rows[calibration.chosen]
         assert chosen.codec == FeatureCache.open(path / "train").root.codec_name
         assert chosen.codec == codec or codec == "auto"
+        assert {row.codec for row in calibration.rows} == {"float16", "int8", "logit"}
+        assert all(row.encode_ms > 0 and row.decode_ms > 0 and row.bytes_per_location > 0 for row in calibration.rows)
         sizes = [row.bytes_per_frame for row in calibration.rows]
         assert sizes == sorted(sizes)
         by_step = [row for row in calibration.rows if row.codec == "logit"]
@@ -200,6 +204,36 @@ ROWS = (row("a", 10, 0.95), row("b", 20, 0.991), row("c", 30, 0.985), row("d", 4
 @pytest.mark.parametrize(("threshold", "expected"), [(0.9, 0), (0.99, 1), (0.995, 3), (1.0, 3)])
 def test_the_smallest_faithful_codec_is_chosen(threshold: float, expected: int) -> None:
     assert smallest_faithful(ROWS, threshold) == expected
+
+
+@pytest.mark.parametrize(
+    ("chosen", "threshold", "automatic", "words"),
+    [
+        (1, 0.99, True, r"^codec: b, the smallest that keeps 0.99 \(mean mask IoU 0.9910 on 4 held-out frames"),
+        (3, 1.0, True, r"^warning: NO CODEC keeps cache.min_mask_iou=1; the most faithful one is taken: d \(.*0.9990"),
+        (0, 0.9, False, r"^codec: a, as cache.codec says"),
+        (
+            0,
+            0.99,
+            False,
+            r"^warning: the codec that cache.codec names does not keep .*=0.99; it is taken all the same: a",
+        ),
+    ],
+)
+def test_the_choice_is_told_in_words(chosen: int, threshold: float, automatic: bool, words: str) -> None:
+    calibration = Calibration(rows=ROWS, chosen=chosen, min_mask_iou=threshold, fitted_frames=8, held_out_frames=4)
+    assert re.search(words, choice_in_words(calibration, automatic))
+
+
+def test_an_extraction_says_which_codec_it_takes_and_why(
+    tiny_data: Path, caches: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    impossible = ("cache.codec=auto", "cache.calibration_frames=4", "cache.min_mask_iou=1")
+    extract(tiny_settings(tiny_data, tmp_path / "impossible", tmp_path, *impossible), only=["valid"])
+    said = capsys.readouterr().out
+    assert "warning: NO CODEC keeps cache.min_mask_iou=1; the most faithful one is taken: " in said
+    extract(tiny_settings(tiny_data, caches["int8"], tmp_path, "cache.codec=int8"))
+    assert re.search(r"codec: int8, with which .*train was begun", capsys.readouterr().out)
 
 
 def test_the_table_survives_the_disk(tmp_path: Path) -> None:

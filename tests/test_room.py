@@ -52,6 +52,29 @@ def test_videos_in_the_cache_are_not_counted(tmp_path: Path) -> None:
     assert workload(tmp_path, {1: 5, 2: 7}).frames == 7
 
 
+def test_only_added_videos_are_extracted(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A label file that grew by a video: the others keep their files, down to the inode."""
+    whole = json.loads((tiny_data / "valid.json").read_text())
+    last = whole["videos"][-1]["id"]
+    fewer = {
+        **whole,
+        "videos": whole["videos"][:-1],
+        "annotations": [track for track in whole["annotations"] if track["video_id"] != last],
+    }
+    (tmp_path / "valid.json").write_text(json.dumps(fewer))
+    settings = tiny_settings(tiny_data, tmp_path / "features", tmp_path, f"data.valid_labels={tmp_path / 'valid.json'}")
+    extract(settings, only=["valid"])
+    assert str(last) not in FeatureCache.open(tmp_path / "features/valid").video_names()
+    old = {file: file.stat().st_ino for file in (tmp_path / "features/valid/videos").glob("*/*/c.*")}
+    (tmp_path / "valid.json").write_text(json.dumps(whole))
+    extract(settings, only=["valid"])
+    assert {file: file.stat().st_ino for file in old} == old
+    for file in (tiny_cache / "valid/videos").glob("*/*/c.*"):
+        assert (tmp_path / "features/valid" / file.relative_to(tiny_cache / "valid")).read_bytes() == file.read_bytes()
+
+
 # The estimate
 
 
