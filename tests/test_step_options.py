@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from configs.schema import Device, Settings
 from tests.conftest import tiny_settings
 from train_head import bench_step
 from train_head.bench_data import Problem, small, write_bench_cache
+from train_head.bench_pace import measure_pace
 from train_head.bench_sides import Dense, Ours, SideName
 from train_head.build import point_config
 from train_head.clips import Clip
@@ -96,6 +99,21 @@ def test_the_parts_of_a_step_are_a_step(tmp_path: Path) -> None:
     pieces.parts()
     for ours, theirs in zip(whole.trainer.head.parameters(), pieces.trainer.head.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_pace_counts_waiting_within_the_step(tmp_path: Path) -> None:
+    problem = small(Problem())
+    write_bench_cache(tmp_path, problem)
+    side = Ours(problem, tmp_path)
+
+    def slow_batches() -> Iterator[list[Clip]]:
+        for clips in side.batches:
+            time.sleep(0.05)
+            yield clips
+
+    pace = measure_pace(side.trainer, slow_batches())
+    assert 0.05 <= pace.seconds * pace.waiting < pace.seconds
+    assert side.trainer.progress.step == 3 and "aten::" in pace.largest
 
 
 @pytest.mark.slow

@@ -111,6 +111,8 @@ _WORDS = {
 def table(found: Comparison) -> str:
     """Seconds, ratios, memory; the parts of our step; the floor."""
     size, ours = found.problem, found.reports["ours"]
+    pace = ours.pace
+    assert pace is not None
     head = f"{size.enc_layers} + {size.dec_layers} layers, {size.clips} x {size.frames} frames, {size.points} points"
     lines = [f"\n{head:38}{'seconds':>9}{'(a)/x':>8}{'(b)/x':>8}{'peak MB':>10}{'(b)/x':>8}"]
     live, dense = found.median(SideName.live), found.median(SideName.dense)
@@ -127,7 +129,8 @@ def table(found: Comparison) -> str:
         f"floor of (c): {ours.flops / 1e9:.0f} GFLOP of products at {found.rate / 1e9:.0f} GFLOP/s are {floor:.3f} s; "
         f"the step takes {step / floor:.1f} times that",
         f"equal points: the loss terms of (b) and (c) differ by at most {found.largest_difference():.1e}",
-        f"{1 / step:.2f} steps/s, {step * ITERATIONS / 3600:.1f} hours for {ITERATIONS} steps; "
-        f"data is {ours.parts['data'] / step:.1%} of a step",
+        f"steps one after the other: {pace.seconds:.3f} s each, {1 / pace.seconds:.2f} a second, "
+        f"{pace.seconds * ITERATIONS / 3600:.1f} hours for {ITERATIONS}; {pace.waiting:.1%} of that waits for data",
+        pace.largest,
     ]
     return "\n".join(lines)
