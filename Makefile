@@ -88,6 +88,7 @@ bench: $(STAMP)  ## a training step against the live detector; reading, workers 
 	$(PY) -m cache bench --json bench.json
 	$(PY) -m train_head.bench_loader
 	$(PY) -m train_head bench --output runs/bench_step.json
+	$(PY) -m evaluate bench --output runs/bench_inference.json
 	$(PY) -m extract bench $(CONFIG) $(OVERRIDES)
 
 test: $(STAMP)  ## the test suite, CPU only

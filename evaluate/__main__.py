@@ -6,8 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from configs.command import run_command
+from configs.command import device_name, run_command
 from configs.load import load_settings
+from configs.schema import Device
 from evaluate import score
 from evaluate.compare import command as compare
 
@@ -30,8 +31,29 @@ def main() -> int:
     predict.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     score.add_arguments(verbs.add_parser("score", help="AP and AR of any result file on any YTVIS label file"))
     compare.add_arguments(verbs.add_parser("compare", help="runs against each other: intervals, parts, errors"))
+    ablate = verbs.add_parser("ablate", help="the paper's inference tables from one cache and one head")
+    ablate.add_argument("what", choices=("windows", "pruning", "association", "topk"), help="what is varied")
+    ablate.add_argument("config", help="a YAML file, or the short name of one in configs/")
+    ablate.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    bench = verbs.add_parser("bench", help="inference of a video against the plain way, in one run")
+    bench.add_argument("--output", type=Path, help="write the figures here too (JSON)")
+    memory = verbs.add_parser("bench-memory", help="peak memory against the length of the video")
+    frames = verbs.add_parser("max-frames", help="the longest video that fits: at once and streaming")
+    frames.add_argument("--memory", default="12GiB", help="such as 12GiB")
+    for verb in (memory, frames):
+        verb.add_argument("--device", type=Device, default=Device.auto, choices=list(Device), metavar="auto|cpu|cuda")
     arguments = parser.parse_args()
-    commands = {"run": _run, "report": _report, "predict": _predict, "score": score.run, "compare": compare.run}
+    commands = {
+        "run": _run,
+        "report": _report,
+        "predict": _predict,
+        "score": score.run,
+        "compare": compare.run,
+        "ablate": _ablate,
+        "bench": _bench,
+        "bench-memory": _bench_memory,
+        "max-frames": _max_frames,
+    }
     return run_command(lambda: commands[arguments.verb](arguments))
 
 
@@ -64,6 +86,31 @@ def _predict(arguments: argparse.Namespace) -> int:
         if done.footage.problem is not None:
             print(f"warning: {done.footage.source}: {done.footage.problem}")
     return 0
+
+
+def _ablate(arguments: argparse.Namespace) -> int:
+    from evaluate.ablate import ablate
+
+    print(ablate(arguments.what, load_settings(arguments.config, arguments.overrides)))
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from evaluate.bench import bench
+
+    return bench(arguments.output)
+
+
+def _bench_memory(arguments: argparse.Namespace) -> int:
+    from evaluate.bench_memory import bench_memory
+
+    return bench_memory(device_name(arguments.device))
+
+
+def _max_frames(arguments: argparse.Namespace) -> int:
+    from evaluate.max_frames import max_frames, parse_bytes
+
+    return max_frames(parse_bytes(arguments.memory), device_name(arguments.device))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ def main() -> int:
     for verb in (run, data, calibrate, estimate, bench, doctor):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    data.add_argument("--long", type=int, default=0, metavar="N", help="also N videos of 300 frames, the split `long`")
     video = verbs.add_parser("video", help="extract videos of your own, without labels, into <cache.path>/video")
     video.add_argument("--head", type=Path, help="folder of the run that will read the features: checked beforehand")
     video.add_argument("--stride", type=int, default=1, help="take every n-th frame")
@@ -52,7 +53,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.verb == "demo-data":
         from extract.demo.videos import write_demo_data
 
-        write_demo_data(Path(settings.data.root))
+        write_demo_data(Path(settings.data.root), num_long=arguments.long)
     elif arguments.verb == "calibrate":
         from extract.stage import print_rate_distortion
 

@@ -25,7 +25,8 @@ from extract.demo.shapes import VIDEO_CATEGORIES, Floats, Sprite, random_backgro
 
 FRAME_SIZES = ((90, 160), (96, 120))  # (height, width): 16:9, which needs padding, and 5:4
 MIN_VISIBLE_AREA = 8  # pixels; a sliver smaller than this is "absent", as an annotator would have it
-_SPLIT_SEEDS = {"train": 1, "valid": 2}
+LONG_FRAMES = 300
+_SPLIT_SEEDS = {"train": 1, "valid": 2, "long": 3}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,8 +169,9 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
     temporary.replace(root / f"{split}.json")
 
 
-def write_demo_data(root: Path, num_train: int = 200, num_valid: int = 50) -> None:
-    """Write whichever split is not there yet."""
-    for split, count in (("train", num_train), ("valid", num_valid)):
-        if not (root / f"{split}.json").exists():
-            write_split(root, split, count)
+def write_demo_data(root: Path, num_train: int = 200, num_valid: int = 50, num_long: int = 0) -> None:
+    """Write whichever split is not there yet; `num_long` videos of LONG_FRAMES make the split `long`."""
+    splits = (("train", num_train, None), ("valid", num_valid, None), ("long", num_long, LONG_FRAMES))
+    for split, count, length in splits:
+        if count and not (root / f"{split}.json").exists():
+            write_split(root, split, count, length)
