@@ -1,6 +1,7 @@
 """Clips instead of whole videos: the head on short clips, their tracks linked by mask IoU (VITA §4.3, Table 5).
 
-Shapes: T frames, V video queries, M tracks of a clip, N tracks of the video so far, K categories.
+Shapes: T frames, V video queries, M tracks of a clip, N tracks of the video so far (in matrices: those seen in the
+compared frames), K categories.
 """
 
 from __future__ import annotations
@@ -125,10 +126,11 @@ def _matches(
         range(clip.frames.start, before.frames.stop) if shared else range(before.frames.stop - 1, before.frames.stop)
     )
     pieces = Video(id=0, height=image_hw[0], width=image_hw[1], length=len(compared), file_names=())
-    earlier = [TrackMasks.of(track.masks[compared.start : compared.stop], pieces) for track in tracks]
+    seen = [n for n, track in enumerate(tracks) if any(track.masks[frame] is not None for frame in compared)]
+    earlier = [TrackMasks.of(tracks[n].masks[compared.start : compared.stop], pieces) for n in seen]
     later = [TrackMasks.of(masks[: len(compared)], pieces) for masks in clip.masks]
     ious_NM = track_ious(earlier, later)
-    return {row: track for track, row in assign(ious_NM, matching) if ious_NM[track, row] >= MIN_IOU}
+    return {row: seen[n] for n, row in assign(ious_NM, matching) if ious_NM[n, row] >= MIN_IOU}
 
 
 def assign(ious_NM: IouMatrix, matching: Matching) -> list[tuple[int, int]]:
