@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     for verb in (train, finetune, sweep):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    sweep.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores (default: %(default)s)")
     bench = verbs.add_parser("bench", help="cost of a training step, against the live detector and plain losses")
     bench.add_argument("--quick", action="store_true", help="fewer steps, and 6 + 3 layers only")
     bench.add_argument("--device", choices=[device.value for device in Device], default="cpu")
@@ -82,7 +83,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from train_head.sweep import sweep
 
-    print(sweep(arguments.config, arguments.overrides))
+    print(sweep(arguments.config, arguments.overrides, arguments.jobs))
     return 0
 
 

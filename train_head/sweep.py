@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import VitaCacheError
 from configs.load import load_settings
 
+_SHOWN = 2000  # characters of a failed run's last words
 METRICS = ("AP", "AP50", "AP75", "AR1", "AR10")
 _COMMA = re.compile(r",(?![^\[]*\])")  # commas inside [1,2] belong to a value
 
@@ -48,22 +51,32 @@ def plan(base_name: str, overrides: Sequence[str]) -> list[SweepRun]:
     return runs
 
 
-def sweep(config: str, overrides: Sequence[str]) -> str:
-    """Train and evaluate every combination, skipping what is done, and return the table.
+def sweep(config: str, overrides: Sequence[str], jobs: int = 1) -> str:
+    """Train and evaluate every combination, `jobs` at once, skipping what is done, and return the table.
 
-    Every run is a process of its own, so that one cannot influence another. Raises ConfigError for impossible
+    Every run is a process of its own, so that one cannot influence another; where several run at once, they share
+    the cores, and only what went wrong is shown. Raises ConfigError for impossible
     settings before the first run starts, VitaCacheError where a run fails.
     """
     base = load_settings(config, [word for word in overrides if not _COMMA.search(word.partition("=")[2])])
     runs = plan(base.name, overrides)
     settings = [load_settings(config, [*run.overrides, f"name={run.name}"]) for run in runs]
-    for run in runs:
-        for module, verb in (("train_head", "train"), ("evaluate", "run")):
-            command = [sys.executable, "-m", module, verb, config, *run.overrides, f"name={run.name}"]
-            if subprocess.run(command, check=False).returncode:
-                raise VitaCacheError(f"`{module} {verb}` failed", where=f"run {run.name}", hint="see its message above")
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in pool.map(lambda run: _train_and_evaluate(config, run, jobs), runs):
+            pass
     files = [Path(s.runs) / s.name / "metrics.json" for s in settings]
     return table([run.variant for run in runs], [json.loads(file.read_text()) for file in files])
+
+
+def _train_and_evaluate(config: str, run: SweepRun, jobs: int) -> None:
+    share = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": share, **os.environ} if jobs > 1 else None
+    for module, verb in (("train_head", "train"), ("evaluate", "run")):
+        command = [sys.executable, "-m", module, verb, config, *run.overrides, f"name={run.name}"]
+        done = subprocess.run(command, check=False, env=environment, capture_output=jobs > 1, text=True)
+        if done.returncode:
+            said = f":\n{done.stderr[-_SHOWN:]}" if jobs > 1 else "; see its message above"
+            raise VitaCacheError(f"`{module} {verb}` failed{said}", where=f"run {run.name}")
 
 
 def table(variants: Sequence[str], metrics: Sequence[dict[str, float | None]]) -> str:
