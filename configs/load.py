@@ -108,6 +108,7 @@ def validate(settings: Settings, where: str) -> None:
         "train.checkpoint_every": s.train.checkpoint_every,
         "pseudo.num_images": 1 if s.pseudo.num_images is None else s.pseudo.num_images,
         "pseudo.num_frames": s.pseudo.num_frames,
+        "finetune.detector_rate": s.finetune.detector_rate,
         "evaluate.top_k": s.evaluate.top_k,
         "evaluate.chunk_frames": s.evaluate.chunk_frames,
     }
@@ -123,6 +124,8 @@ def validate(settings: Settings, where: str) -> None:
         "train.evaluate_every": s.train.evaluate_every,
         "train.workers": s.train.workers,
         "evaluate.report_videos": s.evaluate.report_videos,
+        "finetune.backbone_rate": s.finetune.backbone_rate,
+        "loss.frame_weight": s.loss.frame_weight,
         "loss.class_weight": s.loss.class_weight,
         "loss.mask_weight": s.loss.mask_weight,
         "loss.dice_weight": s.loss.dice_weight,
@@ -163,6 +166,23 @@ def _validate_relations(s: Settings, where: str) -> None:
             s.train.num_layers is None or 1 <= s.train.num_layers <= s.detector.num_layers,
             s.train.num_layers,
             f"1 to detector.num_layers {s.detector.num_layers}, or null",
+        ),
+        "finetune.short_edges": (
+            all(edge >= 32 for edge in s.finetune.short_edges)
+            and bool(s.finetune.short_edges or s.finetune.crop_share == 0),
+            s.finetune.short_edges,
+            "32 pixels or more each; [] only with finetune.crop_share=0",
+        ),
+        "finetune.crop_share": (0 <= s.finetune.crop_share <= 1, s.finetune.crop_share, "a share, 0 to 1"),
+        "finetune.crop_sides": (
+            len(s.finetune.crop_sides) == 2 and 0 < s.finetune.crop_sides[0] <= s.finetune.crop_sides[1],
+            s.finetune.crop_sides,
+            "the least and the largest",
+        ),
+        "finetune.resize_edges": (
+            bool(s.finetune.resize_edges) and min(s.finetune.resize_edges) > 0,
+            s.finetune.resize_edges,
+            "one or more, in pixels",
         ),
         "train.ema": (0 <= s.train.ema < 1, s.train.ema, "a decay, 0 <= x < 1"),
         "train.decay_steps": (

@@ -221,7 +221,9 @@ class FinetuneSettings:
     detector_rate: float = 1.0  # share of train.learning_rate that the detector takes
     backbone_rate: float = 0.1  # and that its backbone takes
     flip: bool = True  # half of the clips, left to right; every frame of a clip alike, as all that follows
-    short_edges: list[int] = field(default_factory=lambda: list(range(288, 513, 32)))  # pixels, one for each clip
+    short_edges: list[int] = field(
+        default_factory=lambda: list(range(288, 513, 32))
+    )  # pixels, one for each clip; [] is detector.short_edge
     crop_share: float = 0.5  # of the clips are cut out before they are resized
     resize_edges: list[int] = field(default_factory=lambda: [400, 500, 600])  # shorter edge that crop_sides refer to
     crop_sides: list[int] = field(default_factory=lambda: [384, 600])  # least and largest edge of a crop

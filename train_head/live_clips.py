@@ -84,5 +84,6 @@ class LiveClips(Dataset[LiveClip]):
                 flip=chosen.flip,
             )
             return ranges.draw(rng, original_hw, 1)[0]
-        size = network_size(original_hw, int(rng.choice(chosen.short_edges)))
+        short_edge = int(rng.choice(chosen.short_edges)) if chosen.short_edges else self.short_edge
+        size = network_size(original_hw, short_edge)
         return Transform(crop=(0, 0, *original_hw), size=size, flip=chosen.flip and bool(rng.random() < 0.5))
