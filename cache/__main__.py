@@ -105,6 +105,9 @@ def inspect(path: str, as_json: bool) -> int:
         print(json.dumps({**asdict(summary), "bytes_per_frame": summary.bytes_per_frame}, indent=2))
         return 0
     print(f"{path}: {summary.videos} videos, {summary.frames} frames, {len(summary.incomplete)} incomplete")
+    for view in summary.views if len(summary.views) > 1 else ():
+        what = f"{view.videos} views {view.kind}" if view.kind else f"{view.videos} videos"
+        print(f"  {what:<28}{view.bytes / 1e6:12.2f} MB")
     print(f"  mask features   {summary.mask_feature_bytes / 1e6:12.2f} MB")
     print(f"  frame queries   {summary.frame_query_bytes / 1e6:12.2f} MB")
     print(f"  bytes a frame   {summary.bytes_per_frame:12.0f}")

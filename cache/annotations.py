@@ -22,10 +22,13 @@ __all__ = [
     "Rle",
     "Track",
     "Video",
+    "category_entry",
     "category_of",
+    "file_name_of",
     "load_labels",
     "parse_labels",
     "segmentations_of",
+    "unique_entries",
     "video_of",
 ]
 
@@ -40,10 +43,10 @@ def parse_labels(data: object, where: str) -> Labels:
     if not isinstance(data, dict):
         raise AnnotationError("not a label file", where=where, expected="a JSON object", got=show(data))
     top = Entry(fields=data, where=where)
-    categories = [_category(entry) for entry in _unique(top, "categories", "id", "name")]
+    categories = [category_entry(entry) for entry in unique_entries(top, "categories", "id", "name")]
     if not categories:
         top.fail("field 'categories' is empty", expected="at least one category")
-    videos = [_video(entry) for entry in _unique(top, "videos", "id")]
+    videos = [_video(entry) for entry in unique_entries(top, "videos", "id")]
     labels = Labels(
         categories=tuple(sorted(categories, key=lambda category: category.id)),
         videos=tuple(videos),
@@ -52,7 +55,7 @@ def parse_labels(data: object, where: str) -> Labels:
     )
     if not labels.has_tracks:
         return labels
-    return replace(labels, tracks=tuple(_track(entry, labels) for entry in _unique(top, "annotations", "id")))
+    return replace(labels, tracks=tuple(_track(entry, labels) for entry in unique_entries(top, "annotations", "id")))
 
 
 def video_of(entry: Entry, labels: Labels) -> Video:
@@ -91,7 +94,7 @@ def segmentations_of(entry: Entry, video: Video) -> tuple[Rle | None, ...]:
     return tuple(by_frame.get(frame) for frame in range(video.length))
 
 
-def _unique(top: Entry, name: str, *keys: str) -> list[Entry]:
+def unique_entries(top: Entry, name: str, *keys: str) -> list[Entry]:
     """The entries of a list, no two of which may share a key."""
     found = entries(top.items(name), f"{top.where}: {name}")
     for key in keys:
@@ -104,7 +107,8 @@ def _unique(top: Entry, name: str, *keys: str) -> list[Entry]:
     return found
 
 
-def _category(entry: Entry) -> Category:
+def category_entry(entry: Entry) -> Category:
+    """A category of a label file."""
     return Category(id=entry.integer("id"), name=entry.text("name"))
 
 
@@ -115,7 +119,7 @@ def _video(entry: Entry) -> Video:
         width=entry.integer("width", minimum=1),
         height=entry.integer("height", minimum=1),
         length=entry.integer("length", minimum=1),
-        file_names=tuple(_file_name(name, _frame(entry, frame, "file_names")) for frame, name in enumerate(names)),
+        file_names=tuple(file_name_of(name, _frame(entry, frame, "file_names")) for frame, name in enumerate(names)),
     )
     if len(names) != video.length:
         entry.fail("'length' and 'file_names' disagree", expected=f"{video.length} file names", got=len(names))
@@ -125,7 +129,7 @@ def _video(entry: Entry) -> Video:
     return video
 
 
-def _file_name(name: object, where: Entry) -> str:
+def file_name_of(name: object, where: Entry) -> str:
     """A path that stays inside the image folder, on any system."""
     expected = "a path relative to the image folder, without '..'"
     if not isinstance(name, str) or not name or "\0" in name:

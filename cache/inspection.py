@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,21 @@ from cache.writer import video_sources
 
 
 @dataclass(frozen=True, kw_only=True)
+class ViewSummary:
+    """All videos' views of one kind, such as `flip` or `crop-edge320`; "" are the videos themselves."""
+
+    kind: str
+    videos: int
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Summary:
     """Counts and sizes of a cache; bytes as files on disk, of complete videos only."""
 
     videos: int
+    """Views included."""
+    views: list[ViewSummary]
     incomplete: list[str]
     frames: int
     frame_query_bytes: int
@@ -52,6 +63,7 @@ def summarise(path: Path | str) -> Summary:
     videos = [feature_cache.video(name) for name in feature_cache.video_names()]
     return Summary(
         videos=len(videos),
+        views=_views(videos),
         incomplete=feature_cache.incomplete(),
         frames=sum(video.attributes.num_frames for video in videos),
         frame_query_bytes=sum(video.store.size(video.name, FRAME_QUERIES) for video in videos),
@@ -60,6 +72,14 @@ def summarise(path: Path | str) -> Summary:
         fingerprint_sha256=feature_cache.fingerprint.digest(),
         provenance=list(feature_cache.root.sessions),
     )
+
+
+def _views(videos: Sequence[CachedVideo]) -> list[ViewSummary]:
+    sizes: dict[str, list[int]] = {}
+    for video in videos:
+        size = video.store.size(video.name, FRAME_QUERIES) + video.store.size(video.name, MASK_FEATURES)
+        sizes.setdefault(video.attributes.view.kind, []).append(size)
+    return [ViewSummary(kind=kind, videos=len(held), bytes=sum(held)) for kind, held in sorted(sizes.items())]
 
 
 def verify_root(feature_cache: FeatureCache) -> Iterator[Finding]:

@@ -46,6 +46,11 @@ class View:
     """Mirrored left to right."""
 
     @property
+    def kind(self) -> str:
+        """The name without the place of the crop, which is each video's own."""
+        return self.name.replace("x".join(map(str, self.crop)), "") if self.crop else self.name
+
+    @property
     def name(self) -> str:
         """The suffix of the group name, "" for the video itself, such as `crop0x16x360x600-edge320-flip`."""
         parts = [] if self.crop is None else ["crop" + "x".join(str(number) for number in self.crop)]

@@ -12,15 +12,14 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from statistics import median
 
 from torch import Tensor
 
 from cache.annotations import load_labels
-from cache.geometry import network_size
 from cache.labels import Video
+from cache.layout import View
 from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
 from configs.schema import Settings
@@ -28,7 +27,8 @@ from configs.splits import train_split
 from extract.calibration import choose_codec
 from extract.detector import FrameDetector
 from extract.engines import open_detector
-from extract.frames import decoded_batches, frame_files
+from extract.frames import decoded_batches
+from extract.jobs import VideoJob, video_job
 from extract.stage import fingerprint
 from extract.streaming import extract_videos
 
@@ -42,8 +42,10 @@ def bench_extraction(settings: Settings) -> None:
     precision = precision_name(settings.detector.precision, device)
     detector = open_detector(settings.detector, precision=precision, device=device)
     split = train_split(settings)
+    short_edge = settings.detector.short_edge
     videos = _some_videos(load_labels(split.labels).videos)
-    batches = _decoded(settings, split.frames, videos)
+    jobs = [video_job(video, View(), split.frames, short_edge) for video in videos]
+    batches = _decoded(jobs, settings.detector.batch_frames)
     codec = choose_codec(settings, detector).codec
     bare, whole = [], []
     for turn in range(ROUNDS):
@@ -56,7 +58,7 @@ def bench_extraction(settings: Settings) -> None:
                 codec=codec,
                 labels_json=None,
             )
-            run = partial(extract_videos, settings, detector, writer, split.frames, videos, title="bench")
+            run = partial(extract_videos, detector, writer, jobs, settings.detector.batch_frames, title="bench")
             whole.append(_seconds(run))
     frames = sum(video.length for video in videos)
     result: dict[str, float] = {"frames": frames}
@@ -84,13 +86,10 @@ def _some_videos(videos: tuple[Video, ...]) -> list[Video]:
     return chosen
 
 
-def _decoded(settings: Settings, folder: Path, videos: list[Video]) -> list[Tensor]:
-    files = chain.from_iterable(
-        frame_files(video, folder, network_size((video.height, video.width), settings.detector.short_edge))
-        for video in videos
-    )
+def _decoded(jobs: list[VideoJob], batch_frames: int) -> list[Tensor]:
+    files = [file for job in jobs for file in job.files]
     with ThreadPoolExecutor(max_workers=1) as pool:
-        return [images for _, images in decoded_batches(files, settings.detector.batch_frames, pool)]
+        return [images for _, images in decoded_batches(files, batch_frames, pool)]
 
 
 def _bare(detector: FrameDetector, batches: list[Tensor]) -> None:

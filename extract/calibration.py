@@ -25,7 +25,7 @@ from cache.codecs.rate_distortion import (
 )
 from cache.detector_masks import predict_queries
 from cache.errors import FingerprintMismatch
-from cache.geometry import network_size
+from cache.geometry import Transform, network_size
 from cache.layout import Size, crop_map
 from cache.reader import FeatureCache
 from cache.stores import extraction_store
@@ -139,7 +139,8 @@ def _run(
     for video, index in tqdm(frames, desc=title, unit="frame"):
         original_hw = (video.height, video.width)
         image_hw = network_size(original_hw, settings.detector.short_edge)
-        image_CHW = load_frame(folder / video.file_names[index], original_hw, image_hw)
+        transform = Transform.resize(original_hw, image_hw)
+        image_CHW = load_frame(folder / video.file_names[index], original_hw, transform)
         features = detector.features(image_CHW[None])
         map_CHW = crop_map(features.mask_features_BCHW[0].float().cpu().numpy(), image_hw)
         yield SampleFrame(

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from cache.annotations import Video
 from cache.errors import FrameError
+from cache.geometry import Transform
 from cache.image_files import to_rgb
+from cache.layout import Size
 
 _AHEAD = 4  # decoded batches that may wait for the detector
 _MAX_REPORTED = 5
@@ -24,9 +26,14 @@ _MAX_REPORTED = 5
 
 def require_frames(videos: Sequence[Video], folder: Path) -> None:
     """Check that every frame file exists, before any work; raises FrameError naming the first few missing."""
+    require_files((name for video in videos for name in video.file_names), folder)
+
+
+def require_files(names: Iterable[str], folder: Path) -> None:
+    """As require_frames, for files by their names."""
     if not folder.is_dir():
         raise FrameError("no such folder of frames", where=folder, hint="check data.root and data.*_frames")
-    missing = [name for video in videos for name in video.file_names if not (folder / name).is_file()]
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         listed = ", ".join(missing[:_MAX_REPORTED]) + (", ..." if len(missing) > _MAX_REPORTED else "")
         raise FrameError(
@@ -61,31 +68,24 @@ def read_frame(path: Path, expected_hw: tuple[int, int]) -> Image.Image:
     return image
 
 
-def load_frame(path: Path, original_hw: tuple[int, int], image_hw: tuple[int, int]) -> Tensor:
-    """Read one frame and resize it (Pillow bilinear, as detectron2) to a (3, H, W) uint8 tensor."""
-    image = read_frame(path, original_hw)
-    if image_hw != original_hw:
-        image = image.resize((image_hw[1], image_hw[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def load_frame(path: Path, original_hw: Size, transform: Transform) -> Tensor:
+    """Read one frame and transform it to a (3, H, W) uint8 tensor; resizing is Pillow's bilinear, as detectron2's."""
+    return torch.from_numpy(np.array(transform.on_image(read_frame(path, original_hw)))).permute(2, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FrameFile:
-    """A frame of a video: its file, and its (height, width) as the detector takes it."""
+    """A frame to come: its file, its (height, width) there, and what the detector is shown of it."""
 
-    video: Video
+    group: str
+    """Of the cache: what the frame is extracted for."""
     path: Path
-    image_hw: tuple[int, int]
+    original_hw: Size
+    transform: Transform
 
     def load(self) -> Tensor:
         """See load_frame."""
-        return load_frame(self.path, (self.video.height, self.video.width), self.image_hw)
-
-
-def frame_files(video: Video, folder: Path, image_hw: tuple[int, int]) -> Iterator[FrameFile]:
-    """All frames of a video, in order."""
-    for name in video.file_names:
-        yield FrameFile(video=video, path=folder / name, image_hw=image_hw)
+        return load_frame(self.path, self.original_hw, self.transform)
 
 
 def decoded_batches(
@@ -108,12 +108,4 @@ def decoded_batches(
 
 
 def _together(first: FrameFile, file: FrameFile, decoded: Future[Tensor]) -> bool:
-    return file.image_hw == first.image_hw and decoded.exception() is None
-
-
-def frame_batches(
-    video: Video, folder: Path, image_hw: tuple[int, int], batch_frames: int, pool: ThreadPoolExecutor
-) -> Iterator[Tensor]:
-    """Yield the frames of one video; see decoded_batches."""
-    for _, images in decoded_batches(frame_files(video, folder, image_hw), batch_frames, pool):
-        yield images
+    return file.transform.size == first.transform.size and decoded.exception() is None

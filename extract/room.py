@@ -11,10 +11,8 @@ from itertools import islice
 from pathlib import Path
 from tempfile import gettempdir
 
-from cache.annotations import Labels, Video
 from cache.codecs.rate_distortion import Calibration, Distortion
 from cache.errors import CacheError
-from cache.layout import video_group_name
 from cache.remote import remote_url
 from cache.stores import extraction_store
 from cache.upload import LOCAL_VIDEOS
@@ -22,8 +20,8 @@ from configs.schema import Settings
 from configs.splits import SplitPaths
 from extract.calibration import ChosenCodec
 from extract.detector import FrameDetector
-from extract.frames import frame_batches
-from extract.streaming import video_attributes
+from extract.frames import decoded_batches
+from extract.jobs import SplitJobs, VideoJob
 
 TIMED_FRAMES = 20
 FLOAT16_BYTES = 2
@@ -34,19 +32,18 @@ class Workload:
     """What one split still has to extract."""
 
     split: SplitPaths
-    videos: tuple[Video, ...]
+    jobs: tuple[VideoJob, ...]
 
     @property
     def frames(self) -> int:
         """Of all these videos."""
-        return sum(video.length for video in self.videos)
+        return sum(len(job.files) for job in self.jobs)
 
     @classmethod
-    def of(cls, split: SplitPaths, labels: Labels) -> Workload:
-        """The videos of the labels that are not complete in the split's cache."""
-        complete = {name for name, done in extraction_store(split.features).videos() if done}
-        videos = tuple(video for video in labels.videos if video_group_name(video.id) not in complete)
-        return cls(split=split, videos=videos)
+    def of(cls, asked: SplitJobs) -> Workload:
+        """What is asked for and not complete in the split's cache."""
+        complete = {name for name, done in extraction_store(asked.split.features).videos() if done}
+        return cls(split=asked.split, jobs=tuple(job for job in asked.jobs if job.name not in complete))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +58,17 @@ class FrameCost:
 
 def measure_frames(settings: Settings, detector: FrameDetector, work: Sequence[Workload], frames: int) -> FrameCost:
     """Run the detector, decoding included, on `frames` frames from the start of a video; the first warms up."""
-    load = next(load for load in work if load.videos)
-    video = max(load.videos, key=lambda candidate: candidate.length)
-    attributes = video_attributes(settings, video)
+    job = max((job for load in work for job in load.jobs), key=lambda candidate: len(candidate.files))
     batch_frames = min(settings.detector.batch_frames, frames)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        batches = frame_batches(video, load.split.frames, attributes.image_hw, batch_frames, pool)
+        batches = (images for _, images in decoded_batches(job.files, batch_frames, pool))
         features = detector.features(next(batches)[:1])
         started, timed = time.perf_counter(), 0
         for images in islice(batches, max(0, -(-frames // batch_frames) - 1)):
             detector.features(images).mask_features_BCHW.cpu()
             timed += len(images)
         seconds = time.perf_counter() - started
-    pixels = timed * attributes.padded_hw[0] * attributes.padded_hw[1]
+    pixels = timed * job.attributes.padded_hw[0] * job.attributes.padded_hw[1]
     return FrameCost(
         query_bytes=features.frame_queries_BLQC[0].numel() * FLOAT16_BYTES,
         channels=features.mask_features_BCHW.shape[1],
@@ -81,19 +76,19 @@ def measure_frames(settings: Settings, detector: FrameDetector, work: Sequence[W
     )
 
 
-def stored_bytes(settings: Settings, videos: Sequence[Video], location_bytes: float, cost: FrameCost) -> int:
+def stored_bytes(jobs: Sequence[VideoJob], location_bytes: float, cost: FrameCost) -> int:
     """Bytes that videos take with a codec that takes `location_bytes` a position of the map."""
     total = 0.0
-    for video in videos:
-        map_hw = video_attributes(settings, video).map_hw
-        total += video.length * (cost.query_bytes + map_hw[0] * map_hw[1] * location_bytes)
+    for job in jobs:
+        map_hw = job.attributes.map_hw
+        total += len(job.files) * (cost.query_bytes + map_hw[0] * map_hw[1] * location_bytes)
     return round(total)
 
 
-def seconds(settings: Settings, videos: Sequence[Video], cost: FrameCost) -> float:
+def seconds(jobs: Sequence[VideoJob], cost: FrameCost) -> float:
     """Time to extract the videos at the measured speed."""
-    sizes = [video_attributes(settings, video).padded_hw for video in videos]
-    pixels = sum(size[0] * size[1] * video.length for size, video in zip(sizes, videos, strict=True))
+    sizes = [job.attributes.padded_hw for job in jobs]
+    pixels = sum(size[0] * size[1] * len(job.files) for size, job in zip(sizes, jobs, strict=True))
     return pixels * cost.seconds_per_pixel
 
 
@@ -116,11 +111,11 @@ def require_room(settings: Settings, detector: FrameDetector, work: Sequence[Wor
 
     Raises CacheError with the bytes needed and free.
     """
-    if settings.cache.ignore_space or not any(load.videos for load in work):
+    if settings.cache.ignore_space or not any(load.jobs for load in work):
         return
     cost = measure_frames(settings, detector, work, 1)
     each = chosen.location_bytes(cost.channels)
-    sizes = sorted(stored_bytes(settings, [video], each, cost) for load in work for video in load.videos)
+    sizes = sorted(stored_bytes([job], each, cost) for load in work for job in load.jobs)
     folder = local_folder(settings)
     passes_through = remote_url(settings.cache.path) is not None and settings.cache.stage_to is None
     needed, free = sum(sizes[-LOCAL_VIDEOS:] if passes_through else sizes), free_bytes(folder)
@@ -142,11 +137,11 @@ def print_estimate(
     cost = measure_frames(settings, detector, work, TIMED_FRAMES)
     for load in work:
         begun = " (continued)" if extraction_store(load.split.features).attributes("") is not None else ""
-        minutes = seconds(settings, load.videos, cost) / 60
+        minutes = seconds(load.jobs, cost) / 60
         duration = f"{minutes:.1f} minutes" if minutes < 60 else f"{minutes / 60:.1f} hours"
-        print(f"{load.split.name}{begun}: {len(load.videos)} videos, {load.frames} frames, {duration}")
+        print(f"{load.split.name}{begun}: {len(load.jobs)} videos, {load.frames} frames, {duration}")
         for label, row in _compared(settings, calibration):
-            size = stored_bytes(settings, load.videos, row.bytes_per_location, cost)
+            size = stored_bytes(load.jobs, row.bytes_per_location, cost)
             print(f"  {label:<18} {size / 1e9:9.3f} GB, {size / max(load.frames, 1) / 1e6:.3f} MB a frame")
     folder = local_folder(settings)
     print(f"free: {free_bytes(folder) / 1e9:.1f} GB at {folder}")

@@ -8,23 +8,19 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cache.annotations import Labels, load_labels
 from cache.codecs import Codec, codec_identity
 from cache.codecs.rate_distortion import format_table, write_calibration
-from cache.errors import AnnotationError
 from cache.fingerprint import Fingerprint, Provenance
-from cache.layout import video_group_name
 from cache.upload import opened_writer
 from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
 from configs.schema import CodecName, Settings
-from configs.splits import SplitPaths, all_splits
 from extract import room
 from extract.calibration import ChosenCodec, calibrate, choose_codec
 from extract.checkpoints import weights_sha256
 from extract.detector import PADDING_DIVISOR, FrameDetector
 from extract.engines import open_detector
-from extract.frames import require_frames
+from extract.jobs import SplitJobs, open_jobs
 from extract.room import TIMED_FRAMES, Workload, require_room
 from extract.streaming import extract_videos
 
@@ -46,22 +42,16 @@ def extract(settings: Settings, only: Sequence[str] = ()) -> None:
     A remote cache (`cache.path=s3://...`) is uploaded video by video (cache.upload). Raises VitaCacheError for
     unreadable labels, frames, weights, a cache of other content, or a disk without room.
     """
-    splits = [split for split in all_splits(settings) if not only or split.name in only]
-    labels = [load_labels(split.labels) for split in splits]
-    for split, content in zip(splits, labels, strict=True):
-        if not content.videos:
-            raise AnnotationError("the label file has no videos", where=split.labels)
-        require_frames(content.videos, split.frames)
+    asked = open_jobs(settings, only)
     detector = _open_detector(settings)
     chosen = choose_codec(settings, detector)
-    work = [Workload.of(split, content) for split, content in zip(splits, labels, strict=True)]
     if chosen.calibration is not None:
         print(format_table(chosen.calibration))
     print(chosen.reason)
-    require_room(settings, detector, work, chosen)
+    require_room(settings, detector, [Workload.of(jobs) for jobs in asked], chosen)
     wanted = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), chosen.codec)
-    for split, content in zip(splits, labels, strict=True):
-        _extract_split(settings, detector, wanted, chosen, split, content)
+    for jobs in asked:
+        _extract_split(settings, detector, wanted, chosen, jobs)
 
 
 def print_estimate(settings: Settings) -> None:
@@ -69,11 +59,8 @@ def print_estimate(settings: Settings) -> None:
 
     Speed and bytes are measured on 20 frames, to which the codecs are fitted too.
     """
-    splits = all_splits(settings)
-    work = [Workload.of(split, load_labels(split.labels)) for split in splits]
-    for load in work:
-        require_frames(load.videos, load.split.frames)
-    if not any(load.videos for load in work):
+    work = [Workload.of(jobs) for jobs in open_jobs(settings)]
+    if not any(load.jobs for load in work):
         print("nothing to extract: every video is in the cache already")
         return
     detector = _open_detector(settings)
@@ -113,34 +100,30 @@ def fingerprint(settings: Settings, detector: FrameDetector, weights_digest: str
 
 
 def _extract_split(
-    settings: Settings,
-    detector: FrameDetector,
-    wanted: Fingerprint,
-    chosen: ChosenCodec,
-    split: SplitPaths,
-    labels: Labels,
+    settings: Settings, detector: FrameDetector, wanted: Fingerprint, chosen: ChosenCodec, asked: SplitJobs
 ) -> None:
+    split = asked.split
     with opened_writer(
         split.features,
         settings.cache.stage_to,
-        fingerprint=wanted,
+        fingerprint=replace(wanted, short_edge=asked.short_edge or 0),
         heads=detector.prediction_heads(),
         codec=chosen.codec,
-        labels_json=split.labels.read_bytes(),
+        labels_json=asked.labels_json,
         provenance=Provenance.gather(
             {"weights": settings.detector.weights, "labels": str(split.labels), "frames": str(split.frames)}
         ),
     ) as writer:
         if chosen.calibration is not None:
             write_calibration(writer.path, chosen.calibration)
-        pending = set(writer.pending([video_group_name(video.id) for video in labels.videos]))
-        videos = [video for video in labels.videos if video_group_name(video.id) in pending]
+        pending = set(writer.pending([job.name for job in asked.jobs]))
+        jobs = [job for job in asked.jobs if job.name in pending]
         started = time.perf_counter()
-        total = sum(video.length for video in videos)
-        extract_videos(settings, detector, writer, split.frames, videos, title=f"extract {split.name}")
-        if not videos:
-            print(f"extract {split.name}: all {len(labels.videos)} videos are in {split.features} already")
-        _add_to_record(writer, time.perf_counter() - started, total)
+        extract_videos(detector, writer, jobs, settings.detector.batch_frames, title=f"extract {split.name}")
+        if not jobs:
+            print(f"extract {split.name}: all {len(asked.jobs)} videos are in {split.features} already")
+        frames = sum(len(job.files) for job in jobs)
+        _add_to_record(writer, time.perf_counter() - started, frames)
 
 
 def read_record(features: Path) -> ExtractionRecord:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,42 +15,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
-from cache.annotations import Video
 from cache.background import BackgroundWriter
-from cache.geometry import network_size
-from cache.layout import VideoAttributes, video_group_name
 from cache.writer import CacheWriter
-from configs.schema import Settings
-from extract.detector import PADDING_DIVISOR, FrameDetector
-from extract.frames import FrameFile, decoded_batches, frame_files
+from extract.detector import FrameDetector
+from extract.frames import FrameFile, decoded_batches
+from extract.jobs import VideoJob
 
 
 def extract_videos(
-    settings: Settings,
-    detector: FrameDetector,
-    writer: CacheWriter,
-    frames_folder: Path,
-    videos: Sequence[Video],
-    title: str,
+    detector: FrameDetector, writer: CacheWriter, jobs: Sequence[VideoJob], batch_frames: int, title: str
 ) -> None:
     """Run the detector over whole videos and commit one after another; `title` names the progress bar.
 
     Videos of equal input size follow each other and share batches. Raises FrameError for unreadable frames and
     CacheError for features that cannot be stored, naming the video.
     """
-    attributes = {video.id: video_attributes(settings, video) for video in videos}
-    ordered = sorted(videos, key=lambda video: attributes[video.id].image_hw)
-    files = (file for video in ordered for file in frame_files(video, frames_folder, attributes[video.id].image_hw))
+    ordered = sorted(jobs, key=lambda job: job.attributes.image_hw)
+    files = (file for job in ordered for file in job.files)
     with (
         ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) - 1)) as pool,
-        tqdm(total=sum(video.length for video in videos), desc=title, unit="frame", disable=not videos) as progress,
+        tqdm(total=sum(len(job.files) for job in jobs), desc=title, unit="frame", disable=not jobs) as progress,
         BackgroundWriter(writer) as background,
     ):
-        batches = decoded_batches(files, settings.detector.batch_frames, pool)
-        parts = _video_parts(detector, batches, settings.detector.batch_frames, writer.codec.dtype)
-        for video in ordered:
-            with background.video(video_group_name(video.id), attributes[video.id]) as sink:
-                missing = video.length
+        batches = decoded_batches(files, batch_frames, pool)
+        parts = _video_parts(detector, batches, batch_frames, writer.codec.dtype)
+        for job in ordered:
+            with background.video(job.name, job.attributes) as sink:
+                missing = len(job.files)
                 while missing:
                     part = next(parts)
                     sink.append(part.frame_queries_TLQC, part.mask_features_TCHW)
@@ -77,7 +67,7 @@ def _video_parts(
         # What is stored as float16 is rounded by the device, and half as much crosses to the host.
         queries, maps = queries.half().cpu(), (maps.half() if dtype == np.float16 else maps.float()).cpu()
         start = 0
-        for _, files_of_video in groupby(files, key=lambda file: file.video.id):
+        for _, files_of_video in groupby(files, key=lambda file: file.group):
             stop = start + len(list(files_of_video))
             yield _VideoPart(
                 frame_queries_TLQC=queries[start:stop].numpy(),
@@ -94,20 +84,3 @@ def _filled(images_BCHW: Tensor, batch_frames: int) -> Tensor:
     """
     missing = batch_frames - len(images_BCHW)
     return torch.cat([images_BCHW, images_BCHW[-1:].expand(missing, -1, -1, -1)]) if missing else images_BCHW
-
-
-def video_attributes(settings: Settings, video: Video) -> VideoAttributes:
-    """Sizes of a video as the detector will see it."""
-    original_hw = (video.height, video.width)
-    image_hw = network_size(original_hw, settings.detector.short_edge)
-    return VideoAttributes(
-        num_frames=video.length,
-        image_hw=image_hw,
-        padded_hw=(padded(image_hw[0]), padded(image_hw[1])),
-        original_hw=original_hw,
-    )
-
-
-def padded(edge: int) -> int:
-    """An edge of the network input with its padding, in pixels."""
-    return -(-edge // PADDING_DIVISOR) * PADDING_DIVISOR

@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cache.annotations import Video
 from cache.background import BackgroundWriter
 from cache.codecs.float16 import Float16
 from cache.errors import CacheError, FrameError, WeightsError
@@ -31,9 +30,9 @@ from configs.schema import Precision, Settings
 from extract.checkpoints import weights_sha256
 from extract.detector import FrameDetector
 from extract.engines import open_detector
+from extract.jobs import attributes_of
 from extract.room import free_bytes
 from extract.stage import fingerprint
-from extract.streaming import video_attributes
 
 FOLDER = "video"
 FINE_TUNED = "detector"
@@ -153,9 +152,7 @@ def _require_room(settings: Settings, detector: FrameDetector, path: Path, work:
 
 
 def _attributes(settings: Settings, piece: Footage) -> VideoAttributes:
-    length = len(piece.seconds)
-    video = Video(id=1, width=piece.width, height=piece.height, length=length, file_names=(piece.name,) * length)
-    return video_attributes(settings, video)
+    return attributes_of(len(piece.seconds), (piece.height, piece.width), settings.detector.short_edge)
 
 
 def _batches(piece: Footage, image_hw: tuple[int, int], batch_frames: int) -> Iterator[Tensor]:

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from cache.errors import FrameError
-from cache.geometry import network_size
+from cache.geometry import Transform, network_size
 from cache.labels import Video
-from extract.frames import decoded_batches, frame_batches, frame_files, load_frame, read_frame, require_frames
+from extract.frames import FrameFile, decoded_batches, load_frame, read_frame, require_frames
 
 
 def save_jpeg(path: Path, height: int = 20, width: int = 30, **options: object) -> Path:
@@ -38,7 +38,10 @@ def test_network_size_worked_by_hand(original: tuple[int, int], edge: int | None
 def test_resizing_is_pillows_bilinear(tmp_path: Path) -> None:
     path = save_jpeg(tmp_path / "a.png")
     expected = np.asarray(Image.open(path).resize((15, 10), Image.Resampling.BILINEAR))
-    assert torch.equal(load_frame(path, (20, 30), (10, 15)), torch.from_numpy(expected.copy()).permute(2, 0, 1))
+    assert torch.equal(
+        load_frame(path, (20, 30), Transform.resize((20, 30), (10, 15))),
+        torch.from_numpy(expected.copy()).permute(2, 0, 1),
+    )
 
 
 def test_grey_and_alpha_become_rgb_and_orientation_is_applied(tmp_path: Path) -> None:
@@ -82,14 +85,19 @@ def test_missing_frames_are_found_before_any_work(tmp_path: Path) -> None:
         require_frames([video], tmp_path / "nowhere")
 
 
+def frame_file(path: Path, group: str, height: int, width: int) -> FrameFile:
+    hw = (height, width)
+    return FrameFile(group=group, path=path, original_hw=hw, transform=Transform.resize(hw, hw))
+
+
 def test_batches_keep_the_order_and_lose_nothing(tmp_path: Path) -> None:
-    names = [f"v/{index}.png" for index in range(7)]
-    for index, name in enumerate(names):
-        (tmp_path / "v").mkdir(exist_ok=True)
-        Image.fromarray(np.full((4, 5, 3), index, dtype=np.uint8)).save(tmp_path / name)
-    video = Video(id=1, width=5, height=4, length=7, file_names=tuple(names))
+    files = []
+    for index in range(7):
+        path = tmp_path / f"{index}.png"
+        Image.fromarray(np.full((4, 5, 3), index, dtype=np.uint8)).save(path)
+        files.append(frame_file(path, "1", 4, 5))
     with ThreadPoolExecutor(2) as pool:
-        batches = list(frame_batches(video, tmp_path, (4, 5), 3, pool))
+        batches = [images for _, images in decoded_batches(files, 3, pool)]
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert torch.cat(batches)[:, 0, 0, 0].tolist() == list(range(7))
 
@@ -97,12 +105,10 @@ def test_batches_keep_the_order_and_lose_nothing(tmp_path: Path) -> None:
 def test_a_batch_holds_frames_of_several_videos_but_of_one_size(tmp_path: Path) -> None:
     files = []
     for number, (length, width) in enumerate([(3, 5), (2, 5), (2, 6), (1, 6)]):
-        names = tuple(f"{number}/{frame}.png" for frame in range(length))
-        for name in names:
-            save_jpeg(tmp_path / name, 4, width)
-        video = Video(id=number, width=width, height=4, length=length, file_names=names)
-        files += frame_files(video, tmp_path, (4, width))
+        for frame in range(length):
+            path = save_jpeg(tmp_path / f"{number}" / f"{frame}.png", 4, width)
+            files.append(frame_file(path, str(number), 4, width))
     with ThreadPoolExecutor(2) as pool:
         batches = list(decoded_batches(files, 4, pool))
-    assert [[file.video.id for file in owners] for owners, _ in batches] == [[0, 0, 0, 1], [1], [2, 2, 3]]
+    assert [[file.group for file in owners] for owners, _ in batches] == [["0", "0", "0", "1"], ["1"], ["2", "2", "3"]]
     assert [tuple(images.shape) for _, images in batches] == [(4, 3, 4, 5), (1, 3, 4, 5), (3, 3, 4, 6)]

@@ -15,12 +15,13 @@ import pytest
 
 from cache.annotations import load_labels
 from cache.errors import CacheError
+from cache.layout import View
 from cache.reader import FeatureCache
 from cache.upload import LOCAL_VIDEOS
-from configs.schema import DetectorSettings, Settings
 from configs.splits import SplitPaths
 from extract import room
 from extract.__main__ import main as extract_main
+from extract.jobs import SplitJobs, video_job
 from extract.room import FrameCost, Workload, stored_bytes
 from extract.stage import extract
 from tests.cache_samples import labels_of, open_writer, write_video
@@ -35,16 +36,16 @@ def workload(tmp_path: Path, lengths: dict[int, int]) -> Workload:
     document = json.loads(labels_of(lengths)) | {"categories": [{"id": 1, "name": "cat"}]}
     file.write_text(json.dumps(document))
     split = SplitPaths(name="train", labels=file, frames=tmp_path, features=tmp_path / "a")
-    return Workload.of(split, load_labels(file))
+    jobs = tuple(video_job(video, View(), tmp_path, None) for video in load_labels(file).videos)
+    return Workload.of(SplitJobs(split=split, labels_json=b"", jobs=jobs, short_edge=None))
 
 
 def test_bytes_and_seconds_by_hand(tmp_path: Path) -> None:
     """Frames of 48 x 80 without resizing, padded to 64 x 96, so maps of 13 x 21 are kept of 16 x 24."""
-    settings = Settings(detector=DetectorSettings(short_edge=None))
     cost = FrameCost(query_bytes=3 * 4 * 6 * 2, channels=6, seconds_per_pixel=1e-6)
     work = workload(tmp_path, {1: 5, 2: 7})
-    assert stored_bytes(settings, work.videos, 6 * 2, cost) == 12 * (144 + 13 * 21 * 6 * 2)
-    assert room.seconds(settings, work.videos, cost) == pytest.approx(12 * 64 * 96 * 1e-6)
+    assert stored_bytes(work.jobs, 6 * 2, cost) == 12 * (144 + 13 * 21 * 6 * 2)
+    assert room.seconds(work.jobs, cost) == pytest.approx(12 * 64 * 96 * 1e-6)
 
 
 def test_videos_in_the_cache_are_not_counted(tmp_path: Path) -> None:
@@ -131,9 +132,9 @@ def test_a_full_disk_is_refused_before_anything_is_written(tiny_data: Path, smal
         extract(settings)
     assert list(small_disk.iterdir()) == []
     settings.cache.ignore_space = True
-    with pytest.raises(CacheError, match=r"video '2': writing failed: No space left"):
+    with pytest.raises(CacheError, match=r"video '4': writing failed: No space left"):
         extract(settings)
-    assert FeatureCache.open(small_disk / "features" / "train").video_names() == ["1"]
+    assert FeatureCache.open(small_disk / "features" / "train").video_names() == ["2"]
 
 
 def leave_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

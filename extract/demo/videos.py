@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from extract.demo.motion import crossing, drift, excursion
 from extract.demo.shapes import VIDEO_CATEGORIES, Floats, Sprite, random_background, random_texture, render
+from extract.demo.stills import write_stills
 
 FRAME_SIZES = ((90, 160), (96, 120))  # (height, width): 16:9, which needs padding, and 5:4
 MIN_VISIBLE_AREA = 8  # pixels; a sliver smaller than this is "absent", as an annotator would have it
@@ -169,9 +170,13 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
     temporary.replace(root / f"{split}.json")
 
 
-def write_demo_data(root: Path, num_train: int = 200, num_valid: int = 50, num_long: int = 0) -> None:
-    """Write whichever split is not there yet; `num_long` videos of LONG_FRAMES make the split `long`."""
+def write_demo_data(
+    root: Path, num_train: int = 200, num_valid: int = 50, num_long: int = 0, num_stills: int = 300
+) -> None:
+    """Write what is not there yet: `num_long` videos of LONG_FRAMES make the split `long`, stills pseudo-videos."""
     splits = (("train", num_train, None), ("valid", num_valid, None), ("long", num_long, LONG_FRAMES))
     for split, count, length in splits:
         if count and not (root / f"{split}.json").exists():
             write_split(root, split, count, length)
+    if num_stills and not (root / "stills.json").exists():
+        write_stills(root, num_stills)
