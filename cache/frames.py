@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -14,7 +13,7 @@ import zarr
 from numpy.typing import NDArray
 
 from cache.errors import CorruptData
-from cache.layout import METADATA, fill_value
+from cache.layout import fill_value, read_metadata
 from cache.shards import ShardedFrames, checked_output, corrupt_frame
 
 
@@ -43,7 +42,7 @@ class FrameArray(Protocol):
 def open_frames(folder: Path) -> FrameArray:
     """Open the Zarr array in `folder`. Raises CorruptData where it has no readable metadata."""
     try:
-        metadata = json.loads((folder / METADATA).read_bytes())
+        metadata = read_metadata(folder)
         return ShardedFrames.recognise(folder, metadata) or ZarrFrames.of(folder, metadata)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CorruptData(f"unreadable array metadata: {error!r}", where=folder) from error

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -173,23 +174,30 @@ def group_metadata(attributes: Mapping[str, Any]) -> bytes:
     return json.dumps(document, indent=2, ensure_ascii=False).encode()
 
 
-def read_group_attributes(folder: Path) -> dict[str, Any] | None:
+def read_metadata(folder: Path | str) -> Any:
+    """The zarr.json in `folder`. Raises OSError, and ValueError where it is no JSON."""
+    # A cache of thousands of videos has three each: no pathlib, buffer or guess of the encoding.
+    with FileIO(f"{folder}/{METADATA}") as file:
+        return json.loads(file.readall().decode())
+
+
+def read_group_attributes(folder: Path | str) -> dict[str, Any] | None:
     """The attributes of the Zarr group in `folder`, None where there is no group.
 
     Raises CorruptData where its zarr.json is not a group's.
     """
     try:
-        attributes = json.loads((folder / METADATA).read_bytes())["attributes"]
+        attributes = read_metadata(folder)["attributes"]
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, KeyError, TypeError) as error:
-        raise CorruptData(f"unreadable group metadata: {error!r}", where=folder / METADATA) from error
+        raise CorruptData(f"unreadable group metadata: {error!r}", where=f"{folder}/{METADATA}") from error
     if not isinstance(attributes, dict):
-        raise CorruptData("group attributes are not a mapping", where=folder / METADATA)
+        raise CorruptData("group attributes are not a mapping", where=f"{folder}/{METADATA}")
     return attributes
 
 
-def is_complete(folder: Path) -> bool:
+def is_complete(folder: Path | str) -> bool:
     """Whether a video's folder carries the commit marker; metadata that cannot be read carry none."""
     try:
         return (read_group_attributes(folder) or {}).get("complete") is True

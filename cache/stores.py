@@ -7,6 +7,7 @@ a folder. Stores are picklable and open nothing before they are first read.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,7 +89,7 @@ class FolderStore:
 
     def attributes(self, group: str) -> dict[str, Any] | None:
         """See Store."""
-        return read_group_attributes(self.path / group)
+        return read_group_attributes(f"{self.path}/{group}")
 
     def arrays(self, group: str) -> dict[str, NDArray[Any]]:
         """See Store."""
@@ -107,7 +108,7 @@ class FolderStore:
 
     def frames(self, video: str, field: str) -> FrameArray:
         """See Store."""
-        return open_frames(self.path / VIDEOS / video / field)
+        return open_frames(self.path.joinpath(VIDEOS, video, field))
 
     def size(self, video: str, field: str) -> int:
         """See Store."""
@@ -132,5 +133,8 @@ def require_finite(array: NDArray[Any], where: object) -> NDArray[Any]:
 def video_groups(path: Path) -> Iterator[tuple[str, bool]]:
     """(name, complete) of every video folder of the cache in the folder `path`, sorted by name."""
     folder = path / VIDEOS
-    for name in sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else ():
-        yield name, is_complete(folder / name)
+    if folder.is_dir():
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir())
+        for name in names:
+            yield name, is_complete(f"{folder}/{name}")
