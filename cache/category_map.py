@@ -13,13 +13,13 @@ from cache.labels import Category
 def category_pairs(categories: Sequence[Category], detector_names: Sequence[str]) -> list[tuple[int, int]]:
     """Pairs (class index of the labels, class index of the detector).
 
-    From the COCO tables of YouTube-VIS 2019, 2021 and OVIS where the labels are one of these sets, and equal
-    names otherwise. Categories without a counterpart are in no pair.
+    Equal names where the detector knows them all, as one fine-tuned on the data set does; else the COCO tables of
+    YouTube-VIS 2019, 2021 and OVIS where the labels are one of these sets; else equal names. Categories without a counterpart are in no pair.
     """
     detector_index = {_plain(name): index for index, name in enumerate(detector_names)}
-    table = _published_table(tuple(sorted((category.id, _plain(category.name)) for category in categories)))
-    if table is None:
-        table = [(_plain(category.name), category.id) for category in categories]
+    table = [(_plain(category.name), category.id) for category in categories]
+    if not all(name in detector_index for name, _ in table):
+        table = _published_table(tuple(sorted((id_, name) for name, id_ in table))) or table
     label_index = {category.id: index for index, category in enumerate(categories)}
     return [(label_index[id_], detector_index[name]) for name, id_ in table if name in detector_index]
 
