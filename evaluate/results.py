@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import lzma
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
@@ -48,16 +49,20 @@ class TrackPrediction:
 def write_results(path: Path, predictions: Iterable[TrackPrediction]) -> Path:
     """Write `path` (results.json) and beside it the zip to submit, whose path is returned.
 
-    Each appears under its name only when it is whole.
+    Each appears under its name only when it is whole. One track at a time is in memory.
     """
-    data = json.dumps([prediction.to_json() for prediction in predictions]).encode("ascii")
     path.parent.mkdir(parents=True, exist_ok=True)
     draft, zip_path = path.with_name(path.name + ".tmp"), path.with_suffix(".zip")
-    draft.write_bytes(data)
+    with draft.open("w", encoding="ascii") as file:
+        file.write("[")
+        for index, prediction in enumerate(predictions):
+            file.write((", " if index else "") + json.dumps(prediction.to_json()))
+        file.write("]")
     draft.replace(path)
     member = zipfile.ZipInfo(RESULTS_NAME, date_time=_ZIP_TIME)
-    with zipfile.ZipFile(draft, "w", compression=zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(member, data, compress_type=zipfile.ZIP_DEFLATED)
+    member.compress_type, member.file_size = zipfile.ZIP_DEFLATED, path.stat().st_size
+    with zipfile.ZipFile(draft, "w") as archive, path.open("rb") as content, archive.open(member, "w") as packed:
+        shutil.copyfileobj(content, packed)
     draft.replace(zip_path)
     return zip_path
 
