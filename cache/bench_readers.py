@@ -16,6 +16,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.compression import decompress
 from cache.frames import ZarrFrames
 from cache.layout import METADATA
 from cache.shard_layout import CRC_BYTES, decode_index, index_bytes, shard_name
@@ -23,8 +24,8 @@ from cache.shard_writer import ShardWriter
 from cache.shards import ShardedFrames
 
 Reader = Callable[[Sequence[int], NDArray[Any]], object]
-LIMIT, OURS, OURS_FIRST = "preadv", "vita-cache", "vita-cache, first read"
-COMPARED = (LIMIT, OURS, OURS_FIRST)
+LIMIT, UNPACKED, OURS, OURS_FIRST = "preadv", "preadv + zstd", "vita-cache", "vita-cache, first read"
+COMPARED = (LIMIT, UNPACKED, OURS, OURS_FIRST)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +66,12 @@ class StoredField:
     dtype: np.dtype[Any]
 
     def readers(self) -> dict[str, Reader]:
-        """By name: the limit first, then ours, then the others."""
+        """By name: the limits first, then ours, then the others. Only compressed fields are unpacked."""
         metadata = json.loads((self.folder / "zarr" / METADATA).read_bytes())
         array = self._opened(metadata)
         return {
-            LIMIT: self._preadv(array),
+            LIMIT: self._preadv(array, unpack=False),
+            UNPACKED: self._preadv(array, unpack=array.compressed),
             OURS: array.read,
             OURS_FIRST: lambda frames, out: self._opened(metadata).read(frames, out),
             "zarr-python": ZarrFrames.of(self.folder / "zarr", metadata).read,
@@ -82,7 +84,7 @@ class StoredField:
         assert array is not None
         return array
 
-    def _preadv(self, array: ShardedFrames) -> Reader:
+    def _preadv(self, array: ShardedFrames, *, unpack: bool) -> Reader:
         """One bare system call a frame, of the very bytes that ours reads, at places known beforehand."""
         row_bytes, per_shard, places = array.frame_bytes, array.frames_per_shard, []
         for shard in range(-(-self.shape[0] // per_shard)):
@@ -96,7 +98,10 @@ class StoredField:
             buffer = out.reshape(-1).view(np.uint8).data
             for row, frame in enumerate(frames):
                 descriptor, offset, size = places[frame]
-                os.preadv(descriptor, [buffer[row * row_bytes : row * row_bytes + size]], offset)
+                chunk = buffer[row * row_bytes : row * row_bytes + size]
+                os.preadv(descriptor, [chunk], offset)
+                if unpack:
+                    decompress(bytes(chunk), buffer[row * row_bytes : (row + 1) * row_bytes])
 
         return read
 
