@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.schema import Device, Precision, Settings
-from evaluate.stage import head_predictor
+from evaluate.predictors import head_predictor
 from extract.demo.stills import make_still
 from extract.detector import load_detector
 from tests.conftest import tiny_settings
@@ -63,14 +63,12 @@ def test_the_loss_of_a_step(
 
 
 def test_whole_video_tracks(tiny_data: Path, tiny_cache: Path, tiny_run: Settings) -> None:
-    run = Path(tiny_run.runs) / tiny_run.name
     videos = open_evaluation_set(tiny_run)
     cached = videos.feature_cache.video(str(videos.video_ids[0]))
-    queries = torch.from_numpy(cached.frame_queries())
     tracks = {}
     for device in (Device.cpu, Device.cuda):
-        settings = tiny_settings(tiny_data, tiny_cache, Path(tiny_run.runs), f"device={device.value}")
-        tracks[device] = head_predictor(settings, videos, run)(cached, queries)
+        settings = tiny_settings(tiny_data, tiny_cache, Path(tiny_run.runs), f"device={device.value}", "name=tiny")
+        tracks[device] = head_predictor(settings, videos)(cached)
     assert tracks[Device.cuda].scores == pytest.approx(tracks[Device.cpu].scores, abs=1e-3)
 
 
