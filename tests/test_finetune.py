@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.geometry import Transform
 from configs.schema import Settings
 from evaluate.stage import evaluate
+from extract.demo.stills import write_stills
 from extract.detector import load_detector, normalise_and_pad
 from extract.loading import load_model
 from extract.stage import extract
@@ -217,6 +219,22 @@ def test_classes_of_the_data_set_start_from_the_detector_s_own() -> None:
     assert after.weight.shape == (3, before.in_features)
     assert torch.equal(after.weight[1:], before.weight[[2, -1]]) and torch.equal(after.bias[1:], before.bias[[2, -1]])
     assert not torch.equal(after.weight[0], before.weight[0])
+
+
+def test_pseudo_videos_are_mixed_in(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(tiny_data, root)
+    write_stills(root, 6)
+    words = ["pseudo.ratio=1", "pseudo.labels=stills.json", "pseudo.images=stills", "pseudo.resize_edges=[90]"]
+    words += ["pseudo.crop_sides=[64,90]", "pseudo.short_edges=[64]", "pseudo.num_frames=4"]
+    source = LiveSource(small(root, tiny_cache, tmp_path, *words), CPU)
+    clips = source.clips()
+    drawn = [clips.stream.draw(index) for index in range(10)]
+    assert [found.source for found in drawn].count(1) == 5
+    clip = clips[next(index for index, found in enumerate(drawn) if found.source == 1)]
+    assert min(clip.images_T3HW.shape[-2:]) == 64 and clip.targets.image_hw == tuple(clip.images_T3HW.shape[-2:])
+    trainer = Trainer(source.settings, source, tmp_path)
+    assert trainer.compute.gradients(trainer.head, [clip]).frames > 0
 
 
 def test_impossible_settings_are_refused(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:

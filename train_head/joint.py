@@ -7,8 +7,9 @@ Shapes: D prediction layers, L of them that the head takes, B clips, T frames, F
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,28 +19,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cache.annotations import load_labels
+from cache.annotations import load_labels, parse_labels
 from cache.category_map import category_pairs
 from cache.errors import AnnotationError, ConfigError
 from cache.fingerprint import Fingerprint
 from cache.labels import Labels, Video
-from cache.layout import cropped_map_hw
+from cache.layout import cropped_map_hw, video_group_name
 from cache.splits import Split, holdout_split
 from configs.command import precision_name
 from configs.schema import DetectorEngine, Settings
-from configs.splits import train_split
+from configs.splits import pseudo_split, train_split
 from train_head.build import FeatureSizes, TrainedPart, build_criterion, point_config
 from train_head.checkpoint import Checkpoint
+from train_head.contract import HeadOutputs
 from train_head.criterion import LossNormalisers, VitaLosses
 from train_head.frame_losses import expected_matches, frame_losses, frame_points, with_frame_matches
-from train_head.head import HeadOutputs
-from train_head.live_clips import LiveClip, LiveClips
+from train_head.live_clips import FrameReader, LiveClip, LiveClips
 from train_head.mask_folding import MapDecoding, fold_mask_embeddings
 from train_head.sources import ClipFeatures, clip_stream
 from train_head.targets import ClipTargets
 from train_head.trainer import run_training
 
 if TYPE_CHECKING:
+    from extract.frames import FrameFile  # noqa: TID251
     from extract.trainable import LayerPredictions, TrainableDetector  # noqa: TID251
 
 DETECTOR = "detector"  # the folder of a run that `extract` reads as detector.weights
@@ -57,6 +59,8 @@ def finetune(settings: Settings) -> Path:
             "train.evaluate_every and train.ema are of the head alone",
             hint="set them to 0; after fine-tuning, extract with the run's detector, then evaluate",
         )
+    if settings.train.mix:
+        raise ConfigError("train.mix mixes caches, which fine-tuning does not read", hint="set train.mix=[]")
     return run_training(settings, lambda device: LiveSource(settings, device))
 
 
@@ -71,6 +75,20 @@ class FrameFolder:
         from extract.frames import read_frame  # noqa: TID251
 
         return read_frame(self.path / video.file_names[frame], (video.height, video.width))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PseudoFrames:
+    """Makes the frames of pseudo-videos from their images; an object that travels to worker processes."""
+
+    files: Mapping[int, Sequence[FrameFile]]  # by video
+
+    def __call__(self, video: Video, frame: int) -> Image.Image:
+        """Decode and transform the image; raises FrameError."""
+        from extract.frames import read_frame  # noqa: TID251
+
+        file = self.files[video.id][frame]
+        return file.transform.on_image(read_frame(file.path, file.original_hw))
 
 
 class LiveSource:
@@ -102,11 +120,17 @@ class LiveSource:
         self.fingerprint = _fingerprint(settings, self.detector, device, _NOT_EXPORTED)
 
     def clips(self) -> LiveClips:
-        """Clips of the training videos; single frames where the detector is trained alone."""
+        """Clips of the training videos and of pseudo-videos; single frames where the detector is trained alone."""
         settings = self.settings
-        stream = clip_stream(settings, [self.labels], [1.0], num_frames=None if self.trains_head else 1)
+        labels: list[Labels] = [self.labels]
+        readers: list[FrameReader] = [FrameFolder(path=self.frames)]
+        ratios = [1.0]
+        if pseudo_split(settings) is not None:
+            pseudo_labels, reader = _pseudo_videos(settings)
+            labels, readers, ratios = [*labels, pseudo_labels], [*readers, reader], [*ratios, settings.pseudo.ratio]
+        stream = clip_stream(settings, labels, ratios, num_frames=None if self.trains_head else 1)
         chosen = settings.finetune if self.augment else None
-        return LiveClips(stream, FrameFolder(path=self.frames), settings.detector.short_edge, chosen)
+        return LiveClips(stream, readers, settings.detector.short_edge, chosen)
 
     def targets(self, clip: LiveClip) -> ClipTargets:
         """Move the clip's targets to the device; of the frame matches only the number is known yet."""
@@ -185,6 +209,16 @@ class LiveSource:
         self.detector.save(folder / DETECTOR)
         self.fingerprint = replace(self.fingerprint, weights_sha256=weights_sha256(folder / DETECTOR))
         return f"the detector: `make extract detector.weights={folder / DETECTOR} cache.path=...` reads it\n"
+
+
+def _pseudo_videos(settings: Settings) -> tuple[Labels, PseudoFrames]:
+    """Labels and frames of the pseudo-videos that extraction would store."""
+    from extract.jobs import open_jobs  # noqa: TID251
+
+    (asked,) = open_jobs(settings, only=["pseudo"])
+    labels = parse_labels(json.loads(asked.labels_json), "pseudo-videos")
+    files = {job.name: job.files for job in asked.jobs}
+    return labels, PseudoFrames(files={video.id: files[video_group_name(video.id)] for video in labels.videos})
 
 
 def _load(settings: Settings, labels: Labels, device: torch.device) -> TrainableDetector:

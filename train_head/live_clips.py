@@ -5,7 +5,7 @@ Shapes: T frames, H×W input pixels without padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,13 +45,18 @@ class LiveClips(Dataset[LiveClip]):
     """The clips of a stream, from image files; clip i and its augmentation depend on (seed, i) alone."""
 
     def __init__(
-        self, stream: ClipStream, read: FrameReader, short_edge: int | None, chosen: FinetuneSettings | None
+        self,
+        stream: ClipStream,
+        readers: Sequence[FrameReader],
+        short_edge: int | None,
+        chosen: FinetuneSettings | None,
     ) -> None:
-        """`chosen`: the augmentation; None resizes to `short_edge`, as extraction does.
+        """`readers`: one for each source of the stream; they travel to worker processes.
 
-        `read` travels to worker processes.
+        `chosen`: the augmentation of the first source, the videos; None resizes to `short_edge`, as extraction does.
+        Other sources are pseudo-videos, whose frames are transformed already.
         """
-        self.stream, self.read, self.short_edge, self.chosen = stream, read, short_edge, chosen
+        self.stream, self.readers, self.short_edge, self.chosen = stream, readers, short_edge, chosen
 
     def __getitem__(self, index: int) -> LiveClip:
         """Read, transform and label the frames of clip number `index`."""
@@ -59,8 +64,9 @@ class LiveClips(Dataset[LiveClip]):
         labels, video_id, frames = self.stream.labels[drawn.source], drawn.video_id, drawn.frames
         video = labels.video_by_id[video_id]
         original_hw = (video.height, video.width)
-        transform = self.transform(index, original_hw)
-        images = [transform.on_image(self.read(video, frame)) for frame in frames]
+        is_pseudo = drawn.source > 0
+        transform = Transform.resize(original_hw, original_hw) if is_pseudo else self.transform(index, original_hw)
+        images = [transform.on_image(self.readers[drawn.source](video, frame)) for frame in frames]
         return LiveClip(
             index=index,
             name=video.name,
