@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
 
 
 class Device(Enum):
@@ -28,6 +28,13 @@ class DetectorEngine(Enum):
 
     transformers = "transformers"
     detectron2 = "detectron2"
+
+
+class HeadKind(StrEnum):
+    """Which head; a new one adds its member here (train_head/contract.py)."""
+
+    vita = "vita"
+    gru = "gru"  # train_head/example_head.py: a recurrence over frames
 
 
 class CodecName(Enum):
@@ -145,8 +152,9 @@ class CacheSettings:
 
 @dataclass
 class HeadSettings:
-    """Sizes of the VITA head; the release's are 6 + 3 layers, the paper's 3 + 6."""
+    """The head and its sizes, of which it takes those it needs; VITA's release has 6 + 3 layers, the paper 3 + 6."""
 
+    kind: HeadKind = HeadKind.vita
     hidden_dim: int = 256
     mask_dim: int = 256
     num_queries: int = 100

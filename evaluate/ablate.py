@@ -21,6 +21,7 @@ from evaluate.stored import store_predictions
 from evaluate.tables import HEADLINE, percent
 from evaluate.whole_video import predict_videos, submitted
 from train_head.data import VideoSet, open_evaluation_set
+from train_head.head import VitaHead
 
 WINDOWS = (3, 6, 12, 0)  # frames; 0 is all
 KEPT = (1.0, 0.75, 0.5, 0.25, 0.1)  # share of the frame queries
@@ -86,6 +87,8 @@ def markdown(what: str, rows: list[Row]) -> str:
 
 def _windows(found: _Run) -> Iterator[Row]:
     head = found.predictor.head
+    if not isinstance(head, VitaHead):
+        raise ConfigError("only VITA's head has windows", where="ablate windows", got=f"head.kind={head.config.kind}")
     trained = head.config
     for window in WINDOWS:
         head.config = replace(trained, window=window)  # shapes no weight

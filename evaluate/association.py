@@ -23,7 +23,6 @@ from evaluate.inference import VideoTracks, best_labels
 from evaluate.mask_decoding import MaskDecoder
 from evaluate.predictors import HeadPredictor
 from evaluate.video_iou import TrackMasks, track_ious
-from train_head.streaming import predict_stream
 
 MIN_IOU = 0.1  # below, a clip's track is a new track
 
@@ -60,7 +59,7 @@ def predict_clips(predictor: HeadPredictor, cached: CachedVideo, length: int) ->
     """Run the head on every clip of a video, for itself."""
     sizes = cached.attributes
     for frames in clip_ranges(sizes.num_frames, length):
-        outputs = predict_stream(predictor.head, predictor.tokens(cached, frames), len(frames))
+        outputs = predictor.head.predict_stream(predictor.tokens(cached, frames), len(frames))
         probability_VK = outputs.class_logits_VK.float().softmax(dim=-1)[:, :-1]
         queries_M = best_labels(probability_VK, predictor.choices.top_k, repeats=False).queries_M
         weights = predictor.head.fold_masks(outputs.mask_embed_VC[queries_M], predictor.decoding)

@@ -23,8 +23,9 @@ from cache import masks
 from cache.bench import machine
 from evaluate.bench_dense import DenseTracks, dense_tracks
 from evaluate.inference import VideoTracks, predict_video
+from train_head.contract import HeadConfig
 from train_head.frame_spill import TokenBlock
-from train_head.head import HeadConfig, VitaHead
+from train_head.head import VitaHead
 from train_head.mask_folding import MapDecoding
 
 Found = TypeVar("Found")

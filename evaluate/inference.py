@@ -14,10 +14,9 @@ from torch import Tensor
 
 from cache.masks import Rle
 from evaluate.mask_decoding import MaskDecoder
+from train_head.contract import TrackHead
 from train_head.frame_spill import TokenBlock
-from train_head.head import VitaHead
 from train_head.mask_folding import MapDecoding
-from train_head.streaming import predict_stream
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class Candidates:
 
 @torch.no_grad()
 def predict_video(
-    head: VitaHead,
+    head: TrackHead,
     blocks: Iterable[TokenBlock],
     maps: Iterable[Tensor],
     *,
@@ -61,7 +60,7 @@ def predict_video(
     another, so that only the run lengths grow with T. `image_hw` is the network's input without padding,
     `original_hw` that of the masks; the map has to cover the input (and one more row or column where it was padded).
     """
-    outputs = predict_stream(head, blocks, num_frames)
+    outputs = head.predict_stream(blocks, num_frames)
     found = best_labels(outputs.class_logits_VK.float().softmax(dim=-1)[:, :-1], top_k, repeats)
     weights = head.fold_masks(outputs.mask_embed_VC[found.queries_M], decoding)
     decoder = MaskDecoder(len(found.queries_M), image_hw, original_hw, outputs.mask_embed_VC.device)

@@ -21,11 +21,11 @@ from evaluate.inference import VideoTracks, predict_video
 from evaluate.read_ahead import read_ahead
 from train_head.build import decoding_of, map_channels
 from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
+from train_head.contract import TrackHead
 from train_head.data import VideoSet
 from train_head.detector_predictions import FrozenHeads
 from train_head.frame_matches import label_map
 from train_head.frame_spill import TokenBlock
-from train_head.head import VitaHead
 from train_head.mask_folding import MapDecoding
 
 VideoPredictor = Callable[[CachedVideo], VideoTracks]
@@ -35,7 +35,7 @@ VideoPredictor = Callable[[CachedVideo], VideoTracks]
 class HeadPredictor:
     """Whole-video inference by a trained head: a VideoPredictor."""
 
-    head: VitaHead
+    head: TrackHead
     frozen: FrozenHeads
     decoding: MapDecoding
     choices: EvaluateSettings

@@ -30,7 +30,8 @@ from evaluate.results import TrackPrediction, load_results, write_results
 from extract.checkpoints import read_model
 from tests.cache_samples import FINGERPRINT, open_writer, write_video
 from train_head.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from train_head.head import HeadConfig, VitaHead
+from train_head.contract import HeadConfig
+from train_head.head import VitaHead
 
 GOLDEN = Path(__file__).parent / "golden" / "ytvis_eval"
 NUM_FRAMES = 5

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from train_head.head import HeadConfig, HeadOutputs, VitaHead, strip_release_prefix
+from train_head.contract import HeadConfig, HeadOutputs
+from train_head.head import VitaHead, strip_release_prefix
 from train_head.layers import MultiheadAttention, SelfAttentionLayer, window_runs
 from train_head.mask_folding import MapDecoding, fold_mask_embeddings
 
@@ -66,7 +67,7 @@ def test_training_outputs_of_all_layers() -> None:
     head = golden_head()
     queries_LBTQC = torch.from_numpy(golden["frame_queries"]).unflatten(1, (2, 5))
     with torch.no_grad():
-        outputs: HeadOutputs = head(queries_LBTQC, shift=False)
+        outputs: HeadOutputs = head(queries_LBTQC)
         similarity_DLBVC = head.sim_embed_clip(outputs.video_queries_DLBVC)
     assert outputs.clip_similarity_LBVC is not None and outputs.frame_similarity_LBTQC is not None
     for layer, prefix in enumerate([*(f"aux{index}_" for index in range(5)), ""]):

@@ -70,7 +70,7 @@ def test_mask_losses_equal_a_loop_over_matched_pairs(num_objects: int) -> None:
     queries_LBTQC = torch.randn(3, 1, 2, 20, 64, generator=generator)
     with torch.no_grad():
         losses = step(head, queries_LBTQC, [map_TRHW], [target], points, VitaCriterion())
-        embed_DLVC = head(queries_LBTQC, shift=False).mask_embed_DLBVC[:, :, 0]
+        embed_DLVC = head(queries_LBTQC).mask_embed_DLBVC[:, :, 0]
         convolved = head.vita_mask_features(map_TRHW)
     grid = points.points_P2[None, None] * torch.tensor((30 / 36, 21 / 28)) * 2 - 1
     expected_mask, expected_dice = torch.zeros(6), torch.zeros(6)

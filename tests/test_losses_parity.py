@@ -79,7 +79,7 @@ def step(
     points: FixedPoints | RandomPoints,
     criterion: VitaCriterion,
 ) -> VitaLosses:
-    outputs = head(queries_LBTQC, shift=False)
+    outputs = head(queries_LBTQC)
     weights = head.fold_masks(outputs.mask_embed_DLBVC, MapDecoding())
     normalisers = LossNormalisers.of_batch(targets, queries_LBTQC.shape[0], head.config.num_queries)
     return criterion(outputs, weights, maps, targets, [points] * len(targets), normalisers)

@@ -16,8 +16,9 @@ from tests.test_head_parity import GOLDEN, assert_near, golden_head
 from tests.test_losses_parity import FixedPoints, step
 from train_head.build import build_criterion
 from train_head.clips import draw_frames
+from train_head.contract import HeadConfig
 from train_head.criterion import VitaCriterion
-from train_head.head import HeadConfig, VitaHead
+from train_head.head import VitaHead
 from train_head.points import sampling_area
 from train_head.targets import clip_targets
 
@@ -104,7 +105,7 @@ def test_cross_entropy_without_absent_frames() -> None:
     with torch.no_grad():
         everywhere = step(head, queries_LBTQC, [map_TRHW], [target], points, VitaCriterion())
         present = step(head, queries_LBTQC, [map_TRHW], [target], points, VitaCriterion(absent_frames=False))
-        embed_DVC = head(queries_LBTQC, shift=False).mask_embed_DLBVC[:, 0, 0]
+        embed_DVC = head(queries_LBTQC).mask_embed_DLBVC[:, 0, 0]
         convolved = head.vita_mask_features(map_TRHW)
     grid = (points.points_P2 * 2 - 1)[None, None].expand(3, -1, -1, -1)
     for depth in range(2):

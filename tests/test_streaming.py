@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cache.errors import CacheError
 from tests.test_head_parity import GOLDEN, TOLERANCE, assert_near, golden_head
+from train_head.contract import HeadConfig
 from train_head.frame_spill import FrameSpill, TokenBlock
-from train_head.head import HeadConfig, VitaHead
+from train_head.head import VitaHead
 from train_head.streaming import predict_stream
 
 SLOTS = 7

@@ -18,8 +18,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
+from train_head.contract import HeadOutputs, TrackHead
 from train_head.criterion import LossNormalisers, LossWeights
-from train_head.head import HeadOutputs, VitaHead
 from train_head.points import STRIDE, PointConfig, PointSource
 from train_head.targets import ClipTargets
 
@@ -65,7 +65,7 @@ class DenseLosses:
 
 
 def dense_losses(
-    head: VitaHead,
+    head: TrackHead,
     outputs: HeadOutputs,
     maps: Sequence[Tensor],
     targets: Sequence[ClipTargets],

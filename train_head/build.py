@@ -13,9 +13,9 @@ from torch import nn
 from cache.codecs import Codec
 from cache.heads import DetectorHeads
 from configs.schema import LossSettings, PaddedArea, Settings
+from train_head.contract import HeadConfig
 from train_head.criterion import LossWeights, VitaCriterion
 from train_head.data import VideoSet
-from train_head.head import HeadConfig
 from train_head.mask_folding import MapDecoding
 from train_head.matcher import CostWeights
 from train_head.points import PointConfig
@@ -47,6 +47,7 @@ def head_config(settings: Settings, sizes: FeatureSizes) -> HeadConfig:
     """Sizes of the head: what the settings choose, and what detector and labels dictate."""
     chosen = settings.head
     return HeadConfig(
+        kind=chosen.kind,
         num_classes=sizes.num_classes,
         num_frame_queries=sizes.num_queries,
         num_queries=chosen.num_queries,

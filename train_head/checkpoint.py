@@ -17,7 +17,9 @@ from cache.archives import require_sound_archive
 from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint
 from cache.reader import FeatureCache
-from train_head.head import HeadConfig, VitaHead
+from configs.schema import HeadKind
+from train_head.contract import HeadConfig, TrackHead
+from train_head.kinds import build_head
 
 CHECKPOINT = "checkpoint.pt"  # the newest
 BEST = "best.pt"  # the one of the highest AP among those evaluated while training
@@ -43,12 +45,12 @@ class Checkpoint:
     best_ap: float = -1.0  # highest AP so far, a fraction
     detector: Mapping[str, torch.Tensor] = field(default_factory=dict)  # official names; empty where it is frozen
 
-    def build_head(self, device: torch.device | str) -> VitaHead:
+    def build_head(self, device: torch.device | str) -> TrackHead:
         """Return the head in evaluation mode, with averaged weights where there are any; WeightsError without one."""
         if not self.head:
             hint = "extract with detector.weights=<run>/detector, then train a head"
             raise WeightsError("this run fine-tuned the detector alone: it has no head", hint=hint)
-        head = VitaHead(self.config)
+        head = build_head(self.config)
         head.load_state_dict(dict(self.average or self.head))
         return head.to(device).eval()
 
@@ -89,7 +91,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "version": _VERSION,
         "step": checkpoint.step,
         "seconds": checkpoint.seconds,
-        "config": dataclasses.asdict(checkpoint.config),
+        "config": dataclasses.asdict(checkpoint.config) | {"kind": checkpoint.config.kind.value},
         "head": dict(checkpoint.head),
         "optimizer": dict(checkpoint.optimizer),
         "fingerprint": checkpoint.fingerprint.to_json(),
@@ -116,7 +118,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         return Checkpoint(
             step=state["step"],
             seconds=state["seconds"],
-            config=HeadConfig(**state["config"]),
+            config=_head_config(state["config"]),
             head=state["head"],
             optimizer=state["optimizer"],
             fingerprint=Fingerprint.from_json(state["fingerprint"], where=path),
@@ -130,3 +132,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         raise WeightsError(
             f"not a checkpoint of vita-cache: {reason}", where=path, hint="delete it to train anew"
         ) from error
+
+
+def _head_config(stored: Mapping[str, Any]) -> HeadConfig:
+    """A stored config; those of before there were kinds of heads are VITA's."""
+    return HeadConfig(**{**stored, "kind": HeadKind(stored.get("kind", HeadKind.vita.value))})

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train_head.head import HeadOutputs
+from train_head.contract import HeadOutputs
 from train_head.mask_folding import MaskWeights
 from train_head.matcher import ClipMatch, CostWeights, match_clips
 from train_head.points import PaddedArea, PointSource, sample_logits, sample_masks, sampling_area

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from train_head.contract import HeadOutputs
 from train_head.criterion import LossNormalisers, VitaCriterion, VitaLosses
-from train_head.head import HeadOutputs
 from train_head.mask_folding import MaskWeights
 from train_head.matcher import ClipMatch
 from train_head.points import PointConfig, RandomPoints

@@ -7,13 +7,13 @@ its `decoder_norm`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from cache.errors import ConfigError
+from train_head.contract import HeadConfig, HeadOutputs, TrackHead, VideoOutputs, mask_feature_layer
+from train_head.frame_spill import TokenBlock
 from train_head.layers import (
     CrossAttentionLayer,
     FeedForwardLayer,
@@ -21,72 +21,15 @@ from train_head.layers import (
     SelfAttentionLayer,
     window_runs,
 )
-from train_head.mask_folding import MapDecoding, MaskWeights, fold_mask_embeddings
 from train_head.products import Linear
+from train_head.streaming import predict_stream
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadConfig:
-    """Sizes of the head. The paper has 3 encoder and 6 decoder layers, the release 6 and 3."""
-
-    num_classes: int
-    num_frame_queries: int = 100
-    num_queries: int = 100
-    hidden_dim: int = 256
-    num_heads: int = 8
-    ffn_dim: int = 2048
-    enc_layers: int = 3
-    dec_layers: int = 6
-    window: int = 6  # frames that see each other in one encoder layer; 0 = all
-    mask_dim: int = 256
-    detector_dim: int = 256  # channels of the frame queries
-    map_dim: int = 256  # channels of the detector's FPN map
-    shift_in_training: bool = False  # VITA: the release shifts windows in inference only
-    shift_short_videos: bool = True  # VITA: the release also splits videos of at most one window by the shift
-    use_sim: bool = True
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that cannot be built."""
-        if self.hidden_dim % self.num_heads:
-            raise ConfigError(
-                "hidden_dim is not a multiple of num_heads",
-                where="head",
-                got=f"hidden_dim {self.hidden_dim}, num_heads {self.num_heads}",
-                hint="set head.num_heads to a divisor of head.hidden_dim",
-            )
-        if self.window < 0 or self.dec_layers < 1:
-            raise ConfigError(
-                "needs window >= 0 (0 = full attention) and at least one decoder layer",
-                where="head",
-                got=f"window {self.window}, dec_layers {self.dec_layers}",
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadOutputs:
-    """What the head says about B clips, for every detector layer and (where D stands) every decoder layer."""
-
-    class_logits_DLBVK: Tensor  # K + 1 entries, the last is "no object"
-    mask_embed_DLBVC: Tensor
-    video_queries_DLBVC: Tensor  # after decoder_norm
-    clip_similarity_LBVC: Tensor | None  # of the last decoder layer, the only one that the loss uses
-    frame_similarity_LBTQC: Tensor | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class VideoOutputs:
-    """What the head says about one video: the last decoder layer's class logits and mask embeddings."""
-
-    class_logits_VK: Tensor
-    mask_embed_VC: Tensor
-
-
-class VitaHead(nn.Module):
+class VitaHead(TrackHead):
     """Encoder over frame queries, decoder of video queries, class / mask / similarity heads."""
 
     def __init__(self, config: HeadConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         dim, heads, ffn = config.hidden_dim, config.num_heads, config.ffn_dim
         depth = range(config.dec_layers)
         self.enc_self_attn = nn.ModuleList(SelfAttentionLayer(dim, heads) for _ in range(config.enc_layers))
@@ -94,10 +37,7 @@ class VitaHead(nn.Module):
         self.transformer_self_attention_layers = nn.ModuleList(SelfAttentionLayer(dim, heads) for _ in depth)
         self.transformer_cross_attention_layers = nn.ModuleList(CrossAttentionLayer(dim, heads) for _ in depth)
         self.transformer_ffn_layers = nn.ModuleList(FeedForwardLayer(dim, ffn) for _ in depth)
-        self.vita_mask_features = nn.Conv2d(config.map_dim, config.mask_dim, kernel_size=1)
-        nn.init.kaiming_uniform_(self.vita_mask_features.weight, a=1)
-        assert self.vita_mask_features.bias is not None
-        nn.init.zeros_(self.vita_mask_features.bias)
+        self.vita_mask_features = mask_feature_layer(config)
         self.decoder_norm = nn.LayerNorm(dim)
         self.query_feat = nn.Embedding(config.num_queries, dim)
         self.query_embed = nn.Embedding(config.num_queries, dim)
@@ -109,10 +49,10 @@ class VitaHead(nn.Module):
             self.sim_embed_frame = Linear(dim, dim)
             self.sim_embed_clip = Linear(dim, dim)
 
-    def forward(self, frame_queries_LBTQC: Tensor, shift: bool) -> HeadOutputs:
+    def forward(self, frame_queries_LBTQC: Tensor) -> HeadOutputs:
         """Training outputs of B clips; every detector layer is an independent pass."""
         L, B = frame_queries_LBTQC.shape[:2]
-        encoded_NTQC = self.encode(frame_queries_LBTQC.flatten(0, 1), shift)
+        encoded_NTQC = self.encode(frame_queries_LBTQC.flatten(0, 1), self.config.shift_in_training)
         queries_DNVC = self.decoder_norm(torch.stack(self.decode(encoded_NTQC)))
         queries_DLBVC = torch.unflatten(queries_DNVC, 1, (L, B))
         similar = self.config.use_sim
@@ -125,9 +65,13 @@ class VitaHead(nn.Module):
         )
 
     def predict(self, frame_queries_TQC: Tensor) -> VideoOutputs:
-        """Whole-video outputs: shifted windows, last layers only (REFERENCE §5); `streaming` does it in blocks."""
+        """Whole-video outputs: shifted windows, last layers only (REFERENCE §5); at once."""
         encoded_NTQC = self.encode(frame_queries_TQC[None], self.shifts(len(frame_queries_TQC)))
         return self.read_out(self.decode(encoded_NTQC)[-1][0])
+
+    def predict_stream(self, blocks: Iterable[TokenBlock], num_frames: int) -> VideoOutputs:
+        """The same in constant memory (`streaming.predict_stream`)."""
+        return predict_stream(self, blocks, num_frames)
 
     def shifts(self, num_frames: int) -> bool:
         """Whether windows shift in a video of T frames."""
@@ -165,12 +109,6 @@ class VitaHead(nn.Module):
             queries_NVC = ffn(own(cross(queries_NVC, position_VC, keys_NMC, values_NMC), position_VC))
             outputs.append(queries_NVC)
         return outputs
-
-    def fold_masks(self, mask_embed: Tensor, decoding: MapDecoding) -> MaskWeights:
-        """Weights that turn stored map channels into mask logits, for embeddings (..., mask_dim)."""
-        conv = self.vita_mask_features
-        assert conv.bias is not None
-        return fold_mask_embeddings(mask_embed, conv.weight.flatten(1), conv.bias, decoding)
 
 
 RELEASE_PREFIX = "vita_module."

@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 
 from cache.annotations import load_labels
-from configs.schema import Settings
+from configs.schema import HeadKind, Settings
 from configs.splits import train_split
+from train_head.contract import HeadConfig
 from train_head.detector_files import DetectorSizes, read_weight_file, sizes_of_architecture, sizes_of_weights
-from train_head.head import HeadConfig, VitaHead, strip_release_prefix
+from train_head.head import strip_release_prefix
+from train_head.kinds import build_head
 from train_head.release import release_config
 
 OFFICIAL = ("r50", "r101", "swin-l")
@@ -35,20 +37,28 @@ PARTS: Mapping[str, str] = {
 
 
 def head_parameters(config: HeadConfig) -> dict[str, int]:
-    """Parameters of a head by part (keys of `PARTS`), built on the meta device."""
+    """Parameters of a head by part (keys of `PARTS`, or the names of modules), built on the meta device."""
     with torch.device("meta"):
-        head = VitaHead(config)
+        head = build_head(config)
     counts = dict.fromkeys(PARTS, 0)
     for name, parameter in head.named_parameters():
-        counts[next(part for part in PARTS if name.startswith(part))] += parameter.numel()
+        part = next((part for part in PARTS if name.startswith(part)), name.partition(".")[0])
+        counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
 
 
 def head_config_for(
-    sizes: DetectorSizes, *, num_classes: int, enc_layers: int, dec_layers: int, **chosen: int
+    sizes: DetectorSizes,
+    *,
+    num_classes: int,
+    enc_layers: int,
+    dec_layers: int,
+    kind: HeadKind = HeadKind.vita,
+    **chosen: int,
 ) -> HeadConfig:
     """A head that fits a detector; `chosen` are further sizes of `HeadConfig`."""
     return HeadConfig(
+        kind=kind,
         num_classes=num_classes,
         num_frame_queries=sizes.num_queries,
         detector_dim=sizes.hidden_dim,
@@ -89,6 +99,7 @@ def settings_table(settings: Settings, num_classes: int) -> str:
     config = head_config_for(
         sizes,
         num_classes=num_classes,
+        kind=chosen.kind,
         enc_layers=chosen.enc_layers,
         dec_layers=chosen.dec_layers,
         hidden_dim=chosen.hidden_dim,
@@ -112,7 +123,7 @@ def parts_table(sizes: DetectorSizes, head: Mapping[str, int], num_classes: int)
     lines = [f"{sizes.num_classes} categories of the detector, {num_classes} of the head"]
     lines += [_line(f"  {name.replace('_', ' ')}", count) for name, count in sizes.parameters.items()]
     lines += [_line("detector (frozen)", sum(sizes.parameters.values()))]
-    lines += [_line(f"  {PARTS[name]}", count) for name, count in head.items() if count]
+    lines += [_line(f"  {PARTS.get(name, name)}", count) for name, count in head.items() if count]
     lines += [_line("head (trained)", sum(head.values()))]
     return "\n".join([*lines, f"{'head / detector':<26}{ratio(sizes.parameters, head):>11.1f} %"])
 

@@ -20,10 +20,12 @@ from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.fingerprint import Provenance, sha256_file
 from cache.heads import HEAD_SHAPES
 from cache.reader import FeatureCache
+from configs.schema import HeadKind
 from train_head.build import map_channels
 from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from train_head.contract import HeadConfig
 from train_head.detector_files import read_weight_file
-from train_head.head import RELEASE_PREFIX, HeadConfig, VitaHead, strip_release_prefix
+from train_head.head import RELEASE_PREFIX, VitaHead, strip_release_prefix
 from train_head.run_folder import PROVENANCE
 
 _LISTED = 5
@@ -66,6 +68,9 @@ def export_file(run: Path, target: Path, detector: Path | None) -> str:
     `detector`: an official file; None takes the detector that the run fine-tuned, or none where it is frozen.
     """
     checkpoint = load_checkpoint(run / CHECKPOINT)
+    kind = checkpoint.config.kind
+    if kind is not HeadKind.vita:
+        raise ConfigError("only VITA's head has the release's names", where=run, got=f"head.kind={kind}")
     others = checkpoint.detector if detector is None else read_weight_file(detector)
     model = export_release(checkpoint.head, others)
     temporary = target.with_suffix(".tmp")

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from configs.schema import Settings
 from train_head.build import TrainedPart, build_criterion, point_config, trained_parameters
+from train_head.contract import HeadOutputs, TrackHead
 from train_head.criterion import LossNormalisers, VitaLosses
 from train_head.distributed import Group
 from train_head.frame_losses import frame_normalisers
-from train_head.head import HeadOutputs, VitaHead
 from train_head.mask_folding import MaskWeights
 from train_head.points import PointSource, RandomPoints
 from train_head.sources import AnyClip, ClipFeatures, FeatureSource
@@ -64,11 +64,11 @@ class TrainingStep(Generic[AnyClip]):
         self.criterion = build_criterion(settings.loss)
         self.points = point_config(settings.loss)
 
-    def parts(self, head: VitaHead) -> list[TrainedPart]:
+    def parts(self, head: TrackHead) -> list[TrainedPart]:
         """Everything that is trained, always in the same order."""
         return [*([TrainedPart(module=head)] if self.source.trains_head else []), *self.source.parts]
 
-    def gradients(self, head: VitaHead, clips: Sequence[AnyClip]) -> StepLosses:
+    def gradients(self, head: TrackHead, clips: Sequence[AnyClip]) -> StepLosses:
         """Leave the gradients of the whole batch in `parts`; `clips` are this process's share of it.
 
         Raises FloatingPointError where a cost or a loss is not finite.
@@ -89,7 +89,7 @@ class TrainingStep(Generic[AnyClip]):
 
     def _backward(
         self,
-        head: VitaHead,
+        head: TrackHead,
         clips: Sequence[AnyClip],
         targets: Sequence[ClipTargets],
         normalisers: BatchNormalisers,
@@ -111,7 +111,7 @@ class TrainingStep(Generic[AnyClip]):
 
     def head_losses(
         self,
-        head: VitaHead,
+        head: TrackHead,
         clips: Sequence[AnyClip],
         features: ClipFeatures,
         normalisers: LossNormalisers,
@@ -121,10 +121,10 @@ class TrainingStep(Generic[AnyClip]):
         points = self.point_sources(clips)
         return self.criterion(outputs, mask_weights, features.maps, features.targets, points, normalisers)
 
-    def forward(self, head: VitaHead, features: ClipFeatures) -> tuple[HeadOutputs, MaskWeights]:
+    def forward(self, head: TrackHead, features: ClipFeatures) -> tuple[HeadOutputs, MaskWeights]:
         """What the head says about some clips, and its mask embeddings folded into the codec's space."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
-            outputs = head(features.frame_queries_LBTQC, shift=self.settings.head.shift_in_training)
+            outputs = head(features.frame_queries_LBTQC)
             return outputs, head.fold_masks(outputs.mask_embed_DLBVC, self.source.decoding)
 
     def point_sources(self, clips: Sequence[AnyClip]) -> list[PointSource]:

@@ -11,13 +11,17 @@ M keys of an attention, H attention heads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from train_head.contract import VideoOutputs
 from train_head.frame_spill import HELD_BYTES, FrameSpill, TokenBlock, require_space
-from train_head.head import VideoOutputs, VitaHead
 from train_head.layers import CrossAttentionLayer, FeedForwardLayer, MultiheadAttention, SelfAttentionLayer, window_runs
+
+if TYPE_CHECKING:
+    from train_head.head import VitaHead
 
 
 @torch.no_grad()

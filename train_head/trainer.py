@@ -24,7 +24,7 @@ from train_head.build import build_optimizer, head_config, learning_rate, traine
 from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from train_head.data import open_training_set
 from train_head.distributed import Group, join_group
-from train_head.head import VitaHead
+from train_head.kinds import build_head
 from train_head.pace import Pace
 from train_head.run_folder import MetricsLog, open_run
 from train_head.sources import AnyClip, CachedSource, FeatureSource
@@ -96,7 +96,7 @@ class Trainer(Generic[AnyClip]):
         self.compute = TrainingStep(settings, source, self.device, self.group, autocast)
         with torch.random.fork_rng():
             torch.manual_seed(settings.seed)
-            self.head = VitaHead(head_config(settings, source.sizes)).to(self.device).train()
+            self.head = build_head(head_config(settings, source.sizes)).to(self.device).train()
         if settings.train.compile:
             self.head.compile()
         self.average: dict[str, Tensor] = {}
