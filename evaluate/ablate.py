@@ -25,7 +25,7 @@ from train_head.head import VitaHead
 
 WINDOWS = (3, 6, 12, 0)  # frames; 0 is all
 KEPT = (1.0, 0.75, 0.5, 0.25, 0.1)  # share of the frame queries
-CLIP_LENGTHS = (1, 5, 10, 20)  # frames
+CLIP_LENGTHS = (1, 5, 10, 20, 36)  # frames
 TOP_K = (1, 5, 10, 20, 50)
 
 
