@@ -46,6 +46,12 @@ def all_splits(settings: Settings) -> list[SplitPaths]:
     return [train_split(settings)] + ([] if valid is None else [valid])
 
 
+def all_caches(settings: Settings) -> list[SplitPaths]:
+    """Return every split of videos, and the pseudo-videos where the config has them."""
+    pseudo = pseudo_split(settings)
+    return [*all_splits(settings), *([] if pseudo is None else [pseudo])]
+
+
 def _split(settings: Settings, name: str, labels: str, frames: str) -> SplitPaths:
     root = Path(settings.data.root)
     return SplitPaths(name=name, labels=root / labels, frames=root / frames, features=Path(settings.cache.path) / name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.schema import Settings
-from configs.splits import all_splits
+from configs.splits import all_caches
 from evaluate.results import RESULTS_NAME
 from evaluate.stage import Evaluation
 from evaluate.stored import load_metrics, method_folder, stored_methods
@@ -61,7 +61,7 @@ def stage_costs(settings: Settings) -> list[StageCost]:
     """Seconds and bytes of every stage of a run that has happened."""
     run = Path(settings.runs) / settings.name
     costs = []
-    for split in all_splits(settings):
+    for split in all_caches(settings):
         record = split.features / "extraction.json"
         if record.exists():
             stored = json.loads(record.read_text())

@@ -16,7 +16,7 @@ from cache.labels import Labels
 from cache.reader import FeatureCache
 from configs.load import load_settings
 from configs.schema import Settings
-from configs.splits import all_splits
+from configs.splits import all_caches
 from evaluate.metrics import VideoEvaluation
 from evaluate.results import TrackPrediction
 from evaluate.stored import HEAD, load_metrics, load_predictions, require_predictions, stored_methods
@@ -101,7 +101,7 @@ def _entry(run: Path, method: str, settings: Settings, split: str, labels: Label
     checkpoint = load_checkpoint(run / CHECKPOINT)
     trained = bool(scored.get("trained", method == HEAD))
     parameters = sum(tensor.numel() for part in (checkpoint.head, checkpoint.detector) for tensor in part.values())
-    records = [split.features / "extraction.json" for split in all_splits(settings)]
+    records = [split.features / "extraction.json" for split in all_caches(settings)]
     extraction = [json.loads(record.read_text()) for record in records if record.exists()]
     provenance = run / PROVENANCE
     return Entry(
