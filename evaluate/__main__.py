@@ -19,6 +19,7 @@ def main() -> int:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="AP of the run's head and of the training-free baseline")
     report = verbs.add_parser("report", help="write the run's self-contained HTML report")
+    report.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN", help="show another run too")
     for verb in (run, report):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
@@ -66,11 +67,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _report(arguments: argparse.Namespace) -> int:
-    from evaluate.report import write_report
+    from evaluate.report.write import write_report
     from evaluate.tables import run_summary
 
     settings = load_settings(arguments.config, arguments.overrides)
-    path = write_report(settings)
+    path = write_report(settings, arguments.beside)
     print(run_summary(settings))
     print(f"report: {path}")
     return 0

@@ -15,6 +15,7 @@ from pycocotools import mask as coco_mask
 
 from cache import masks
 from cache.errors import FrameError
+from cache.image_files import to_rgb
 from cache.labels import Labels, Video
 from cache.masks import Rle
 from evaluate.results import TrackPrediction
@@ -82,14 +83,38 @@ def draw_frame(image: NDArray[np.uint8], tracks: Sequence[DrawnTrack], frame: in
     for index, track in reversed(list(enumerate(tracks))):
         rle = track.segmentations[frame]
         if rle is not None:
-            left, top, width, height = coco_mask.toBbox(rle.to_json()).astype(int).tolist()
-            box = (slice(top, top + height), slice(left, left + width))
-            mask = masks.mask(rle)[box].astype(bool)
+            box, mask = _boxed(rle)
             colour = np.array(PALETTE[index % len(PALETTE)], dtype=np.uint8)
             half = ((image[box].astype(np.uint16) + colour) // 2).astype(np.uint8)
             np.copyto(drawn[box], half, where=mask[..., None])
             np.copyto(drawn[box], colour, where=_edge(mask)[..., None])
     return drawn
+
+
+def overlay_data_url(
+    tracks: Sequence[DrawnTrack], colours: Sequence[int], frame: int, hw: tuple[int, int], shown_hw: tuple[int, int]
+) -> str:
+    """The masks alone, of one frame of size `hw`, as a see-through PNG of size `shown_hw`, the first track on top.
+
+    `colours`: each track's place in PALETTE. Looks as `draw_frame` does once it lies over the frame.
+    """
+    indices = np.zeros(hw, dtype=np.uint8)  # 0 is clear, then two for each colour: inside, edge
+    for track, colour in reversed(list(zip(tracks, colours, strict=True))):
+        rle = track.segmentations[frame]
+        if rle is not None:
+            box, mask = _boxed(rle)
+            np.copyto(indices[box], 1 + 2 * colour, where=mask)
+            np.copyto(indices[box], 2 + 2 * colour, where=_edge(mask))
+    picture = Image.fromarray(indices).resize(shown_hw[::-1], Image.Resampling.NEAREST)
+    picture.putpalette([0, 0, 0, *(value for colour in PALETTE for _ in range(2) for value in colour)])
+    return _data_url(picture, "PNG", transparency=bytes([0, *([128, 255] * len(PALETTE))]))
+
+
+def _boxed(rle: Rle) -> tuple[tuple[slice, slice], NDArray[np.bool_]]:
+    """Where a mask's box lies in its frame, and the mask within."""
+    left, top, width, height = coco_mask.toBbox(rle.to_json()).astype(int).tolist()
+    box = (slice(top, top + height), slice(left, left + width))
+    return box, masks.mask(rle)[box].astype(bool)
 
 
 def _edge(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -103,7 +128,7 @@ def read_image(folder: Path, video: Video, frame: int) -> NDArray[np.uint8]:
     path = folder / video.file_names[frame]
     try:
         with Image.open(path) as opened:
-            return np.array(opened.convert("RGB"))
+            return np.array(to_rgb(opened, path))
     except OSError as error:
         raise FrameError(
             "the report needs the data set's frames",
@@ -114,6 +139,10 @@ def read_image(folder: Path, video: Video, frame: int) -> NDArray[np.uint8]:
 
 def jpeg_data_url(image: NDArray[np.uint8]) -> str:
     """Encode a picture so that it lies inside the page."""
+    return _data_url(Image.fromarray(image), "JPEG", quality=85)
+
+
+def _data_url(picture: Image.Image, kind: str, **options: object) -> str:
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    picture.save(buffer, format=kind, **options)
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

@@ -19,3 +19,8 @@ _ENVIRONMENT = jinja2.Environment(
 def render(template: str, **values: object) -> str:
     """Fill a template of this folder, such as `compare/comparison.html.j2`; a missing value is an error."""
     return _ENVIRONMENT.get_template(template).render(**values)
+
+
+def read_text(name: str) -> str:
+    """A file of this folder as it is, such as a script that goes into a page."""
+    return (_FOLDER / name).read_text(encoding="utf-8")

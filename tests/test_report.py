@@ -1,23 +1,44 @@
 from __future__ import annotations
 
-import jinja2
+import base64
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
 import numpy as np
 import pytest
+from PIL import Image
+from pycocotools.cocoeval import COCOeval
 
 from cache import masks
-from evaluate.overlays import PALETTE, DrawnTrack, draw_frame
-from evaluate.page import render
+from cache.errors import CacheError, ConfigError
+from cache.labels import Video
+from configs.schema import Settings
+from evaluate.overlays import PALETTE, DrawnTrack, draw_frame, overlay_data_url
+from evaluate.report.precision_recall import precision_curves
+from evaluate.report.scrubber import ScrubbedSide, ScrubbedVideo, scrub_video, within_budget
+from evaluate.report.write import write_report
+from evaluate.stage import evaluate
 from evaluate.tables import metrics_table, percent
+from tests.conftest import tiny_settings
+from tests.report_run import HOSTILE, hostile_run
+
+
+def square_tracks() -> list[DrawnTrack]:
+    left, whole = np.zeros((9, 9), dtype=np.uint8), np.ones((9, 9), dtype=np.uint8)
+    left[:, :5] = 1
+    return [
+        DrawnTrack(caption="a", segmentations=(masks.encode(left), None)),
+        DrawnTrack(caption="b", segmentations=(masks.encode(whole), masks.encode(whole))),
+    ]
 
 
 def test_masks_are_drawn_in_their_tracks_colour_and_the_first_lies_on_top() -> None:
     image = np.full((9, 9, 3), 100, dtype=np.uint8)
-    left, whole = np.zeros((9, 9), dtype=np.uint8), np.ones((9, 9), dtype=np.uint8)
-    left[:, :5] = 1
-    tracks = [
-        DrawnTrack(caption="a", segmentations=(masks.encode(left), None)),
-        DrawnTrack(caption="b", segmentations=(masks.encode(whole), masks.encode(whole))),
-    ]
+    tracks = square_tracks()
     drawn = draw_frame(image, tracks, 0)
     assert np.array_equal(drawn[4, 2], (100 + np.array(PALETTE[0])) // 2)
     assert np.array_equal(drawn[4, 7], (100 + np.array(PALETTE[1])) // 2)
@@ -25,6 +46,34 @@ def test_masks_are_drawn_in_their_tracks_colour_and_the_first_lies_on_top() -> N
     later = draw_frame(image, tracks, 1)  # the first track is absent, and colours stay
     assert np.array_equal(later[4, 2], (100 + np.array(PALETTE[1])) // 2)
     assert np.array_equal(image, np.full((9, 9, 3), 100))
+
+
+@pytest.mark.parametrize("frame", [0, 1])
+def test_a_see_through_overlay_looks_as_masks_drawn_into_the_frame(frame: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    url = overlay_data_url(square_tracks(), [0, 1], frame, (9, 9), (9, 9))
+    overlay = Image.open(io.BytesIO(base64.b64decode(url.removeprefix("data:image/png;base64,")))).convert("RGBA")
+    seen = Image.alpha_composite(Image.fromarray(image).convert("RGBA"), overlay).convert("RGB")
+    difference = np.abs(np.asarray(seen).astype(int) - draw_frame(image, square_tracks(), frame))
+    assert difference.max() <= 1  # alpha 128 of 255 is not quite a half
+
+
+def test_precision_over_recall_is_that_of_cocoeval(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    from evaluate.metrics import VideoEvaluation
+    from evaluate.stored import load_predictions
+    from train_head.data import open_evaluation_set
+
+    evaluate(tiny_run)
+    labels = open_evaluation_set(tiny_run).labels
+    predictions = load_predictions(Path(tiny_run.runs) / tiny_run.name, "baseline", labels)
+    evaluation = VideoEvaluation(labels, predictions)
+    reference: COCOeval = evaluation._coco
+    reference.evaluate()
+    reference.accumulate()
+    expected_TRK = reference.eval["precision"][:, :, :, 0, -1]
+    found = (expected_TRK[0, 0] >= 0).nonzero()[0]
+    assert len(found) > 1 and expected_TRK[..., found].max() > 0
+    assert precision_curves(evaluation.matches) == pytest.approx(expected_TRK[..., found].mean(axis=-1))
 
 
 def test_tables_print_percentages() -> None:
@@ -35,16 +84,68 @@ def test_tables_print_percentages() -> None:
     assert percent(0.9999) == "100.0"
 
 
-def test_names_are_escaped_in_the_page() -> None:
-    empty = {"headline": (), "rows": {}, "categories": {}, "costs": [], "curves": None, "videos": []}
-    page = render(
-        "report.html.j2",
-        name="<script>alert(1)</script>",
-        split="valid",
-        settings="a: <b>",
-        fingerprint={"<i>": "<u>"},
-        **empty,
+def test_frames_are_cut_evenly_to_fit_the_budget() -> None:
+    side = ScrubbedSide(title="head", legend=(), overlays=("o" * 100,) * 40, visible=((),) * 40)
+    video = ScrubbedVideo(
+        name="a", length=40, hw=(2, 2), frames=tuple(range(40)), pictures=("p" * 900,) * 40, sides=(side,)
     )
-    assert "<script>" not in page and "&lt;script&gt;" in page and "<i>" not in page and "<u>" not in page
-    with pytest.raises(jinja2.UndefinedError):
-        render("report.html.j2", name="x")
+    assert within_budget([video, video], 80_000) == [video, video]
+    kept = within_budget([video, video.thinned(20)], 30_000)
+    assert 24_000 < sum(each.size for each in kept) <= 30_000
+    assert kept[0].frames[0] == 0 and kept[0].frames[-1] == 39
+    assert np.ptp(np.diff(kept[0].frames)) <= 1
+    for each in kept:
+        assert len(each.frames) == len(each.pictures) == len(each.sides[0].overlays) == len(each.sides[0].visible)
+    assert [len(each.frames) for each in within_budget([video, video], 10)] == [1, 1]
+
+
+def test_a_track_takes_the_colour_of_the_object_it_overlaps(tmp_path: Path) -> None:
+    Image.new("RGB", (9, 9)).save(tmp_path / "0.png")
+    video = Video(id=1, height=9, width=9, length=1, file_names=("0.png",))
+    first, second = np.zeros((2, 9, 9), dtype=np.uint8)
+    first[:4], second[6:] = 1, 1
+    of = {name: DrawnTrack(caption=name, segmentations=(masks.encode(m),)) for name, m in (("1", first), ("2", second))}
+    elsewhere = DrawnTrack(caption="x", segmentations=(masks.encode(np.eye(9, dtype=np.uint8)),))
+    drawn = scrub_video(video, tmp_path, {"truth": [of["1"], of["2"]], "head": [elsewhere, of["2"], of["1"]]})
+    truth, head = (dict(side.legend) for side in drawn.sides)
+    assert head["1"] == truth["1"] and head["2"] == truth["2"] and head["x"] not in truth.values()
+
+
+def test_names_are_escaped_and_the_page_fetches_nothing(
+    tiny_data: Path, tiny_cache: Path, tiny_run: Settings, tmp_path: Path
+) -> None:
+    page = hostile_run(tiny_data, tiny_cache, tiny_run, tmp_path).read_text()
+    assert HOSTILE in page or "&lt;/script&gt;" in page
+    body, data = re.split(r'<script type="application/json" id="data">', page)
+    assert "<img src=x" not in page and "</script><script>" not in body
+    legend = json.loads(data[: data.index("</script>")])["videos"][0]["sides"][0]["legend"]
+    assert any(HOSTILE in caption for caption, _ in legend)
+    assert "default-src 'none'" in page and not re.search(r'(?:src|href)\s*=\s*"?(?!data:)\w+://', page)
+    for figure in re.findall(r"<svg .*?</svg>", page, re.DOTALL):
+        ElementTree.fromstring(figure.replace("xlink:", ""))
+    assert len(page) < 15_000_000
+
+
+def test_two_runs_side_by_side_and_refusals(
+    tiny_data: Path, tiny_cache: Path, tiny_run: Settings, tmp_path: Path
+) -> None:
+    evaluate(tiny_run)
+    run = Path(tiny_run.runs) / tiny_run.name
+    shutil.copytree(run, tmp_path / "other")
+    config = (run / "config.yaml").read_text().replace("name: tiny", "name: other")
+    (tmp_path / "other" / "config.yaml").write_text(config.replace(f"runs: {tiny_run.runs}", f"runs: {tmp_path}"))
+    page = write_report(tiny_run, [tmp_path / "other"]).read_text()
+    assert 'value="3" checked autocomplete="off"> other' in page and "other: " in page
+    missing = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=nobody")
+    with pytest.raises(CacheError, match="make evaluate"):
+        write_report(missing)
+    (tmp_path / "other" / "config.yaml").write_text(config.replace("split: auto", "split: train"))
+    with pytest.raises(ConfigError, match="same videos"):
+        write_report(tiny_run, [tmp_path / "other"])
+
+
+def test_without_frames_the_page_says_so(tiny_cache: Path, tiny_run: Settings, tmp_path: Path) -> None:
+    evaluate(tiny_run)
+    elsewhere = tiny_settings(tmp_path, tiny_cache, Path(tiny_run.runs), "name=tiny")
+    page = write_report(elsewhere).read_text()
+    assert "Without pictures" in page and "data.root" in page and '<h2 id="metrics">' in page

@@ -1,0 +1,88 @@
+"""Whose tracks a report shows: every method of the run, and the heads of other runs beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cache.errors import CacheError, ConfigError
+from cache.labels import Labels
+from configs.schema import Settings
+from evaluate.bootstrap import RESAMPLES, Interval, draw_weights
+from evaluate.compare.runs import LabelFiles, read_entries
+from evaluate.metrics import VideoEvaluation
+from evaluate.results import TrackPrediction
+from evaluate.stored import HEAD, load_predictions, stored_methods
+from evaluate.weighted import HEADLINE, FloatArray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One method's tracks; `evaluation` is None where the split has no public labels."""
+
+    title: str
+    method: str
+    settings: Settings
+    predictions: Sequence[TrackPrediction]
+    evaluation: VideoEvaluation | None
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return Path(self.settings.runs) / self.settings.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """A side's numbers: the headline with 95 % intervals over videos, and AP by category."""
+
+    headline: dict[str, Interval]
+    categories_K: FloatArray
+
+
+def read_sides(settings: Settings, labels: Labels, beside: Sequence[Path]) -> list[Side]:
+    """The run's own methods, its head first, then the heads of the runs beside it.
+
+    Raises CacheError where the run is not evaluated yet, ConfigError where a run beside it has other videos.
+    """
+    run = Path(settings.runs) / settings.name
+    methods = stored_methods(run)
+    if HEAD not in methods:
+        raise CacheError("nothing to report yet", where=run, hint="`make evaluate` with the same config comes first")
+    sides = [_side(method, method, settings, load_predictions(run, method, labels), labels) for method in methods]
+    files = LabelFiles()
+    for path in beside:
+        entry = read_entries(path, [HEAD], files)[0]
+        if entry.labels.videos != labels.videos or entry.labels.categories != labels.categories:
+            raise ConfigError(
+                "a run beside another must be evaluated on the same videos and categories",
+                where=path,
+                expected=f"{len(labels.videos)} videos as in {run}",
+                got=f"split {entry.split}, {len(entry.labels.videos)} videos",
+            )
+        sides.append(_side(path.name, HEAD, entry.settings, entry.predictions, labels))
+    return sides
+
+
+def _side(title: str, method: str, settings: Settings, predictions: Sequence[TrackPrediction], labels: Labels) -> Side:
+    evaluation = VideoEvaluation(labels, predictions) if labels.has_tracks else None
+    return Side(title=title, method=method, settings=settings, predictions=predictions, evaluation=evaluation)
+
+
+def score_sides(sides: Sequence[Side]) -> dict[str, Scored]:
+    """Score every side on the same resamples of the videos; empty without labels."""
+    scored = {}
+    for side in sides:
+        if side.evaluation is not None:
+            num_videos = len(side.evaluation.labels.videos)
+            weights_SV = np.vstack([np.ones((1, num_videos)), draw_weights(num_videos, RESAMPLES)])
+            scores = side.evaluation.scores(weights_SV)
+            headline = scores.headline()
+            scored[side.title] = Scored(
+                headline={name: Interval.of(float(headline[name][0]), headline[name][1:]) for name in HEADLINE},
+                categories_K=scores.by_category()[0],
+            )
+    return scored

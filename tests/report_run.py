@@ -1,0 +1,28 @@
+"""A run whose category and video names want to break out of the page, for the tests of the report."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from configs.schema import Settings
+from evaluate.report.write import write_report
+from evaluate.stage import evaluate
+from tests.conftest import tiny_settings
+
+HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="document.title=1">$\\frac{&'
+
+
+def hostile_run(data: Path, features: Path, trained: Settings, folder: Path) -> Path:
+    """The report of a copy of the trained run, on labels with the hostile names."""
+    shutil.copytree(features, folder / "features")
+    shutil.copytree(Path(trained.runs) / trained.name, folder / "tiny")
+    path = folder / "features" / "valid" / "annotations.json"
+    labels = json.loads(path.read_text())
+    for category in labels["categories"]:
+        category["name"] += HOSTILE
+    path.write_text(json.dumps(labels))
+    settings = tiny_settings(data, folder / "features", folder, "name=tiny")
+    evaluate(settings)
+    return write_report(settings)
