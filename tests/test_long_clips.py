@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from tests.conftest import tiny_settings
-from train_head.head import HeadConfig, VitaHead
+from train_head.contract import HeadConfig
+from train_head.head import VitaHead
 from train_head.run_folder import read_metrics_log
 from train_head.trainer import train
 
 
-def head_of(window: int) -> VitaHead:
+def head_of(window: int, shift_in_training: bool = False) -> VitaHead:
     torch.manual_seed(window)
     return VitaHead(
         HeadConfig(
@@ -30,6 +31,7 @@ def head_of(window: int) -> VitaHead:
             mask_dim=8,
             detector_dim=16,
             map_dim=8,
+            shift_in_training=shift_in_training,
         )
     ).eval()
 
@@ -37,11 +39,10 @@ def head_of(window: int) -> VitaHead:
 @pytest.mark.parametrize("num_frames", [5, 6, 7, 12, 13, 36])
 @pytest.mark.parametrize("window", [3, 6])
 def test_shifted_windows_of_training_are_those_of_inference(window: int, num_frames: int) -> None:
-    head = head_of(window)
     queries_TQC = torch.randn(num_frames, 4, 16, generator=torch.Generator().manual_seed(num_frames))
     with torch.no_grad():
-        expected = head.predict(queries_TQC)
-        shifted, unshifted = (head(queries_TQC[None, None], shift=shift) for shift in (True, False))
+        expected = head_of(window).predict(queries_TQC)
+        shifted, unshifted = (head_of(window, shift)(queries_TQC[None, None]) for shift in (True, False))
     torch.testing.assert_close(shifted.class_logits_DLBVK[-1, 0, 0], expected.class_logits_VK)
     torch.testing.assert_close(shifted.mask_embed_DLBVC[-1, 0, 0], expected.mask_embed_VC)
     assert not torch.allclose(unshifted.class_logits_DLBVK[-1, 0, 0], expected.class_logits_VK, atol=1e-4)

@@ -62,6 +62,8 @@ def test_table_of_a_config(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     rows = words(monkeypatch, capsys, "ytvis2019_r50", "head.enc_layers=3", "head.dec_layers=6")
     assert ["detector", "(frozen)", "43,970,257"] in rows
     assert ["head", "(trained)", "13,966,121"] in rows
+    example = words(monkeypatch, capsys, "ytvis2019_r50", "head.kind=gru")
+    assert ["update", f"{2 * 3 * (256 * 256 + 256):,}"] in example  # a GRU cell has three gates
 
 
 def test_table_of_a_release(
