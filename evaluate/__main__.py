@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from configs.command import device_name, run_command
+from configs.command import add_verbose, announced_settings, device_name, run_command
 from configs.load import load_settings
 from configs.schema import Device
 from evaluate import score
@@ -43,6 +43,7 @@ def main() -> int:
     frames.add_argument("--memory", default="12GiB", help="such as 12GiB")
     for verb in (memory, frames):
         verb.add_argument("--device", type=Device, default=Device.auto, choices=list(Device), metavar="auto|cpu|cuda")
+    add_verbose(verbs)
     arguments = parser.parse_args()
     commands = {
         "run": _run,
@@ -55,14 +56,14 @@ def main() -> int:
         "bench-memory": _bench_memory,
         "max-frames": _max_frames,
     }
-    return run_command(lambda: commands[arguments.verb](arguments))
+    return run_command(lambda: commands[arguments.verb](arguments), verbose=arguments.verbose)
 
 
 def _run(arguments: argparse.Namespace) -> int:
     from evaluate.stage import evaluate
     from evaluate.tables import evaluation_table
 
-    print(evaluation_table(evaluate(load_settings(arguments.config, arguments.overrides))))
+    print(evaluation_table(evaluate(announced_settings(arguments.config, arguments.overrides))))
     return 0
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from configs.command import run_command
+from configs.command import add_verbose, announced_settings, run_command
 from configs.load import load_settings
 
 
@@ -34,8 +34,9 @@ def main() -> int:
     clip.add_argument("output", type=Path)
     clip.add_argument("--seed", type=int, default=0)
     clip.add_argument("--frames", type=int, default=36)
+    add_verbose(verbs)
     arguments = parser.parse_args()
-    return run_command(lambda: _run(arguments))
+    return run_command(lambda: _run(arguments), verbose=arguments.verbose)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -49,7 +50,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
         write_clip(arguments.output, seed=arguments.seed, num_frames=arguments.frames)
         return 0
-    settings = load_settings(arguments.config, arguments.overrides)
+    load = announced_settings if arguments.verb == "run" else load_settings
+    settings = load(arguments.config, arguments.overrides)
     if arguments.verb == "demo-data":
         from extract.demo.videos import write_demo_data
 

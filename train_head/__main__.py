@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from configs.command import run_command
+from configs.command import add_verbose, announced_settings, run_command
 from configs.load import load_settings
 from configs.schema import Device
 
@@ -23,7 +23,7 @@ def main() -> int:
         "export-release": _export_release,
         "info": _info,
     }
-    return run_command(lambda: run[arguments.verb](arguments))
+    return run_command(lambda: run[arguments.verb](arguments), verbose=arguments.verbose)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,13 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     info.add_argument("--release", type=Path, metavar="FILE", help="a released VITA checkpoint, instead of a config")
     info.add_argument("--classes", type=int, default=40, help="categories, where no labels tell (default: %(default)s)")
+    add_verbose(verbs)
     return parser
 
 
 def _train(arguments: argparse.Namespace) -> int:
     from train_head.trainer import train
 
-    settings = load_settings(arguments.config, arguments.overrides)
+    settings = announced_settings(arguments.config, arguments.overrides)
 
     def average_precision() -> float | None:
         from evaluate.stage import score_head  # noqa: TID251  # the command line is where the stages meet
@@ -76,7 +77,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _finetune(arguments: argparse.Namespace) -> int:
     from train_head.joint import finetune
 
-    print(f"fine-tuned: {finetune(load_settings(arguments.config, arguments.overrides))}")
+    print(f"fine-tuned: {finetune(announced_settings(arguments.config, arguments.overrides))}")
     return 0
 
 

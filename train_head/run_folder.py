@@ -6,19 +6,24 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from cache.errors import ConfigError
 from cache.fingerprint import Provenance
 from cache.splits import Split
+from configs.changes import flat
 from configs.schema import Settings
 
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
 CONFIG, PROVENANCE, SPLIT, METRICS_LOG = "config.yaml", "provenance.json", "split.json", "metrics.jsonl"
+BOARD = "tensorboard"  # folder: `tensorboard --logdir runs` shows all runs
 
 # Settings that may differ when a run goes on: they change no weight.
-_FREE = ("device", "runs", "evaluate", "data.root", "cache.path", "cache.preload", "train.workers")
+_FREE = ("device", "runs", "evaluate", "extract", "data.root", "cache.path", "cache.preload", "train.workers")
 _FREE_PACE = tuple(
     f"train.{key}" for key in ("log_every", "checkpoint_every", "evaluate_every", "time_budget", "accumulate")
 )
@@ -50,9 +55,8 @@ def open_run(settings: Settings, holdout: Split | None) -> Path:
 
 
 def _differences(stored: Any, wanted: DictConfig) -> list[str]:
-    defaults = _flat(OmegaConf.to_container(OmegaConf.structured(Settings), enum_to_str=True))
-    before = {**defaults, **_flat(OmegaConf.to_container(stored))}  # settings that are younger than the run
-    now = _flat(OmegaConf.to_container(wanted, enum_to_str=True))
+    before = {**flat(Settings), **flat(stored)}  # with settings that are younger than the run
+    now = flat(wanted)
     free = (*_FREE, *_FREE_PACE)
     return [
         f"{key} was {before.get(key)}, now {now.get(key)}"
@@ -61,20 +65,17 @@ def _differences(stored: Any, wanted: DictConfig) -> list[str]:
     ]
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves.update(_flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return leaves
-
-
 class MetricsLog:
-    """Appends one JSON line per logged step; a resumed run first drops the lines after its checkpoint."""
+    """Logged steps: one JSON line each in metrics.jsonl, and curves for TensorBoard where that is installed.
+
+    A resumed run first drops what was logged after its checkpoint.
+    """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         self.path = folder / METRICS_LOG
         kept = [line for line in self._lines() if json.loads(line)["step"] <= resume_step]
         self.path.write_text("".join(f"{line}\n" for line in kept))
+        self._board = _board(folder / BOARD, resume_step)
 
     def _lines(self) -> list[str]:
         if not self.path.exists():
@@ -86,6 +87,23 @@ class MetricsLog:
         """Append the values of one step."""
         with self.path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+    def close(self) -> None:
+        """Let go of TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _board(folder: Path, resume_step: int) -> SummaryWriter | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=resume_step + 1)
 
 
 def read_metrics_log(folder: Path) -> list[dict[str, float]]:

@@ -29,6 +29,7 @@ from train_head.pace import Pace
 from train_head.run_folder import MetricsLog, open_run
 from train_head.sources import AnyClip, CachedSource, FeatureSource
 from train_head.step import StepLosses, TrainingStep
+from train_head.stopping import StopRequest
 
 Evaluator = Callable[[], float | None]
 """AP of the run's checkpoint on its evaluation split, a fraction; None where the split has no public labels."""
@@ -119,7 +120,10 @@ class Trainer(Generic[AnyClip]):
         self.progress = Progress(step=checkpoint.step, seconds=checkpoint.seconds, best_ap=checkpoint.best_ap)
 
     def run(self) -> None:
-        """Train to the last iteration, or to the end of `train.time_budget`."""
+        """Train to the last iteration, or to the end of `train.time_budget`.
+
+        Raises KeyboardInterrupt where it was asked to stop (Ctrl-C, SIGTERM), after the step and with a checkpoint.
+        """
         train, done = self.settings.train, self.progress
         if done.step >= train.iterations:
             print(f"train: {self.folder} has its {train.iterations} iterations already")
@@ -127,10 +131,9 @@ class Trainer(Generic[AnyClip]):
         log = MetricsLog(self.folder, done.step) if self.group.is_main else None
         pace = Pace(done.seconds)
         batches = self._batches()
-        with tqdm(
-            total=train.iterations, initial=done.step, desc="train", unit="step", disable=not self.group.is_main
-        ) as bar:
-            while done.step < train.iterations and not self._out_of_time(pace):
+        shape = {"total": train.iterations, "initial": done.step, "disable": not self.group.is_main}
+        with StopRequest() as stop, tqdm(desc="train", unit="step", **shape) as bar:
+            while done.step < train.iterations and not self._any(stop.requested or pace.spent(train.time_budget)):
                 losses = pace.step(batches, self.training_step)
                 done.seconds = pace.seconds
                 bar.update()
@@ -145,18 +148,22 @@ class Trainer(Generic[AnyClip]):
                     self.save()
                 if train.evaluate_every and done.step % train.evaluate_every == 0:
                     self._evaluate(log)
+        if log is not None:
+            log.close()
+        if done.step < train.iterations and self._any(stop.requested):
+            self.save()
+            raise KeyboardInterrupt
         if done.step < train.iterations:
             print(f"train: the time budget of {train.time_budget:.0f} s is spent at step {done.step}")
         if self.group.is_main:
             print(self.source.finish(self.folder), end="")
         self.save()
 
-    def _out_of_time(self, pace: Pace) -> bool:
-        """Whether the time budget of any process is spent: all stop at the same step, or they would wait for ever."""
-        budget = self.settings.train.time_budget
-        if budget == 0:
-            return False
-        return float(self.group.sum(torch.tensor(float(pace.spent(budget)), device=self.device))) > 0
+    def _any(self, flag: bool) -> bool:
+        """Whether any process says so: all must stop at the same step, or they would wait for ever."""
+        if self.group.size == 1:
+            return flag
+        return float(self.group.sum(torch.tensor(float(flag), device=self.device))) > 0
 
     def _batches(self) -> Iterator[list[AnyClip]]:
         train = self.settings.train

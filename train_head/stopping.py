@@ -1,0 +1,41 @@
+"""Ctrl-C, or a cluster's SIGTERM, while training: the step is finished first, so that nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from tqdm import tqdm
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Notes the first signal instead of ending the process; a second one raises KeyboardInterrupt at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        tqdm.write("stopping after this step, with a checkpoint; once more to stop at once")
+
+
+def ignore_interrupts(_: int) -> None:
+    """Let a data worker outlive Ctrl-C, which the terminal sends to all: the trainer still needs its clips."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
