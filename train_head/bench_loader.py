@@ -5,6 +5,7 @@ Clips of 6 frames of 360 x 640 pixels, float16; the limit is the same bytes thro
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -12,27 +13,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from cache.bench_readers import LIMIT, StoredField, standard_samples, store_fields
 from cache.frames import open_frames
-from train_head.clips import read_into_tensor
+from train_head.clip_loader import Empty, load_clips
 
-CLIP_FRAMES, CLIPS, EPOCHS = 6, 48, 4
+CLIP_FRAMES, CLIPS, ROUNDS = 6, 48, 3
 
 
-class RandomClips(Dataset[list[torch.Tensor]]):
+class RandomClips:
     """Clip i: six random frames of all fields of one video."""
 
     def __init__(self, fields: Sequence[StoredField]) -> None:
         self.arrays = [open_frames(field.folder / "zarr") for field in fields]
+        self.clip_bytes = CLIP_FRAMES * sum(field.dtype.itemsize * math.prod(field.shape[1:]) for field in fields)
 
-    def __getitem__(self, index: int) -> list[torch.Tensor]:
+    def read(self, index: int, empty: Empty) -> list[torch.Tensor]:
         """Read clip number `index`."""
-        return [read_into_tensor(array, clip_frames(index, array.shape[0])) for array in self.arrays]
-
-    def __len__(self) -> int:
-        return CLIPS
+        frames = [clip_frames(index % CLIPS, array.shape[0]) for array in self.arrays]
+        outputs = [empty((CLIP_FRAMES, *array.shape[1:]), array.dtype) for array in self.arrays]
+        for array, wanted, out in zip(self.arrays, frames, outputs, strict=True):
+            array.read(wanted, out)
+        return [torch.from_numpy(out) for out in outputs]
 
 
 def clip_frames(index: int, num_frames: int) -> list[int]:
@@ -41,21 +43,16 @@ def clip_frames(index: int, num_frames: int) -> list[int]:
     return sorted(chosen.tolist())
 
 
-def clips_per_second(dataset: RandomClips, workers: int) -> tuple[float, float]:
-    """Of a data loader's first epoch, which verifies checksums, and of the best later one; its start not counted."""
-    context = "forkserver" if workers else None
-    loader = DataLoader(
-        dataset, None, num_workers=workers, multiprocessing_context=context, persistent_workers=workers > 0
-    )
-    speeds = []
-    for _ in range(EPOCHS):
-        batches = iter(loader)
-        for _ in range(4):
-            next(batches)
+def clips_per_second(clips: RandomClips, workers: int) -> float:
+    """The best of some rounds, once the workers have started and checksums are verified."""
+    rounds, speeds = 1 + ROUNDS, []
+    loaded = load_clips(clips, range(rounds * CLIPS), workers=workers, held=1, device=torch.device("cpu"))
+    for _ in range(rounds):
         started = time.perf_counter()
-        count = sum(1 for _ in batches)
-        speeds.append(count / (time.perf_counter() - started))
-    return speeds[0], max(speeds[1:])
+        for _ in range(CLIPS):
+            next(loaded)
+        speeds.append(CLIPS / (time.perf_counter() - started))
+    return max(speeds[1:])
 
 
 def limit(fields: Sequence[StoredField]) -> float:
@@ -78,8 +75,8 @@ def main() -> None:
         bare = limit(fields)
         print(f"{bare:8.1f} clips/s  bare preadv")
         for workers in (0, 1, 2):
-            first, later = clips_per_second(RandomClips(fields), workers)
-            print(f"{later:8.1f} clips/s  {workers} workers, {later / bare:.2f} of preadv (first epoch {first:.1f})")
+            speed = clips_per_second(RandomClips(fields), workers)
+            print(f"{speed:8.1f} clips/s  {workers} workers, {speed / bare:.2f} of preadv")
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ N objects, h×w input pixels without padding.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import accumulate
 
@@ -20,16 +21,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset, get_worker_info
 
 from cache import masks
 from cache.errors import AnnotationError
-from cache.frames import FrameArray
 from cache.geometry import Transform, transform_of
 from cache.labels import Labels
 from cache.layout import View, video_group_name
-from cache.reader import FeatureCache
+from cache.reader import ClipArrays, FeatureCache
+from train_head.clip_loader import Empty
 from train_head.targets import ClipTargets, clip_targets
+
+USUAL_OBJECTS = 8
+"""What the masks of a clip are given room for (see clip_loader.ClipReader); videos rarely show more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +74,6 @@ class Clip:
     frame_queries_TLQC: Tensor  # as stored: before the detector's decoder_norm
     map_TRHW: Tensor  # as stored, in the codec's number type
     targets: ClipTargets
-
-    def pin_memory(self) -> Clip:
-        """Copy to page-locked memory (called by the data loader)."""
-        return replace(
-            self,
-            frame_queries_TLQC=self.frame_queries_TLQC.pin_memory(),
-            map_TRHW=self.map_TRHW.pin_memory(),
-            targets=self.targets.pin_memory(),
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,24 +123,42 @@ class ClipStream:
         return source, ids[int(_permutation((seed, 3, source, own_epoch), len(ids))[place])]
 
 
-class ClipDataset(Dataset[Clip]):
+class ClipDataset:
     """The clips of a stream over the videos of one cache or several, read from there."""
 
     def __init__(self, sources: Sequence[ClipSource], stream: ClipStream) -> None:
         """`stream` draws from the sources' labels. Raises IncompleteVideo where a cache lacks a view of a video."""
         self.sources, self.stream = sources, stream
-        for source, video_ids in zip(sources, stream.video_ids, strict=True):
-            for video_id in video_ids:
-                for view in source.views_of(video_id):
-                    source.feature_cache.video(video_group_name(video_id, view))
+        self._cached = [
+            source.feature_cache.video(video_group_name(video_id, view))
+            for source, video_ids in zip(sources, stream.video_ids, strict=True)
+            for video_id in video_ids
+            for view in source.views_of(video_id)
+        ]
+
+    @property
+    def clip_bytes(self) -> int:
+        """A clip's features and masks, of the largest frames."""
+        queries, maps = self._cached[0].queries, self._cached[0].maps
+        largest_map = max(height * width for height, width in (c.attributes.map_hw for c in self._cached))
+        largest_image = max(height * width for height, width in (c.attributes.image_hw for c in self._cached))
+        query_bytes = math.prod(queries.shape[1:]) * queries.dtype.itemsize
+        map_bytes = largest_map * maps.shape[1] * maps.dtype.itemsize
+        return self.stream.config.num_frames * (query_bytes + map_bytes + USUAL_OBJECTS * largest_image)
 
     def __getitem__(self, index: int) -> Clip:
+        """Read clip number `index` into memory of its own."""
+        return self.read(index, np.empty)
+
+    def read(self, index: int, empty: Empty) -> Clip:
         """Read clip number `index`, in one of its video's views."""
         drawn = self.stream.draw(index)
         source, video_id, frames = self.sources[drawn.source], drawn.video_id, drawn.frames
         views = source.views_of(video_id)
         view = views[int(np.random.default_rng([self.stream.config.seed, 2, index]).integers(len(views)))]
         cached = source.feature_cache.video(video_group_name(video_id, view))
+        buffers = [empty((len(frames), *array.shape[1:]), array.dtype) for array in (cached.queries, cached.maps)]
+        clip = cached.read_clip(frames, ClipArrays(frame_queries=buffers[0], mask_features=buffers[1]))
         video_name = source.labels.video_by_id[video_id].name
         return Clip(
             index=index,
@@ -155,8 +167,8 @@ class ClipDataset(Dataset[Clip]):
             video_id=video_id,
             num_tracks=len(source.labels.tracks_of(video_id)),
             frames=frames,
-            frame_queries_TLQC=read_into_tensor(cached.queries, frames),
-            map_TRHW=read_into_tensor(cached.maps, frames),
+            frame_queries_TLQC=torch.from_numpy(clip.frame_queries),
+            map_TRHW=torch.from_numpy(clip.mask_features),
             targets=read_targets(source.labels, video_id, frames, [transform_of(cached.attributes)] * len(frames)),
         )
 
@@ -184,19 +196,6 @@ def draw_frames(
         shuffled = [int(frame) for _ in range(rounds) for frame in rng.permutation(others)]
         drawn = np.array(shuffled[: num_frames - 1], dtype=np.int64)
     return tuple(sorted([reference, *map(int, drawn)]))
-
-
-def read_into_tensor(array: FrameArray, frames: Sequence[int]) -> Tensor:
-    """Read frames of a field; in a worker process straight into shared memory, where its tensors must go anyway."""
-    if get_worker_info() is None:
-        return torch.from_numpy(array.read(frames))
-    shape = (len(frames), *array.shape[1:])
-    num_bytes = int(np.prod(shape)) * array.dtype.itemsize
-    # As torch's own default_collate does.
-    shared = torch.UntypedStorage._new_shared(num_bytes)  # type: ignore[no-untyped-call]
-    tensor = torch.empty(0, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype).set_(shared).view(shape)
-    array.read(frames, tensor.numpy())
-    return tensor
 
 
 def read_targets(labels: Labels, video_id: int, frames: Sequence[int], transforms: Sequence[Transform]) -> ClipTargets:

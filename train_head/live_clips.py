@@ -6,18 +6,18 @@ Shapes: T frames, H×W input pixels without padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cache.geometry import Transform, TransformRanges, network_size
 from cache.labels import Video
 from configs.schema import FinetuneSettings
-from train_head.clips import ClipStream, read_targets
+from train_head.clip_loader import Empty
+from train_head.clips import USUAL_OBJECTS, ClipStream, read_targets
 from train_head.targets import ClipTargets
 
 FrameReader = Callable[[Video, int], Image.Image]
@@ -36,12 +36,8 @@ class LiveClip:
     images_T3HW: Tensor  # uint8 RGB, unpadded
     targets: ClipTargets
 
-    def pin_memory(self) -> LiveClip:
-        """Copy to page-locked memory (called by the data loader)."""
-        return replace(self, images_T3HW=self.images_T3HW.pin_memory(), targets=self.targets.pin_memory())
 
-
-class LiveClips(Dataset[LiveClip]):
+class LiveClips:
     """The clips of a stream, from image files; clip i and its augmentation depend on (seed, i) alone."""
 
     def __init__(
@@ -58,8 +54,19 @@ class LiveClips(Dataset[LiveClip]):
         """
         self.stream, self.readers, self.short_edge, self.chosen = stream, readers, short_edge, chosen
 
+    @property
+    def clip_bytes(self) -> int:
+        """A clip's images and masks, of the largest frames."""
+        short_edge = max(self.chosen.short_edges) if self.chosen and self.chosen.short_edges else self.short_edge
+        sizes = [network_size((v.height, v.width), short_edge) for part in self.stream.labels for v in part.videos]
+        return self.stream.config.num_frames * (3 + USUAL_OBJECTS) * max(height * width for height, width in sizes)
+
     def __getitem__(self, index: int) -> LiveClip:
-        """Read, transform and label the frames of clip number `index`."""
+        """Read clip number `index`."""
+        return self.read(index, np.empty)
+
+    def read(self, index: int, empty: Empty) -> LiveClip:
+        """Read, transform and label the frames of clip number `index`; `empty` is of no use to image decoders."""
         drawn = self.stream.draw(index)
         labels, video_id, frames = self.stream.labels[drawn.source], drawn.video_id, drawn.frames
         video = labels.video_by_id[video_id]

@@ -12,7 +12,6 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from cache.fingerprint import Fingerprint
 from cache.labels import Labels
@@ -20,6 +19,7 @@ from cache.splits import Split
 from configs.schema import Settings
 from train_head.build import FeatureSizes, TrainedPart, decoding_of, feature_sizes
 from train_head.checkpoint import Checkpoint
+from train_head.clip_loader import ClipReader
 from train_head.clips import Clip, ClipConfig, ClipDataset, ClipStream
 from train_head.criterion import LossNormalisers, VitaLosses
 from train_head.data import VideoSet
@@ -81,7 +81,7 @@ class FeatureSource(Protocol[AnyClip]):
     parts: Sequence[TrainedPart]
     trains_head: bool
 
-    def clips(self) -> Dataset[AnyClip]:
+    def clips(self) -> ClipReader[AnyClip]:
         """Clip i of the endless stream, a function of (seed, i) alone."""
         ...
 

@@ -52,10 +52,6 @@ class ClipTargets:
         """Copy to a device."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-    def pin_memory(self) -> ClipTargets:
-        """Copy to page-locked memory (called by the data loader)."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
     def _map(self, function: Callable[[Tensor], Tensor]) -> ClipTargets:
         matches = self.frame_queries_LTN
         return ClipTargets(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Generic
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from cache.errors import ConfigError, VitaCacheError
@@ -22,6 +22,7 @@ from configs.command import device_name, precision_name
 from configs.schema import Settings
 from train_head.build import build_optimizer, head_config, learning_rate, trained_parameters
 from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from train_head.clip_loader import load_clips
 from train_head.data import open_training_set
 from train_head.distributed import Group, join_group
 from train_head.kinds import build_head
@@ -168,16 +169,10 @@ class Trainer(Generic[AnyClip]):
     def _batches(self) -> Iterator[list[AnyClip]]:
         train = self.settings.train
         own = train.batch_clips // self.group.size
-        loader: DataLoader[AnyClip] = DataLoader(
-            self.source.clips(),
-            batch_size=own,
-            sampler=_ShareOfBatches(self.progress.step, train.iterations, train.batch_clips, self.group),
-            num_workers=train.workers,
-            collate_fn=list,
-            pin_memory=self.device.type == "cuda",
-            multiprocessing_context="forkserver" if train.workers else None,
-        )
-        return iter(loader)
+        numbers = _ShareOfBatches(self.progress.step, train.iterations, train.batch_clips, self.group)
+        clips = load_clips(self.source.clips(), numbers, workers=train.workers, held=own, device=self.device)
+        for _ in numbers.steps:
+            yield list(islice(clips, own))
 
     def training_step(self, clips: Sequence[AnyClip]) -> StepLosses:
         """Gradients and update for one batch; raises VitaCacheError, naming the videos, if anything is not finite."""
