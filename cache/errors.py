@@ -64,5 +64,13 @@ class IncompleteVideo(CacheError):
     """A video has no commit marker: its extraction did not finish."""
 
 
+class VideoBusy(CacheError):
+    """Another process is writing the video."""
+
+
+class FeatureError(CacheError):
+    """Features of a video that cannot be stored: not finite, or beyond float16."""
+
+
 class CorruptData(CacheError):
     """Stored bytes fail their checksum, are missing, or have the wrong shape."""

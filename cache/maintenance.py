@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from cache.layout import ANNOTATIONS, FORMAT_VERSION, VIDEOS
+from cache.locks import VideoLocks
 from cache.reader import FeatureCache, Root
 from cache.stores import FolderStore, open_store
-from cache.writer import locked, video_sources
+from cache.writer import video_sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ def prunable(feature_cache: FeatureCache) -> list[Prunable]:
 
 
 def prune(found: list[Prunable]) -> None:
-    """Delete the folders, each under its lock. Raises CacheError where another process writes one of them."""
+    """Delete the folders, each under its lock. Raises VideoBusy where another process writes one of them."""
     for entry in found:
-        with locked(entry.folder, wait=False):
+        with VideoLocks(entry.folder.parent.parent).held(entry.folder.name):
             shutil.rmtree(entry.folder)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.codecs import Codec
-from cache.errors import CacheError
+from cache.errors import CacheError, FeatureError
 from cache.layout import FRAME_QUERIES, MASK_FEATURES, VideoAttributes, crop_map
 from cache.shard_writer import ShardWriter
 
@@ -80,7 +80,7 @@ class VideoSink:
                 what = f"{name} exceed the range of float16, ±65504" if too_large else f"{name} are not finite"
                 where = f"video {self._folder.name!r}, frame {self._num_appended + index}"
                 hint = "if the detector ran in float16, use bfloat16 or float32; else look at this frame"
-                raise CacheError(what, where=where, hint=hint)
+                raise FeatureError(what, where=where, hint=hint)
 
     def _error(self, what: str, expected: object, got: object) -> CacheError:
         return CacheError(what, where=f"video {self._folder.name!r}", expected=expected, got=got)

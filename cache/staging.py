@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from cache.errors import CacheError
 from cache.layout import CODEC, DETECTOR, METADATA, VIDEOS, is_complete, write_file_atomically
+from cache.locks import locked
 from cache.reader import FeatureCache
 from cache.remote import REQUESTS, RemoteStore, remote_url
-from cache.writer import locked, sync_tree
+from cache.writer import sync_tree
 
 
 def stage(address: Path | str, folder: Path) -> Path:
@@ -25,7 +26,7 @@ def stage(address: Path | str, folder: Path) -> Path:
     if not isinstance(store, RemoteStore):
         raise CacheError("nothing to stage: the cache is local", where=address)
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder, wait=True):
+    with locked(folder):
         if (folder / METADATA).exists():
             there = FeatureCache.open(folder).fingerprint
             hint = "stage into another folder, or delete this one"

@@ -28,10 +28,11 @@ from cache.layout import (
     sync_to_disk,
     write_file_atomically,
 )
+from cache.locks import locked
 from cache.reader import CachedVideo, FeatureCache
 from cache.shard_writer import ShardWriter, write_array
 from cache.stores import Store
-from cache.writer import locked, sync_tree
+from cache.writer import sync_tree
 
 FILES = (ANNOTATIONS, CALIBRATION)
 """Carried along, where they lie beside the root."""
@@ -100,7 +101,7 @@ def import_hdf5(file: Path, path: Path) -> None:
         raise CacheError("not an HDF5 file", where=file, expected="a file that ends in .h5")
     store = feature_cache.store
     path.mkdir(parents=True, exist_ok=True)
-    with locked(path, wait=True):
+    with locked(path):
         for name in FILES:
             content = store.read_file(name)
             if content is not None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from cache.layout import (
     sync_to_disk,
     write_file_atomically,
 )
+from cache.locks import LOCKS, ROOT_LOCK, VideoLocks, locked, sweep_locks
 from cache.reader import FeatureCache, Root
 from cache.shard_writer import write_array
 from cache.sink import VideoSink
@@ -50,6 +49,7 @@ class CacheWriter:
     ) -> None:
         self.path, self.fingerprint, self.codec = path, fingerprint, codec
         self.sources, self.provenance, self._recorded = sources, provenance, False
+        self._locks = VideoLocks(path)
 
     @classmethod
     def open(
@@ -77,7 +77,8 @@ class CacheWriter:
             raise CacheError(what, expected=fingerprint.codec, got=codec_identity(codec))
         sources = {} if labels_json is None else video_sources(labels_json)
         path.mkdir(parents=True, exist_ok=True)
-        with locked(path, wait=True):
+        with locked(path):
+            _sweep(path)
             if (path / METADATA).exists():
                 check_continuation(FolderStore(path=path), fingerprint, sources)
                 codec = FeatureCache.open(path).codec
@@ -92,21 +93,40 @@ class CacheWriter:
         complete = {name for name, is_complete in video_groups(self.path) if is_complete}
         return [name for name in names if checked_name(name) not in complete]
 
+    def claim(self, name: str) -> bool:
+        """Lock a video before its frames are read, until it is written or `claims` ends.
+
+        Returns False where it is complete already. Raises VideoBusy where another process writes it.
+        """
+        self._locks.claim(checked_name(name))
+        if is_complete(self.path / VIDEOS / name):
+            self._locks.release(name)
+            return False
+        return True
+
+    @contextmanager
+    def claims(self) -> Iterator[None]:
+        """Give back, at the end of the block, what was claimed in it and never written."""
+        try:
+            yield
+        finally:
+            self._locks.release_all()
+
     @contextmanager
     def video(self, name: str, attributes: VideoAttributes) -> Iterator[VideoSink]:
         """Write one video: append frames to the sink; leaving the block without an error commits the video.
 
         An incomplete leftover of the same video is removed first. On an error nothing is committed.
-        Raises CacheError where the video is complete already, where another process is writing it, and where
-        the frames that arrived are not the number declared.
+        Raises CacheError where the video is complete already or the frames that arrived are not the number
+        declared, VideoBusy where another process is writing it.
         """
         folder = self.path / VIDEOS / checked_name(name)
         if name.partition("@")[2] != attributes.view.name:
             raise CacheError("name and view differ", where=f"video {name!r}", expected=f"@{attributes.view.name}")
-        folder.mkdir(exist_ok=True)
-        with locked(folder, wait=False):
+        with self._locks.held(name):
+            folder.mkdir(exist_ok=True)
             _remove_leftover(folder)
-            self._record_session()
+            self.record_session()
             stored = {**attributes.to_json(), "source": self.sources.get(name.partition("@")[0])}
             write_file_atomically(folder / METADATA, group_metadata({"complete": False, **stored}))
             sink = VideoSink(folder, attributes, self.codec, self.fingerprint.num_layers)
@@ -119,15 +139,27 @@ class CacheWriter:
             write_file_atomically(folder / METADATA, group_metadata({"complete": True, **stored}))
             sync_to_disk(folder.parent)
 
-    def total_bytes(self) -> int:
-        """Of all the cache's files."""
-        return sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
+    def discard(self, name: str) -> None:
+        """Remove what an abandoned extraction left of a video. Raises as `video`."""
+        folder = self.path / VIDEOS / checked_name(name)
+        with self._locks.held(name):
+            if folder.exists():
+                _remove_leftover(folder)
+                folder.rmdir()
 
-    def _record_session(self) -> None:
+    def total_bytes(self) -> int:
+        """Of all the cache's files; those that another process removes meanwhile do not count."""
+        total = 0
+        for file in self.path.rglob("*"):
+            with suppress(FileNotFoundError):
+                total += file.stat().st_size if file.is_file() else 0
+        return total
+
+    def record_session(self) -> None:
         """Add this process to the provenance, once, and only when it writes features."""
         if self._recorded:
             return
-        with locked(self.path, wait=True):
+        with locked(self.path):
             root = Root.read(FolderStore(path=self.path))
             _write_root(self.path, self.fingerprint, self.codec, [*root.sessions, asdict(self.provenance)])
         self._recorded = True
@@ -166,7 +198,7 @@ def check_continuation(store: Store, fingerprint: Fingerprint, sources: Mapping[
 
 def _create(path: Path, fingerprint: Fingerprint, heads: DetectorHeads, codec: Codec) -> None:
     """Write all but the videos. The root's zarr.json comes last: without it there is no cache yet."""
-    own = {DETECTOR, CODEC, VIDEOS, ANNOTATIONS}
+    own = {DETECTOR, CODEC, VIDEOS, ANNOTATIONS, LOCKS, ROOT_LOCK}
     names = [entry.name for entry in path.iterdir()]
     foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
     if foreign:
@@ -197,8 +229,15 @@ def _write_root(path: Path, fingerprint: Fingerprint, codec: Codec, sessions: li
     write_file_atomically(path / METADATA, group_metadata(attributes))
 
 
+def _sweep(path: Path) -> None:
+    """Remove what killed processes have left beside the root; the caller holds the cache's lock."""
+    for file in path.glob(".*.tmp"):
+        file.unlink(missing_ok=True)
+    sweep_locks(path)
+
+
 def _remove_leftover(folder: Path) -> None:
-    """Empty the folder of an incomplete video (the folder itself carries the lock)."""
+    """Empty the folder of an incomplete video."""
     if is_complete(folder):
         raise CacheError("the video is complete already", where=folder, hint="write only what `pending` names")
     for entry in folder.iterdir():
@@ -217,18 +256,3 @@ def sync_tree(folder: Path) -> None:
 
 def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
-
-
-@contextmanager
-def locked(folder: Path, *, wait: bool) -> Iterator[None]:
-    """Hold the folder's advisory lock, which the kernel drops when the process ends, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            hint = "let the other extraction finish; it does not need this one"
-            raise CacheError("another process is writing this video", where=folder, hint=hint) from error
-        yield
-    finally:
-        os.close(descriptor)

@@ -96,6 +96,8 @@ def validate(settings: Settings, where: str) -> None:
         "head.dec_layers": s.head.dec_layers,
         "loss.num_points": s.loss.num_points,
         "loss.matching_points": 1 if s.loss.matching_points is None else s.loss.matching_points,
+        "extract.workers": 1 if s.extract.workers is None else s.extract.workers,
+        "extract.threads": 1 if s.extract.threads is None else s.extract.threads,
         "train.iterations": s.train.iterations,
         "train.batch_clips": s.train.batch_clips,
         "train.accumulate": s.train.accumulate,

@@ -151,6 +151,17 @@ class CacheSettings:
 
 
 @dataclass
+class ExtractSettings:
+    """How stage one runs; nothing here changes a feature, but for `threads`, in its last bits."""
+
+    workers: int | None = None  # processes, one a GPU; null: one, or all GPUs of ray_address; more than one needs Ray
+    ray_address: str | None = None  # of a Ray cluster, such as auto; its machines share all paths
+    threads: int | None = None  # of each process on CPU; null takes PyTorch's choice
+    skip_errors: bool = False  # leave out videos that cannot be read; <cache>/skipped.json names them
+    allow_skipped: bool = False  # end with status 0 even so
+
+
+@dataclass
 class HeadSettings:
     """The head and its sizes, of which it takes those it needs; VITA's release has 6 + 3 layers, the paper 3 + 6."""
 
@@ -262,6 +273,7 @@ class Settings:
     pseudo: PseudoSettings = field(default_factory=PseudoSettings)
     detector: DetectorSettings = field(default_factory=DetectorSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
+    extract: ExtractSettings = field(default_factory=ExtractSettings)
     head: HeadSettings = field(default_factory=HeadSettings)
     loss: LossSettings = field(default_factory=LossSettings)
     train: TrainSettings = field(default_factory=TrainSettings)

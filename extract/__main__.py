@@ -23,6 +23,10 @@ def main() -> int:
     for verb in (run, data, calibrate, estimate, bench, doctor):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    run.add_argument(
+        "--skip-errors", action="store_true", help="as extract.skip_errors=true: leave unreadable videos out"
+    )
+    run.add_argument("--clear-dead-locks", action="store_true", help="take over videos of writers that died elsewhere")
     data.add_argument("--long", type=int, default=0, metavar="N", help="also N videos of 300 frames, the split `long`")
     video = verbs.add_parser("video", help="extract videos of your own, without labels, into <cache.path>/video")
     video.add_argument("--head", type=Path, help="folder of the run that will read the features: checked beforehand")
@@ -75,7 +79,8 @@ def _run(arguments: argparse.Namespace) -> int:
     else:
         from extract.stage import extract
 
-        extract(settings)
+        settings.extract.skip_errors |= arguments.skip_errors
+        extract(settings, clear_dead_locks=arguments.clear_dead_locks)
     return 0
 
 

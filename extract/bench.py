@@ -24,6 +24,7 @@ from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
 from configs.schema import Settings
 from configs.splits import train_split
+from extract.batches import BatchRunner
 from extract.calibration import choose_codec
 from extract.detector import FrameDetector
 from extract.engines import open_detector
@@ -58,7 +59,8 @@ def bench_extraction(settings: Settings) -> None:
                 codec=codec,
                 labels_json=None,
             )
-            run = partial(extract_videos, detector, writer, jobs, settings.detector.batch_frames, title="bench")
+            runner = BatchRunner(detector, settings.detector.batch_frames)
+            run = partial(extract_videos, runner, writer, jobs, lambda frames: None)
             whole.append(_seconds(run))
     frames = sum(video.length for video in videos)
     result: dict[str, float] = {"frames": frames}

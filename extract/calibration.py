@@ -24,7 +24,7 @@ from cache.codecs.rate_distortion import (
     smallest_faithful,
 )
 from cache.detector_masks import predict_queries
-from cache.errors import FingerprintMismatch
+from cache.errors import FingerprintMismatch, FrameError
 from cache.geometry import Transform, network_size
 from cache.layout import Size, crop_map
 from cache.reader import FeatureCache
@@ -140,7 +140,12 @@ def _run(
         original_hw = (video.height, video.width)
         image_hw = network_size(original_hw, settings.detector.short_edge)
         transform = Transform.resize(original_hw, image_hw)
-        image_CHW = load_frame(folder / video.file_names[index], original_hw, transform)
+        try:
+            image_CHW = load_frame(folder / video.file_names[index], original_hw, transform)
+        except FrameError:
+            if settings.extract.skip_errors:
+                continue
+            raise
         features = detector.features(image_CHW[None])
         map_CHW = crop_map(features.mask_features_BCHW[0].float().cpu().numpy(), image_hw)
         yield SampleFrame(

@@ -55,7 +55,8 @@ def _of_videos(settings: Settings, split: SplitPaths) -> SplitJobs:
     labels = load_labels(split.labels)
     if not labels.videos:
         raise AnnotationError("the label file has no videos", where=split.labels)
-    require_files((name for video in labels.videos for name in video.file_names), split.frames)
+    names = () if settings.extract.skip_errors else (name for video in labels.videos for name in video.file_names)
+    require_files(names, split.frames)
     jobs = tuple(
         video_job(video, view, split.frames, settings.detector.short_edge)
         for video in labels.videos
@@ -95,7 +96,7 @@ def attributes_of(num_frames: int, frame_hw: Size, short_edge: int | None, view:
 def _of_stills(settings: Settings, split: SplitPaths) -> SplitJobs:
     categories = load_labels(all_splits(settings)[0].labels).categories
     videos = draw_pseudo_videos(settings.pseudo, split.labels, categories)
-    require_files((video.still.file_name for video in videos), split.frames)
+    require_files(() if settings.extract.skip_errors else (video.still.file_name for video in videos), split.frames)
     return SplitJobs(
         split=split,
         labels_json=labels_json(videos, categories),

@@ -11,6 +11,8 @@ from itertools import islice
 from pathlib import Path
 from tempfile import gettempdir
 
+import torch
+
 from cache.codecs.rate_distortion import Calibration, Distortion
 from cache.errors import CacheError
 from cache.remote import remote_url
@@ -57,12 +59,12 @@ class FrameCost:
 
 
 def measure_frames(settings: Settings, detector: FrameDetector, work: Sequence[Workload], frames: int) -> FrameCost:
-    """Run the detector, decoding included, on `frames` frames from the start of a video; the first warms up."""
+    """Run the detector on black frames, which warms up, then, decoding included, on the start of a video."""
     job = max((job for load in work for job in load.jobs), key=lambda candidate: len(candidate.files))
     batch_frames = min(settings.detector.batch_frames, frames)
+    features = detector.features(torch.zeros((batch_frames, 3, *job.attributes.image_hw), dtype=torch.uint8))
     with ThreadPoolExecutor(max_workers=1) as pool:
         batches = (images for _, images in decoded_batches(job.files, batch_frames, pool))
-        features = detector.features(next(batches)[:1])
         started, timed = time.perf_counter(), 0
         for images in islice(batches, max(0, -(-frames // batch_frames) - 1)):
             detector.features(images).mask_features_BCHW.cpu()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from cache.codecs import Codec, codec_identity
 from cache.codecs.rate_distortion import format_table, write_calibration
+from cache.errors import FrameError
 from cache.fingerprint import Fingerprint, Provenance
+from cache.locks import locked, sweep_locks
 from cache.upload import opened_writer
-from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
 from configs.schema import CodecName, Settings
 from extract import room
@@ -20,28 +21,22 @@ from extract.calibration import ChosenCodec, calibrate, choose_codec
 from extract.checkpoints import weights_sha256
 from extract.detector import PADDING_DIVISOR, FrameDetector
 from extract.engines import open_detector
+from extract.fill import Engine, fill, opened_engine, require_workers
 from extract.jobs import SplitJobs, open_jobs
+from extract.record import write_skipped
 from extract.room import TIMED_FRAMES, Workload, require_room
-from extract.streaming import extract_videos
-
-EXTRACTION_RECORD = "extraction.json"
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtractionRecord:
-    """What one split's extraction has cost so far, over all sessions."""
-
-    seconds: float = 0.0
-    frames: int = 0
-    bytes: int = 0
-
-
-def extract(settings: Settings, only: Sequence[str] = ()) -> None:
+def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: bool = False) -> None:
     """Extract every split of a config that is not yet in its cache; everything checkable is checked first.
 
-    A remote cache (`cache.path=s3://...`) is uploaded video by video (cache.upload). Raises VitaCacheError for
-    unreadable labels, frames, weights, a cache of other content, or a disk without room.
+    A remote cache (`cache.path=s3://...`) is uploaded video by video (cache.upload). `clear_dead_locks`: take over
+    videos whose writers on other machines are dead. Raises VitaCacheError for unreadable labels, frames, weights, a
+    cache of other content, or a disk without room.
     """
+    require_workers(settings)
+    if settings.extract.threads is not None:
+        torch.set_num_threads(settings.extract.threads)
     asked = open_jobs(settings, only)
     detector = _open_detector(settings)
     chosen = choose_codec(settings, detector)
@@ -50,8 +45,15 @@ def extract(settings: Settings, only: Sequence[str] = ()) -> None:
     print(chosen.reason)
     require_room(settings, detector, [Workload.of(jobs) for jobs in asked], chosen)
     wanted = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), chosen.codec)
-    for jobs in asked:
-        _extract_split(settings, detector, wanted, chosen, jobs)
+    skipped = []
+    with opened_engine(settings, detector) as engine:
+        for jobs in asked:
+            if clear_dead_locks:
+                sweep_locks(jobs.split.features, of_other_hosts=True)
+            skipped += _extract_split(settings, detector, wanted, chosen, jobs, engine)
+    if skipped and not settings.extract.allow_skipped:
+        hint = "mend them and run the same command; extract.allow_skipped=true takes this for success"
+        raise FrameError(f"{len(skipped)} videos were skipped, such as {skipped[0]}", hint=hint)
 
 
 def print_estimate(settings: Settings) -> None:
@@ -100,8 +102,14 @@ def fingerprint(settings: Settings, detector: FrameDetector, weights_digest: str
 
 
 def _extract_split(
-    settings: Settings, detector: FrameDetector, wanted: Fingerprint, chosen: ChosenCodec, asked: SplitJobs
-) -> None:
+    settings: Settings,
+    detector: FrameDetector,
+    wanted: Fingerprint,
+    chosen: ChosenCodec,
+    asked: SplitJobs,
+    engine: Engine,
+) -> list[str]:
+    """Returns the names of the videos that were skipped."""
     split = asked.split
     with opened_writer(
         split.features,
@@ -115,24 +123,8 @@ def _extract_split(
         ),
     ) as writer:
         if chosen.calibration is not None:
-            write_calibration(writer.path, chosen.calibration)
-        pending = set(writer.pending([job.name for job in asked.jobs]))
-        jobs = [job for job in asked.jobs if job.name in pending]
-        started = time.perf_counter()
-        extract_videos(detector, writer, jobs, settings.detector.batch_frames, title=f"extract {split.name}")
-        if not jobs:
-            print(f"extract {split.name}: all {len(asked.jobs)} videos are in {split.features} already")
-        frames = sum(len(job.files) for job in jobs)
-        _add_to_record(writer, time.perf_counter() - started, frames)
-
-
-def read_record(features: Path) -> ExtractionRecord:
-    """Read a cache's extraction cost; zeros where none is written."""
-    path = features / EXTRACTION_RECORD
-    return ExtractionRecord(**json.loads(path.read_text())) if path.exists() else ExtractionRecord()
-
-
-def _add_to_record(writer: CacheWriter, seconds: float, frames: int) -> None:
-    before, size = read_record(writer.path), writer.total_bytes()
-    record = ExtractionRecord(seconds=before.seconds + seconds, frames=before.frames + frames, bytes=size)
-    (writer.path / EXTRACTION_RECORD).write_text(json.dumps(asdict(record)))
+            with locked(writer.path):
+                write_calibration(writer.path, chosen.calibration)
+        outcome = fill(writer, asked, engine, f"extract {split.name}")
+        write_skipped(writer.path, outcome.skipped)
+    return [f"{split.name}/{name}" for name in outcome.skipped]

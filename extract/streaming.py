@@ -3,84 +3,131 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
+from itertools import chain, groupby
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from cache.background import BackgroundWriter
+from cache.errors import FeatureError, FrameError, VideoBusy, VitaCacheError
 from cache.writer import CacheWriter
-from extract.detector import FrameDetector
+from extract.batches import BatchRunner
 from extract.frames import FrameFile, decoded_batches
 from extract.jobs import VideoJob
 
+Advance = Callable[[int], object]
+"""Is told how many frames more are done."""
+
+UNREADABLE = (FrameError, FeatureError)
+"""What is wrong with one video and no other."""
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """What did not get into the cache: videos that other processes write, and those left out, and why."""
+
+    busy: dict[str, VideoBusy] = field(default_factory=dict)
+    skipped: dict[str, VitaCacheError] = field(default_factory=dict)
+
 
 def extract_videos(
-    detector: FrameDetector, writer: CacheWriter, jobs: Sequence[VideoJob], batch_frames: int, title: str
-) -> None:
-    """Run the detector over whole videos and commit one after another; `title` names the progress bar.
+    runner: BatchRunner, writer: CacheWriter, jobs: Sequence[VideoJob], advance: Advance
+) -> dict[str, VideoBusy]:
+    """Run the detector over whole videos and commit one after another; returns those that other processes write.
 
-    Videos of equal input size follow each other and share batches. Raises FrameError for unreadable frames and
-    CacheError for features that cannot be stored, naming the video.
+    Videos of equal input size follow each other and share batches. A video is claimed before its first frame is
+    read. Raises FrameError for unreadable frames and CacheError for features that cannot be stored, naming the video.
     """
-    ordered = sorted(jobs, key=lambda job: job.attributes.image_hw)
-    files = (file for job in ordered for file in job.files)
+    by_name = {job.name: job for job in jobs}
+    busy: dict[str, VideoBusy] = {}
     with (
+        writer.claims(),
         ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) - 1)) as pool,
-        tqdm(total=sum(len(job.files) for job in jobs), desc=title, unit="frame", disable=not jobs) as progress,
         BackgroundWriter(writer) as background,
     ):
-        batches = decoded_batches(files, batch_frames, pool)
-        parts = _video_parts(detector, batches, batch_frames, writer.codec.dtype)
-        for job in ordered:
+        files = _claimed_files(writer, sorted(jobs, key=lambda job: job.attributes.image_hw), busy)
+        batches = decoded_batches(files, runner.batch_frames, pool)
+        parts = _video_parts(runner, batches, writer.codec.dtype)
+        for first in parts:
+            job = by_name[first.group]
+            missing = len(job.files)
             with background.video(job.name, job.attributes) as sink:
-                missing = len(job.files)
-                while missing:
-                    part = next(parts)
+                for part in chain((first,), parts):
                     sink.append(part.frame_queries_TLQC, part.mask_features_TCHW)
+                    advance(len(part.frame_queries_TLQC))
                     missing -= len(part.frame_queries_TLQC)
-                    progress.update(len(part.frame_queries_TLQC))
+                    if not missing:
+                        break
+    return busy
+
+
+def extract_readable_videos(
+    runner: BatchRunner, writer: CacheWriter, jobs: Sequence[VideoJob], advance: Advance
+) -> Outcome:
+    """As extract_videos, but a video that cannot be read is left out, and the others are extracted."""
+    outcome = Outcome()
+    while jobs:
+        try:
+            outcome.busy |= extract_videos(runner, writer, jobs, advance)
+            break
+        except UNREADABLE:  # Of one of the first that are still missing: its neighbours were begun with it.
+            jobs = _missing(writer, jobs, outcome)
+        for job in jobs:
+            try:
+                outcome.busy |= extract_videos(runner, writer, [job], advance)
+            except UNREADABLE as error:
+                outcome.skipped[job.name] = error
+                writer.discard(job.name)
+                break
+        jobs = _missing(writer, jobs, outcome)
+    return outcome
+
+
+def _missing(writer: CacheWriter, jobs: Sequence[VideoJob], outcome: Outcome) -> list[VideoJob]:
+    missing = set(writer.pending([job.name for job in jobs])) - outcome.busy.keys() - outcome.skipped.keys()
+    return sorted((job for job in jobs if job.name in missing), key=lambda job: job.attributes.image_hw)
+
+
+def _claimed_files(writer: CacheWriter, jobs: Iterable[VideoJob], busy: dict[str, VideoBusy]) -> Iterator[FrameFile]:
+    for job in jobs:
+        try:
+            claimed = writer.claim(job.name)
+        except VideoBusy as error:
+            busy[job.name] = error
+            continue
+        if claimed:
+            yield from job.files
 
 
 @dataclass(frozen=True, kw_only=True)
 class _VideoPart:
-    """Features of the next T frames of one video."""
+    """Features of the next T frames of one group of the cache."""
 
+    group: str
     frame_queries_TLQC: NDArray[np.floating[Any]]
     mask_features_TCHW: NDArray[np.floating[Any]]
 
 
 def _video_parts(
-    detector: FrameDetector, batches: Iterable[tuple[list[FrameFile], Tensor]], batch_frames: int, dtype: np.dtype[Any]
+    runner: BatchRunner, batches: Iterable[tuple[list[FrameFile], Tensor]], dtype: np.dtype[Any]
 ) -> Iterator[_VideoPart]:
     """Features of decoded frames, on the host, cut where one video ends and the next begins."""
     for files, images_BCHW in batches:
-        features = detector.features(_filled(images_BCHW, batch_frames))
-        queries, maps = features.frame_queries_BLQC[: len(files)], features.mask_features_BCHW[: len(files)]
+        features = runner.features(images_BCHW)
+        queries, maps = features.frame_queries_BLQC, features.mask_features_BCHW
         # What is stored as float16 is rounded by the device, and half as much crosses to the host.
         queries, maps = queries.half().cpu(), (maps.half() if dtype == np.float16 else maps.float()).cpu()
         start = 0
-        for _, files_of_video in groupby(files, key=lambda file: file.group):
+        for group, files_of_video in groupby(files, key=lambda file: file.group):
             stop = start + len(list(files_of_video))
             yield _VideoPart(
+                group=group,
                 frame_queries_TLQC=queries[start:stop].numpy(),
                 mask_features_TCHW=maps[start:stop].numpy(),
             )
             start = stop
-
-
-def _filled(images_BCHW: Tensor, batch_frames: int) -> Tensor:
-    """Repeat the last image until the batch is full.
-
-    The last bits of features depend on the number of images in a batch, though not on the others nor on the place
-    among them. Full batches make them the same wherever an extraction was interrupted and resumed.
-    """
-    missing = batch_frames - len(images_BCHW)
-    return torch.cat([images_BCHW, images_BCHW[-1:].expand(missing, -1, -1, -1)]) if missing else images_BCHW

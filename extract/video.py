@@ -27,6 +27,7 @@ from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
 from configs.load import load_settings
 from configs.schema import Precision, Settings
+from extract.batches import BatchRunner
 from extract.checkpoints import weights_sha256
 from extract.detector import FrameDetector
 from extract.engines import open_detector
@@ -110,6 +111,7 @@ def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, f
     work = {name: footage[int(name) - 1] for name in pending}
     _require_room(settings, detector, writer.path, list(work.values()))
     total = sum(len(piece.seconds) for piece in work.values())
+    runner = BatchRunner(detector, settings.detector.batch_frames)
     with (
         ThreadPoolExecutor(max_workers=1) as decoder,
         tqdm(total=total, desc="extract", unit="frame", disable=not work) as progress,
@@ -120,15 +122,11 @@ def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, f
             batches = _batches(piece, attributes.image_hw, settings.detector.batch_frames)
             with background.video(name, attributes) as sink:
                 for images in _ahead(batches, decoder):
-                    count = len(images)
-                    features = detector.features(_filled(images, settings.detector.batch_frames))
+                    features = runner.features(images)
                     # Halved on the device: that is what the cache holds.
-                    queries, maps = (
-                        features.frame_queries_BLQC[:count].half(),
-                        features.mask_features_BCHW[:count].half(),
-                    )
+                    queries, maps = features.frame_queries_BLQC.half(), features.mask_features_BCHW.half()
                     sink.append(queries.cpu().numpy(), maps.cpu().numpy())
-                    progress.update(count)
+                    progress.update(len(images))
 
 
 def _require_room(settings: Settings, detector: FrameDetector, path: Path, work: Sequence[Footage]) -> None:
@@ -160,12 +158,6 @@ def _batches(piece: Footage, image_hw: tuple[int, int], batch_frames: int) -> It
     frames = (_resized(frame, image_hw) for frame in piece.frames())
     while batch := list(islice(frames, batch_frames)):
         yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
-
-
-def _filled(images_BCHW: Tensor, batch_frames: int) -> Tensor:
-    """Repeat the last image until the batch is full, as for data sets: the last bits of features depend on its size."""
-    missing = batch_frames - len(images_BCHW)
-    return torch.cat([images_BCHW, images_BCHW[-1:].expand(missing, -1, -1, -1)]) if missing else images_BCHW
 
 
 def _resized(frame: NDArray[np.uint8], image_hw: tuple[int, int]) -> NDArray[np.uint8]:

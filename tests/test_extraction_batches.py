@@ -11,13 +11,17 @@ import pytest
 
 from cache.codecs.float16 import Float16
 from cache.errors import FrameError
+from cache.geometry import Transform
 from cache.labels import Video
+from cache.layout import View
 from cache.reader import FeatureCache
 from cache.writer import CacheWriter
 from configs.schema import Settings
+from extract.batches import BatchRunner
 from extract.detector import FrameDetector
 from extract.engines import open_detector
 from extract.frames import load_frame
+from extract.jobs import video_job
 from extract.stage import fingerprint
 from extract.streaming import extract_videos
 from tests.conftest import tiny_settings
@@ -50,7 +54,9 @@ def extracted(settings: Settings, detector: FrameDetector, videos: list[Video], 
         codec=Float16(),
         labels_json=None,
     )
-    extract_videos(settings, detector, writer, Path(settings.data.root) / "train" / "JPEGImages", videos, "test")
+    frames = Path(settings.data.root) / "train" / "JPEGImages"
+    jobs = [video_job(video, View(), frames, settings.detector.short_edge) for video in videos]
+    extract_videos(BatchRunner(detector, 4), writer, jobs, lambda count: None)
     return FeatureCache.open(path)
 
 
@@ -61,7 +67,8 @@ def test_features_are_those_of_single_frames(settings: Settings, detector: Frame
         stored = feature_cache.video(str(video.id)).read_clip(range(video.length))
         for frame, name in enumerate(video.file_names):
             hw = (video.height, video.width)
-            image = load_frame(Path(settings.data.root) / "train" / "JPEGImages" / name, hw, hw)
+            path = Path(settings.data.root) / "train" / "JPEGImages" / name
+            image = load_frame(path, hw, Transform.resize(hw, hw))
             alone = detector.features(image[None])
             height, width = stored.mask_features.shape[2:]
             np.testing.assert_allclose(stored.frame_queries[frame], alone.frame_queries_BLQC[0], rtol=1e-3, atol=1e-3)

@@ -134,7 +134,16 @@ def test_killed_extraction_goes_on_and_ends_in_the_same_bytes(
     tiny_data: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
     features = tmp_path / "killed"
-    command = [sys.executable, "-m", "extract", "run", "demo", f"data.root={tiny_data}", f"cache.path={features}"]
+    command = [
+        sys.executable,
+        "-m",
+        "extract",
+        "run",
+        "demo",
+        f"data.root={tiny_data}",
+        f"cache.path={features}",
+        "cache.codec=float16",
+    ]
     one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: the order of sums depends on the number of threads
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     process = subprocess.Popen(command, cwd=ROOT, env=one_thread, **quiet)

@@ -1,0 +1,113 @@
+"""Bringing what a cache lacks into it, by this process or by workers, beside other processes that do the same."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+from tqdm import tqdm
+
+from cache.errors import ConfigError
+from cache.remote import remote_url
+from cache.writer import CacheWriter
+from configs.command import device_name
+from configs.schema import Settings
+from extract.batches import BatchRunner
+from extract.detector import FrameDetector
+from extract.jobs import SplitJobs, VideoJob
+from extract.record import add_to_record
+from extract.streaming import Advance, Outcome, extract_readable_videos, extract_videos
+
+
+class Engine(Protocol):
+    """What brings videos into the cache: this process, or workers."""
+
+    def __call__(self, writer: CacheWriter, jobs: Sequence[VideoJob], advance: Advance) -> Outcome:
+        """Extract and commit the videos; tells `advance` of every few frames."""
+
+
+def require_workers(settings: Settings) -> None:
+    """Refuse workers that cannot be had, before any work."""
+    if not _has_workers(settings):
+        return
+    from extract.workers import require_ray
+
+    require_ray()
+    if remote_url(settings.cache.path) is not None:
+        hint = "extract into a folder that all workers share, then `python -m cache upload`"
+        raise ConfigError("workers do not write to an address", where=settings.cache.path, hint=hint)
+
+
+def _has_workers(settings: Settings) -> bool:
+    return (settings.extract.workers or 1) > 1 or settings.extract.ray_address is not None
+
+
+@contextmanager
+def opened_engine(settings: Settings, detector: FrameDetector) -> Iterator[Engine]:
+    """What the settings ask for; errors are those of extract.workers.hired_crew."""
+    skip_errors = settings.extract.skip_errors
+    if not _has_workers(settings):
+        runner = BatchRunner(detector, settings.detector.batch_frames)
+
+        def alone(writer: CacheWriter, jobs: Sequence[VideoJob], advance: Advance) -> Outcome:
+            if skip_errors:
+                return extract_readable_videos(runner, writer, jobs, advance)
+            return Outcome(busy=extract_videos(runner, writer, jobs, advance))
+
+        yield alone
+        return
+    from extract.dispatch import Dispatch
+    from extract.workers import hired_crew
+
+    with hired_crew(settings, detector, device_name(settings.device)) as crew:
+        yield lambda writer, jobs, advance: Dispatch(crew, writer, jobs, advance).run(skip_errors=skip_errors)
+
+
+def fill(writer: CacheWriter, asked: SplitJobs, engine: Engine, title: str) -> Outcome:
+    """Extract what is missing, and say what is still missing in the end, however that comes."""
+    jobs, outcome = _missing(writer, asked.jobs), Outcome()
+    started, frames = time.perf_counter(), sum(len(job.files) for job in jobs)
+    if not jobs:
+        print(f"{title}: all {len(asked.jobs)} videos are in {writer.path} already")
+    try:
+        with tqdm(total=frames, desc=title, unit="frame", disable=not jobs) as progress:
+            outcome = _extract_missing(writer, jobs, engine, progress.update)
+    finally:
+        missing = _missing(writer, jobs)
+        if missing:
+            print(f"{title}: {_what_is_missing(writer, asked.jobs, missing, outcome)}", file=sys.stderr)
+    add_to_record(writer, time.perf_counter() - started, frames - sum(len(job.files) for job in missing))
+    return outcome
+
+
+def _extract_missing(writer: CacheWriter, jobs: Sequence[VideoJob], engine: Engine, advance: Advance) -> Outcome:
+    """Also take over what others leave while this process works."""
+    outcome = engine(writer, jobs, advance)
+    while outcome.busy:
+        jobs = [job for job in jobs if job.name in outcome.busy]
+        again = engine(writer, jobs, advance)
+        outcome.skipped |= again.skipped
+        if again.busy.keys() == outcome.busy.keys():
+            break
+        outcome.busy = again.busy
+    return outcome
+
+
+def _missing(writer: CacheWriter, jobs: Sequence[VideoJob]) -> list[VideoJob]:
+    pending = set(writer.pending([job.name for job in jobs]))
+    return [job for job in jobs if job.name in pending]
+
+
+def _what_is_missing(
+    writer: CacheWriter, jobs: Sequence[VideoJob], missing: Sequence[VideoJob], outcome: Outcome
+) -> str:
+    total, frames = (sum(len(job.files) for job in some) for some in (jobs, missing))
+    size = writer.total_bytes() / (total - frames) * frames if total > frames else 0
+    room = f", about {size / 1e9:.3f} GB" if size else ""
+    text = f"{len(missing)} of {len(jobs)} videos ({frames} frames{room}) are not in the cache yet"
+    for busy in list(outcome.busy.values())[:1]:
+        text += f"; {len(outcome.busy)} of them are left to others: {busy}"
+    return text + "\n  the same command goes on from here"
