@@ -32,6 +32,13 @@ def main() -> int:
     predict.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     score.add_arguments(verbs.add_parser("score", help="AP and AR of any result file on any YTVIS label file"))
     compare.add_arguments(verbs.add_parser("compare", help="runs against each other: intervals, parts, errors"))
+    plot = verbs.add_parser("plot", help="a figure for a paper: convergence, windows, pruning, gap closed")
+    plot.add_argument("what", choices=("convergence", "windows", "pruning", "gap"), help="convergence: VITA's Fig. 5")
+    words = "name=run,run,pattern* (the seeds of one line), or a run's folder; of gap: comparison.json"
+    plot.add_argument("sources", nargs="+", metavar="SOURCE", help=words)
+    plot.add_argument("--output", type=Path, required=True, help="file to write: .png, .svg or .pdf")
+    plot.add_argument("--low", help="of gap: the row that stands for 0 %% (default: the first)")
+    plot.add_argument("--high", help="of gap: the row that stands for 100 %% (default: the one of highest AP)")
     ablate = verbs.add_parser("ablate", help="the paper's inference tables from one cache and one head")
     ablate.add_argument("what", choices=("windows", "pruning", "association", "topk"), help="what is varied")
     ablate.add_argument("config", help="a YAML file, or the short name of one in configs/")
@@ -51,6 +58,7 @@ def main() -> int:
         "predict": _predict,
         "score": score.run,
         "compare": compare.run,
+        "plot": _plot,
         "ablate": _ablate,
         "bench": _bench,
         "bench-memory": _bench_memory,
@@ -87,6 +95,13 @@ def _predict(arguments: argparse.Namespace) -> int:
         print(f"{done.folder}: tracks.json, overlay.mp4, contact_sheet.png; {len(done.footage.seconds)} frames, {seen}")
         if done.footage.problem is not None:
             print(f"warning: {done.footage.source}: {done.footage.problem}")
+    return 0
+
+
+def _plot(arguments: argparse.Namespace) -> int:
+    from evaluate.plot import plot
+
+    print(f"written: {plot(arguments.what, arguments.sources, arguments.output, arguments.low, arguments.high)}")
     return 0
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from cache.errors import ConfigError
+from configs.changes import flat
 from configs.schema import Settings
 from evaluate.compare.runs import Entry, LabelFiles, read_entries
 from evaluate.stored import HEAD
@@ -61,7 +60,7 @@ def read_groups(arguments: Sequence[str], methods: Sequence[str] | None = None) 
     label_files = LabelFiles()
     chosen: list[_Chosen] = []
     for argument in arguments:
-        name, runs = _runs_of(argument)
+        name, runs = runs_of(argument)
         chosen += [_Chosen(name=name, entry=e) for run in runs for e in read_entries(run, methods, label_files)]
     twice = [str(run) for run, count in _counts(chosen).items() if count > 1]
     if twice:
@@ -77,7 +76,8 @@ def read_groups(arguments: Sequence[str], methods: Sequence[str] | None = None) 
     ]
 
 
-def _runs_of(argument: str) -> tuple[str | None, list[Path]]:
+def runs_of(argument: str) -> tuple[str | None, list[Path]]:
+    """Split `name=run,run,pattern*`, or a pattern without a name, into the name (None) and the folders."""
     name, equals, rest = argument.partition("=")
     given_name = bool(equals) and not Path(argument).exists()
     patterns = rest.split(",") if given_name else [argument]
@@ -104,16 +104,7 @@ def _kind(item: _Chosen) -> str:
 
 def described(settings: Settings) -> dict[str, Any]:
     """All settings that describe a kind, flat, by dotted name."""
-    flat = flatten(OmegaConf.to_container(OmegaConf.structured(settings), enum_to_str=True))
-    return {key: value for key, value in flat.items() if key not in _FREE}
-
-
-def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """The leaves of nested mappings by dotted name."""
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return leaves
+    return {key: value for key, value in flat(settings).items() if key not in _FREE}
 
 
 def _names(kinds: Sequence[Sequence[_Chosen]]) -> list[str]:
