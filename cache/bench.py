@@ -1,11 +1,12 @@
 """`python -m cache bench`: how near reading comes to what the system call itself achieves, in one run.
 
 Everything is read warm (from the page cache) by one thread into the same buffers, in turns of ever another order,
-so that whatever else the machine does hits all readers alike; medians count. The limit is `preadv` of the same stored
-bytes, one call a frame, from open files at known places. Ratios are of the clock's seconds and of the processor's,
-which other work on the machine disturbs less. "First read" opens the arrays anew in every turn: it reads the
-shards' indexes and verifies every checksum. Compressed maps are bound by Zstandard, whoever reads them: their
-limit is `preadv` and unpacking, bare `preadv` stands beside it, and h5py and memmap read them uncompressed.
+so that whatever else the machine does hits all readers alike; lower quartiles count, since it hits longer reads more
+often. The limit is `preadv` of the same stored bytes, one call a frame, from open files at known places. Ratios are
+of the clock's seconds and of the processor's, which other work on the machine disturbs less. "First read" opens the
+arrays anew in every turn: it reads the shards' indexes and verifies every checksum. Compressed maps are bound by
+Zstandard, whoever reads them: their limit is `preadv` and unpacking, bare `preadv` stands beside it, and h5py and
+memmap read them uncompressed.
 """
 
 from __future__ import annotations
@@ -109,19 +110,19 @@ def measure(sample: Sample, folder: Path) -> list[Measurement]:
     found = []
     for task, turns in (("random clip", clips), ("whole video", [range(sample.num_frames)] * (TURNS // 6))):
         buffers = [np.zeros((len(turns[0]), *field.shape[1:]), field.dtype) for field in stored]
-        medians = _in_turns(readers, buffers, turns)
+        quartiles = _in_turns(readers, buffers, turns)
         limit = UNPACKED if sample.compressed else LIMIT
-        found += [_measurement(sample, task, name, len(turns[0]), medians, limit) for name in medians]
+        found += [_measurement(sample, task, name, len(turns[0]), quartiles, limit) for name in quartiles]
     for field in stored:
         shutil.rmtree(field.folder)
     return found
 
 
 def _measurement(
-    sample: Sample, task: str, name: str, num_frames: int, medians: dict[str, NDArray[np.float64]], limit: str
+    sample: Sample, task: str, name: str, num_frames: int, quartiles: dict[str, NDArray[np.float64]], limit: str
 ) -> Measurement:
-    """`medians`: seconds by the clock and of the processor, of every reader."""
-    times, limits = medians[name], medians[limit]
+    """`quartiles`: seconds by the clock and of the processor, of every reader."""
+    times, limits = quartiles[name], quartiles[limit]
     return Measurement(
         sample=sample.name,
         task=task,
@@ -138,7 +139,7 @@ def _measurement(
 def _in_turns(
     readers: dict[str, list[Reader]], buffers: list[Any], turns: Sequence[Sequence[int]]
 ) -> dict[str, NDArray[np.float64]]:
-    """The median times of each reader, in seconds: by the clock, of the processor."""
+    """The lower quartile of each reader's times, in seconds: by the clock, of the processor."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in readers}
     order = list(readers)
     for turn, frames in enumerate(turns):
@@ -146,7 +147,7 @@ def _in_turns(
         for name in order:
             if name in COMPARED or turn % 6 == 0:  # the others are far slower
                 times[name].append(_seconds(readers[name], buffers, frames))
-    return {name: np.median(found, axis=0) for name, found in times.items()}
+    return {name: np.quantile(found, 0.25, axis=0) for name, found in times.items()}
 
 
 def _seconds(reads: list[Reader], buffers: list[Any], frames: Sequence[int]) -> tuple[float, float]:
