@@ -1,6 +1,7 @@
 # Thin lines over `python -m extract|train_head|evaluate VERB CONFIG [key=value ...]`.
-# Settings go on the command line: make train CONFIG=configs/ytvis2019_r50.yaml data.root=/data/ytvis_2019
-CONFIG ?= configs/demo.yaml
+# Settings go on the command line: make train CONFIG=ytvis2019_r50 data.root=/data/ytvis_2019
+# CONFIG is a file, or the short name of one in configs/; V=1 says more, and shows tracebacks.
+CONFIG ?= demo
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -12,14 +13,14 @@ STRIDE ?= 1
 SCORE ?= 0.3
 # Of `make compare`: DIFFER=1 compares runs of unequal terms, and says so.
 COMPARISON ?= runs/comparison
-NAMES := RUNS COMPARISON DIFFER CONFIG PYTHON VENV VIDEO HEAD OUTPUT STRIDE SCORE KEEP_CACHE
-OVERRIDES := $(filter-out $(NAMES:%=%=%),$(MAKEOVERRIDES))
+NAMES := V BESIDE RUNS COMPARISON DIFFER CONFIG PYTHON VENV VIDEO HEAD OUTPUT STRIDE SCORE KEEP_CACHE
+OVERRIDES := $(filter-out $(NAMES:%=%=%),$(MAKEOVERRIDES)) $(if $(V),-v)
 # On no registry; the commit that the golden numbers were recorded with.
 DETECTRON2 := git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833
 .DEFAULT_GOAL := help
 
 # The demo needs nothing but itself, so each of its stages makes sure of the one before.
-ifeq ($(CONFIG),configs/demo.yaml)
+ifneq ($(filter demo configs/demo.yaml,$(CONFIG)),)
 extract: demo-data
 train: extract
 evaluate: train
@@ -62,8 +63,8 @@ finetune: $(STAMP)  ## train the detector too, from images: its result is runs/<
 evaluate: $(STAMP)  ## AP of the trained head and of the training-free baseline
 	@$(PY) -m evaluate run $(CONFIG) $(OVERRIDES)
 
-report: $(STAMP)  ## one self-contained HTML page of a run
-	@$(PY) -m evaluate report $(CONFIG) $(OVERRIDES)
+report: $(STAMP)  ## one self-contained HTML page of a run [BESIDE="runs/other ..."]
+	@$(PY) -m evaluate report $(CONFIG) $(OVERRIDES) $(BESIDE:%=--beside %)
 
 # The shell reads VIDEO and KEEP_CACHE itself, so that their names may hold anything.
 export VIDEO KEEP_CACHE

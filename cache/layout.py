@@ -23,6 +23,7 @@ FORMAT_NAME = "vita-cache"
 FORMAT_VERSION = 1
 METADATA = "zarr.json"
 DETECTOR, CODEC, VIDEOS, ANNOTATIONS = "detector", "codec", "videos", "annotations.json"
+CARD = "README.md"  # for people; no reader looks at it
 FRAME_QUERIES, MASK_FEATURES = "frame_queries", "mask_features"
 FRAMES_PER_SHARD = 64
 STRIDE = 4

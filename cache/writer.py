@@ -17,6 +17,7 @@ from cache.fingerprint import Fingerprint, Provenance, source_digest
 from cache.heads import DetectorHeads
 from cache.layout import (
     ANNOTATIONS,
+    CARD,
     CODEC,
     DETECTOR,
     FORMAT_NAME,
@@ -198,7 +199,7 @@ def check_continuation(store: Store, fingerprint: Fingerprint, sources: Mapping[
 
 def _create(path: Path, fingerprint: Fingerprint, heads: DetectorHeads, codec: Codec) -> None:
     """Write all but the videos. The root's zarr.json comes last: without it there is no cache yet."""
-    own = {DETECTOR, CODEC, VIDEOS, ANNOTATIONS, LOCKS, ROOT_LOCK}
+    own = {DETECTOR, CODEC, VIDEOS, ANNOTATIONS, LOCKS, ROOT_LOCK, CARD}
     names = [entry.name for entry in path.iterdir()]
     foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
     if foreign:

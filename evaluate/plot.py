@@ -82,6 +82,8 @@ def variants(groups: Mapping[str, Sequence[Seeds]], xlabel: str) -> Figure:
         for group in of_quantity:
             part.errorbar(group.places, group.mean_P, group.std_P, marker="o", capsize=3, label=_label(group))
         part.set(xlabel=xlabel, ylabel=quantity)
+        if quantity != "AP":
+            part.set_ylim(bottom=0)
         part.legend()
     return figure
 

@@ -14,6 +14,7 @@ from cache.errors import FrameError
 from cache.fingerprint import Fingerprint, Provenance
 from cache.locks import locked, sweep_locks
 from cache.upload import opened_writer
+from configs.cards import write_cache_card
 from configs.command import device_name, precision_name
 from configs.schema import CodecName, Settings
 from extract import room
@@ -125,6 +126,7 @@ def _extract_split(
         if chosen.calibration is not None:
             with locked(writer.path):
                 write_calibration(writer.path, chosen.calibration)
+        write_cache_card(writer.path, settings, split.name, str(split.frames))
         outcome = fill(writer, asked, engine, f"extract {split.name}")
         write_skipped(writer.path, outcome.skipped)
     return [f"{split.name}/{name}" for name in outcome.skipped]

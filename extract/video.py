@@ -24,6 +24,7 @@ from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint, Provenance
 from cache.footage import RECORD, Footage, look_through, read_record, write_record
 from cache.layout import VideoAttributes, video_group_name
 from cache.writer import CacheWriter
+from configs.cards import write_cache_card
 from configs.command import device_name, precision_name
 from configs.load import load_settings
 from configs.schema import Precision, Settings
@@ -74,6 +75,7 @@ def extract_footage(config: str, words: Sequence[str], *, head: Path | None = No
     known = read_record(features) if (features / RECORD).exists() else []
     footage = known + [piece for piece in footage if piece not in known]
     write_record(features, footage)
+    write_cache_card(features, settings, FOLDER, f"{len(footage)} videos of your own (footage.json)")
     _extract(settings, detector, writer, footage)
     return features
 

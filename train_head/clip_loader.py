@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from train_head.stopping import ignore_interrupts
+
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 """Allocates an array of a shape and dtype, to be filled."""
 T = TypeVar("T")
@@ -64,6 +66,7 @@ def load_clips(
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=ignore_interrupts,
     )
     for packed in loader:
         yield slots.unpack(packed)

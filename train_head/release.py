@@ -20,6 +20,7 @@ from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.fingerprint import Provenance, sha256_file
 from cache.heads import HEAD_SHAPES
 from cache.reader import FeatureCache
+from configs.cards import write_import_card
 from configs.schema import HeadKind
 from train_head.build import map_channels
 from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
@@ -54,6 +55,7 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
     provenance = Provenance.gather({"release": str(source), "cache": str(features)})
     (run / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=2))
     save_checkpoint(run / CHECKPOINT, imported.checkpoint)
+    write_import_card(run, source, features)
     config = imported.checkpoint.config
     return (
         f"{run / CHECKPOINT}: {config.enc_layers} encoder + {config.dec_layers} decoder layers, "

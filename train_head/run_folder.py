@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from cache.errors import ConfigError
 from cache.fingerprint import Provenance
 from cache.splits import Split
+from configs.cards import write_run_card
 from configs.changes import flat
 from configs.schema import Settings
 
@@ -49,6 +50,7 @@ def open_run(settings: Settings, holdout: Split | None) -> Path:
         OmegaConf.save(resolved, folder / CONFIG)
         provenance = Provenance.gather({"cache": settings.cache.path, "data": settings.data.root})
         (folder / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=2))
+    write_run_card(folder, settings)
     if holdout is not None:
         (folder / SPLIT).write_text(json.dumps(holdout.to_json(), indent=1))
     return folder
