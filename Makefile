@@ -14,7 +14,9 @@ SCORE ?= 0.3
 # Of `make compare`: DIFFER=1 compares runs of unequal terms, and says so.
 COMPARISON ?= runs/comparison
 NAMES := V BESIDE RUNS COMPARISON DIFFER CONFIG PYTHON VENV VIDEO HEAD OUTPUT STRIDE SCORE KEEP_CACHE
-OVERRIDES := $(filter-out $(NAMES:%=%=%),$(MAKEOVERRIDES)) $(if $(V),-v)
+# make parts values at their spaces: what has no = is the rest of one.
+GIVEN := $(filter-out $(NAMES:%=%=%),$(MAKEOVERRIDES))
+OVERRIDES := $(foreach word,$(GIVEN),$(if $(findstring =,$(word)),$(word))) $(if $(V),-v)
 # On no registry; the commit that the golden numbers were recorded with.
 DETECTRON2 := git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833
 .DEFAULT_GOAL := help
@@ -69,14 +71,13 @@ report: $(STAMP)  ## one self-contained HTML page of a run [BESIDE="runs/other .
 # The shell reads VIDEO and KEEP_CACHE itself, so that their names may hold anything.
 export VIDEO KEEP_CACHE
 predict: HEAD_CONFIG = $(firstword $(wildcard $(HEAD)/config.yaml) $(CONFIG))
-predict: SETTINGS = $(foreach word,$(OVERRIDES),$(if $(findstring =,$(word)),$(word)))
 predict: $(STAMP)  ## your own video: VIDEO=clip.mp4 (or a folder, or a list) [HEAD=runs/...] -> tracks, overlay, contact sheet
 	@mkdir -p "$(OUTPUT)" && temporary=$$(mktemp -d "$(OUTPUT)/.cache.XXXXXX") && \
 	trap 'rm -rf "$$temporary"' EXIT && trap 'exit 130' INT TERM HUP && \
 	features=$${KEEP_CACHE:-$$temporary} && video=$${VIDEO:-$(OUTPUT)/demo.mp4} && \
 	{ [ -n "$$VIDEO" ] || $(PY) -m extract demo-clip "$$video"; } && \
-	$(PY) -m extract video --head "$(HEAD)" --stride $(STRIDE) "$(HEAD_CONFIG)" "$$video" cache.path="$$features" $(SETTINGS) && \
-	$(PY) -m evaluate predict --head "$(HEAD)" --output "$(OUTPUT)" --score $(SCORE) "$(HEAD_CONFIG)" "$$features/video" $(SETTINGS)
+	$(PY) -m extract video --head "$(HEAD)" --stride $(STRIDE) "$(HEAD_CONFIG)" "$$video" cache.path="$$features" $(OVERRIDES) && \
+	$(PY) -m evaluate predict --head "$(HEAD)" --output "$(OUTPUT)" --score $(SCORE) "$(HEAD_CONFIG)" "$$features/video" $(OVERRIDES)
 
 compare: $(STAMP)  ## RUNS="runs/a runs/b": what differs, whether it is real, where it comes from
 	@$(PY) -m evaluate compare $(RUNS) --output $(COMPARISON) $(if $(DIFFER),--allow-differences)
