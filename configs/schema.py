@@ -140,10 +140,10 @@ class CacheSettings:
     """Where the features lie: one cache per split, `<path>/train` and `<path>/valid`."""
 
     path: str = "caches/demo"
-    codec: CodecName = CodecName.float16
+    codec: CodecName = CodecName.logit  # the smallest without a loss of AP on the demo (LOG.md)
     min_mask_iou: float = 0.99  # of codec=auto: the detector's masks from stored against those from exact features
-    logit_step: float = 1 / 128  # of codec=logit: share of the logits' standard deviation; auto chooses it
-    identity_share: float = 0.01  # λ of the logit codec: how much it cares for what the detector does not look at
+    logit_step: float = 1 / 64  # of codec=logit: share of the logits' standard deviation; auto chooses it
+    identity_share: float = 0.1  # λ of the logit codec: how much it cares for what the detector does not look at
     calibration_frames: int = 96  # that codecs are fitted to and, every third one, judged on
     preload: bool = False  # keep every video read in memory: for sets that fit
     stage_to: str | None = None  # local folder for a remote path: training copies to it, extraction writes there first
