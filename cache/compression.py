@@ -11,18 +11,11 @@ from typing import Any
 import numpy as np
 from numcodecs import Zstd
 from numpy.typing import NDArray
-from zarr.abc.codec import BytesBytesCodec
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
 LEVEL = 1
 ZSTD_METADATA = {"name": "zstd", "configuration": {"level": LEVEL, "checksum": False}}
 """The codec as it stands in zarr.json."""
 _ZSTD = Zstd(level=LEVEL)
-
-
-def zarr_codecs(compressed: bool) -> list[BytesBytesCodec]:
-    """What follows the `bytes` codec of an array, for zarr-python."""
-    return [*([ZstdCodec(level=LEVEL, checksum=False)] if compressed else []), Crc32cCodec()]
 
 
 def compress(frame: NDArray[Any]) -> bytes:

@@ -13,10 +13,12 @@ from fastcrc import crc32
 from numpy.typing import NDArray
 
 from cache.compression import ZSTD_METADATA
+from cache.layout import fill_value
 
 DTYPES = {"float16": "<f2", "float32": "<f4", "int8": "|i1", "uint8": "|u1", "int16": "<i2"}
 CRC_BYTES = 4
 ENTRY_BYTES = 16
+_LITTLE = {"name": "bytes", "configuration": {"endian": "little"}}
 ABSENT = 2**64 - 1
 """Offset and size of a chunk that was never written."""
 
@@ -55,15 +57,14 @@ def prescribed_metadata(
     shape: tuple[int, ...], dtype: np.dtype[Any], frames_per_shard: int, codecs: Any
 ) -> dict[str, Any]:
     """The entries of zarr.json that the fast reader relies on; `codecs` is what the array itself states."""
-    little = {"name": "bytes", "configuration": {"endian": "little"}}
     stated = _inner(codecs)
     # The byte order of one-byte elements may be left out.
-    bytes_codec = {"name": "bytes"} if dtype.itemsize == 1 and {"name": "bytes"} in stated else little
+    bytes_codec = {"name": "bytes"} if dtype.itemsize == 1 and {"name": "bytes"} in stated else _LITTLE
     compression = [ZSTD_METADATA] if is_compressed(codecs) else []
     sharding = {
         "chunk_shape": [1, *shape[1:]],
         "codecs": [bytes_codec, *compression, {"name": "crc32c"}],
-        "index_codecs": [little, {"name": "crc32c"}],
+        "index_codecs": [_LITTLE, {"name": "crc32c"}],
         "index_location": "end",
     }
     chunk_shape = [frames_per_shard, *shape[1:]]
@@ -74,6 +75,22 @@ def prescribed_metadata(
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "storage_transformers": [],
+    }
+
+
+def array_metadata(
+    shape: tuple[int, ...], dtype: np.dtype[Any], frames_per_shard: int, axes: tuple[str, ...], *, compressed: bool
+) -> dict[str, Any]:
+    """The whole zarr.json of an array of the prescribed layout."""
+    bytes_codec = {"name": "bytes"} if dtype.itemsize == 1 else _LITTLE
+    stated = [{"configuration": {"codecs": [bytes_codec, *([ZSTD_METADATA] if compressed else [])]}}]
+    return {
+        "shape": list(shape),
+        "data_type": dtype.name,
+        "fill_value": "NaN" if dtype.kind == "f" else fill_value(dtype),
+        "attributes": {},
+        "dimension_names": list(axes),
+        **prescribed_metadata(shape, dtype, frames_per_shard, stated),
     }
 
 

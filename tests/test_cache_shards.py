@@ -20,6 +20,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from cache.errors import CorruptData
 from cache.frames import FrameArray, ZarrFrames, open_frames
 from cache.reader import FeatureCache
+from cache.shard_writer import ShardWriter
 from cache.shards import ShardedFrames
 from tests.cache_samples import attributes_of, open_writer, random_features, write_video
 
@@ -63,6 +64,28 @@ def foreign_array(folder: Path, values: NDArray[Any], **changes: Any) -> Path:
     array = zarr.create_array(store=str(folder), shape=values.shape, dtype=values.dtype, **{**layout, **changes})
     array[...] = values
     return folder
+
+
+@pytest.mark.parametrize("dtype", ["<f2", "<f4", "|i1", "|u1", "<i2"])
+@pytest.mark.parametrize("compressed", [False, True])
+def test_metadata_are_those_that_zarr_writes(tmp_path: Path, dtype: str, compressed: bool) -> None:
+    values = np.ones((10, 4, 3, 2), dtype)
+    fill = (
+        float("nan") if values.dtype.kind == "f" else (np.iinfo(dtype).max if dtype == "|u1" else np.iinfo(dtype).min)
+    )
+    compressors = [*([ZstdCodec(level=1, checksum=False)] if compressed else []), Crc32cCodec()]
+    axes = ("T", "R", "H", "W")
+    theirs = foreign_array(
+        tmp_path / "theirs",
+        values,
+        shards=(10, 4, 3, 2),
+        compressors=compressors,
+        fill_value=fill,
+        dimension_names=axes,
+    )
+    ShardWriter(tmp_path / "ours", 10, values, axes, compressed=compressed)
+    ours, expected = ((folder / "zarr.json").read_text() for folder in (tmp_path / "ours", theirs))
+    assert json.loads(ours) == json.loads(expected)
 
 
 def flip_bit(file: Path, position: int) -> None:

@@ -177,7 +177,7 @@ def test_damage_in_compressed_frames_is_found(compressed: Path, tmp_path: Path) 
     array.read([0])
     with (short / "c.0.0.0.0").open("r+b") as file:
         file.truncate(offset + 3)
-    with pytest.raises(CorruptData, match=r"ends too early"):
+    with pytest.raises(CorruptData, match=r"checksum mismatch in the shard's index"):  # the file has changed
         array.read([5])
 
 
