@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,7 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
     detector = _open_detector(settings)
     chosen = choose_codec(settings, detector)
     if chosen.calibration is not None:
-        print(format_table(chosen.calibration))
+        logging.getLogger(__name__).info(format_table(chosen.calibration))  # the report has it too
     print(chosen.reason)
     require_room(settings, detector, [Workload.of(jobs) for jobs in asked], chosen)
     wanted = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), chosen.codec)
