@@ -12,6 +12,7 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from cache.codecs import Codec
+from cache.codecs.rate_distortion import Calibration
 from cache.errors import CacheError
 from cache.fingerprint import Fingerprint, Provenance
 from cache.heads import DetectorHeads
@@ -94,6 +95,7 @@ def opened_writer(
     codec: Codec,
     labels_json: bytes,
     provenance: Provenance | None = None,
+    calibration: Calibration | None = None,
 ) -> Iterator[CacheWriter]:
     """A writer of the cache at `path`, see CacheWriter.open; what it wrote is there when the block is left.
 
@@ -109,7 +111,13 @@ def opened_writer(
             target = RemoteStore(url=address)
             there = _continued(target, folder, fingerprint, labels_json)
         writer = CacheWriter.open(
-            folder, fingerprint=fingerprint, heads=heads, codec=codec, labels_json=labels_json, provenance=provenance
+            folder,
+            fingerprint=fingerprint,
+            heads=heads,
+            codec=codec,
+            labels_json=labels_json,
+            provenance=provenance,
+            calibration=calibration,
         )
         if target is None:
             yield writer

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cache.codecs import Codec, codec_identity
+from cache.codecs.rate_distortion import CALIBRATION, Calibration, write_calibration
 from cache.errors import AnnotationError, CacheError, FingerprintMismatch
 from cache.fingerprint import Fingerprint, Provenance, source_digest
 from cache.heads import DetectorHeads
@@ -62,11 +63,13 @@ class CacheWriter:
         codec: Codec,
         labels_json: bytes | None,
         provenance: Provenance | None = None,
+        calibration: Calibration | None = None,
     ) -> CacheWriter:
         """Create the cache at `path`, or continue the one that is there, and store the labels' bytes in it.
 
         `labels_json`: the data set's label file, None to keep what is there. `provenance`: of this
-        session, gathered here if not given. A continued cache keeps its heads and its codec (with the arrays
+        session, gathered here if not given. `calibration`: by which the codec was chosen.
+        A continued cache keeps its heads and its codec (with the arrays
         fitted at first).
 
         Raises FingerprintMismatch where the cache there holds other features, or where the labels mean other
@@ -84,7 +87,7 @@ class CacheWriter:
                 check_continuation(FolderStore(path=path), fingerprint, sources)
                 codec = FeatureCache.open(path).codec
             else:
-                _create(path, fingerprint, heads, codec)
+                _create(path, fingerprint, heads, codec, calibration)
             if labels_json is not None and _read(path / ANNOTATIONS) != labels_json:
                 write_file_atomically(path / ANNOTATIONS, labels_json)
         return cls(path, fingerprint, codec, sources, provenance or Provenance.gather())
@@ -197,9 +200,11 @@ def check_continuation(store: Store, fingerprint: Fingerprint, sources: Mapping[
     return set(complete)
 
 
-def _create(path: Path, fingerprint: Fingerprint, heads: DetectorHeads, codec: Codec) -> None:
+def _create(
+    path: Path, fingerprint: Fingerprint, heads: DetectorHeads, codec: Codec, calibration: Calibration | None
+) -> None:
     """Write all but the videos. The root's zarr.json comes last: without it there is no cache yet."""
-    own = {DETECTOR, CODEC, VIDEOS, ANNOTATIONS, LOCKS, ROOT_LOCK, CARD}
+    own = {DETECTOR, CODEC, VIDEOS, ANNOTATIONS, LOCKS, ROOT_LOCK, CARD, CALIBRATION}
     names = [entry.name for entry in path.iterdir()]
     foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
     if foreign:
@@ -215,6 +220,8 @@ def _create(path: Path, fingerprint: Fingerprint, heads: DetectorHeads, codec: C
             write_array(path / group / name, array)
         write_file_atomically(path / group / METADATA, group_metadata(attributes))
         sync_tree(path / group)
+    if calibration is not None:
+        write_calibration(path, calibration)
     _write_root(path, fingerprint, codec, [])
 
 

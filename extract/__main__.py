@@ -38,6 +38,13 @@ def main() -> int:
     clip.add_argument("output", type=Path)
     clip.add_argument("--seed", type=int, default=0)
     clip.add_argument("--frames", type=int, default=36)
+    balance = verbs.add_parser("balance", help="simulate many workers: idle time, hours, bytes, costs")
+    balance.add_argument("--workers", type=int, default=64)
+    balance.add_argument("--videos", type=int, default=10_000)
+    balance.add_argument("--speed", type=float, default=40.0, help="frames a second of a worker; measure yours: bench")
+    balance.add_argument("--overhead", type=float, default=0.1, help="seconds a video beside its frames")
+    balance.add_argument("--gpu-hour", type=float, default=2.5, help="price of a GPU hour")
+    balance.add_argument("--terabyte-month", type=float, default=23.0, help="price of storage")
     add_verbose(verbs)
     arguments = parser.parse_args()
     return run_command(lambda: _run(arguments), verbose=arguments.verbose)
@@ -48,6 +55,17 @@ def _run(arguments: argparse.Namespace) -> int:
         from extract.video import extract_footage
 
         extract_footage(arguments.config, arguments.words, head=arguments.head, stride=arguments.stride)
+        return 0
+    if arguments.verb == "balance":
+        from extract.balance import Rates, print_balance
+
+        rates = Rates(
+            frames_per_second=arguments.speed,
+            seconds_per_video=arguments.overhead,
+            dollars_per_gpu_hour=arguments.gpu_hour,
+            dollars_per_terabyte_month=arguments.terabyte_month,
+        )
+        print_balance(arguments.workers, arguments.videos, rates)
         return 0
     if arguments.verb == "demo-clip":
         from extract.demo.clip import write_clip

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 from cache.codecs import Codec, codec_identity
-from cache.codecs.rate_distortion import format_table, write_calibration
+from cache.codecs.rate_distortion import format_table
 from cache.errors import FrameError
 from cache.fingerprint import Fingerprint, Provenance
-from cache.locks import locked, sweep_locks
+from cache.locks import sweep_locks
 from cache.upload import opened_writer
 from configs.cards import write_cache_card
 from configs.command import device_name, precision_name
@@ -123,10 +123,8 @@ def _extract_split(
         provenance=Provenance.gather(
             {"weights": settings.detector.weights, "labels": str(split.labels), "frames": str(split.frames)}
         ),
+        calibration=chosen.calibration,
     ) as writer:
-        if chosen.calibration is not None:
-            with locked(writer.path):
-                write_calibration(writer.path, chosen.calibration)
         write_cache_card(writer.path, settings, split.name, str(split.frames))
         outcome = fill(writer, asked, engine, f"extract {split.name}")
         write_skipped(writer.path, outcome.skipped)
