@@ -270,7 +270,7 @@ def test_a_truncated_jpeg_keeps_what_was_extracted_and_goes_on_when_mended(
     intact = victim.read_bytes()
     victim.write_bytes(intact[: len(intact) // 2])
     features = broken_data.parent / "features"
-    words = (f"data.root={broken_data}", f"cache.path={features}")
+    words = (f"data.root={broken_data}", f"cache.path={features}", "cache.codec=float16")
     status, message = run_extract(monkeypatch, capsys, *words)
     assert status == 2 and victim.name in message and "truncated" in message
     complete = FeatureCache.open(features / "train").video_names()

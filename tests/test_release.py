@@ -108,7 +108,7 @@ class Release:
                 f"data.root={self.root}",
                 *("data.train_labels=labels.json", "data.train_frames=frames"),
                 *("data.valid_labels=null", "data.valid_frames=null"),
-                *(f"detector.weights={self.file}", "detector.short_edge=null", "device=cpu"),
+                *(f"detector.weights={self.file}", "detector.short_edge=null", "device=cpu", "cache.codec=float16"),
                 *(f"cache.path={self.root / 'cache'}", f"runs={self.root / 'runs'}", "evaluate.split=train"),
                 *(f"head.{setting}" for setting in HEAD_SETTINGS),
                 *("loss.num_points=32", "train.iterations=2", "train.batch_clips=2", "train.num_frames=2"),
