@@ -1,7 +1,7 @@
 """`python -m extract bench CONFIG`: what decoding, resizing, encoding and writing add to the bare detector.
 
-Both sides see the same frames in turns. Seconds are the clock's and the processor's: on CPU, work in background
-threads costs processor time even where a free core hides it, and other processes disturb the clock alone.
+Both sides see the same frames in full batches, in turns. Seconds are the clock's and the processor's: on CPU, work in
+background threads costs processor time even where a free core hides it, and other processes disturb the clock alone.
 """
 
 from __future__ import annotations
@@ -11,22 +11,31 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
 
+import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
+from transformers import Mask2FormerForUniversalSegmentation
 
 from cache.annotations import load_labels
+from cache.codecs import Codec
+from cache.codecs.float16 import Float16
+from cache.fingerprint import Fingerprint
 from cache.labels import Video
 from cache.layout import View
 from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
 from configs.schema import Settings
 from configs.splits import train_split
+from extract.architectures import official_config
 from extract.batches import BatchRunner
 from extract.calibration import choose_codec
-from extract.detector import FrameDetector
+from extract.detector import TransformersDetector
 from extract.engines import open_detector
 from extract.frames import decoded_batches
 from extract.jobs import VideoJob, video_job
@@ -35,34 +44,63 @@ from extract.streaming import extract_videos
 
 FRAMES = 72
 ROUNDS = 5
+REAL_HW, REAL_FRAMES, REAL_ROUNDS = (360, 640), 3, 3
 
 
 def bench_extraction(settings: Settings) -> None:
-    """Run both on the same frames of the train split in turns; print medians and their ratio."""
+    """Compare on frames of the train split with the config's detector, then at real size; print the medians."""
     device = device_name(settings.device)
     precision = precision_name(settings.detector.precision, device)
     detector = open_detector(settings.detector, precision=precision, device=device)
     split = train_split(settings)
-    short_edge = settings.detector.short_edge
     videos = _some_videos(load_labels(split.labels).videos)
-    jobs = [video_job(video, View(), split.frames, short_edge) for video in videos]
-    batches = _decoded(jobs, settings.detector.batch_frames)
+    jobs = [video_job(video, View(), split.frames, settings.detector.short_edge) for video in videos]
     codec = choose_codec(settings, detector).codec
+    runner = BatchRunner(detector, settings.detector.batch_frames)
+    wanted = fingerprint(settings, detector, "", codec)
+    results = {
+        "config": _compare(runner, jobs, wanted, codec, ROUNDS),
+        "r50 with random weights, 360 x 640, float16": _real_size(settings, precision, device),
+    }
+    print(json.dumps(results, indent=2))
+
+
+def _real_size(settings: Settings, precision: str, device: str) -> dict[str, float]:
+    """R50 and frames as users have them; on a CPU one frame at a time, and few: each takes seconds."""
+    torch.manual_seed(0)
+    model = Mask2FormerForUniversalSegmentation(official_config("r50"))
+    detector = TransformersDetector(model, num_layers=3, precision=precision, device=device)
+    count, batch_frames = (REAL_FRAMES, 1) if device == "cpu" else (FRAMES, settings.detector.batch_frames)
+    noise = np.random.default_rng(0).integers(0, 255, (*REAL_HW, 3), np.uint8)
+    names = tuple(f"{number}.jpg" for number in range(count))
+    video = Video(id=1, height=REAL_HW[0], width=REAL_HW[1], length=count, file_names=names)
+    codec = Float16()  # writes most
+    with tempfile.TemporaryDirectory(prefix="vita-cache-bench-") as folder:
+        for name in names:
+            Image.fromarray(noise).save(Path(folder) / name)
+        job = video_job(video, View(), Path(folder), None)
+        wanted = replace(fingerprint(settings, detector, "", codec), num_layers=3)
+        return _compare(BatchRunner(detector, batch_frames), [job], wanted, codec, REAL_ROUNDS)
+
+
+def _compare(
+    runner: BatchRunner, jobs: list[VideoJob], wanted: Fingerprint, codec: Codec, rounds: int
+) -> dict[str, float]:
+    """Both on the same frames in turns, in batches that are always full."""
+    batches = _decoded(jobs, runner.batch_frames)
     bare, whole = [], []
-    for turn in range(ROUNDS):
-        bare.append(_seconds(lambda: _bare(detector, batches)))
+    for turn in range(rounds):
+        bare.append(_seconds(lambda: _bare(runner, batches)))
         with tempfile.TemporaryDirectory(prefix="vita-cache-bench-") as folder:
             writer = CacheWriter.open(
                 Path(folder) / str(turn),
-                fingerprint=fingerprint(settings, detector, "", codec),
-                heads=detector.prediction_heads(),
+                fingerprint=wanted,
+                heads=runner.detector.prediction_heads(),
                 codec=codec,
                 labels_json=None,
             )
-            runner = BatchRunner(detector, settings.detector.batch_frames)
-            run = partial(extract_videos, runner, writer, jobs, lambda frames: None)
-            whole.append(_seconds(run))
-    frames = sum(video.length for video in videos)
+            whole.append(_seconds(partial(extract_videos, runner, writer, jobs, lambda frames: None)))
+    frames = sum(len(job.files) for job in jobs)
     result: dict[str, float] = {"frames": frames}
     for place, name in enumerate(("seconds", "processor_seconds")):
         alone, extraction = (median(times[place] for times in side) for side in (bare, whole))
@@ -71,7 +109,7 @@ def bench_extraction(settings: Settings) -> None:
             f"extraction_{name}_per_frame": extraction / frames,
             f"overhead_{name}": extraction / alone - 1,
         }
-    print(json.dumps(result, indent=2))
+    return result
 
 
 def _seconds(run: Callable[[], object]) -> tuple[float, float]:
@@ -94,6 +132,6 @@ def _decoded(jobs: list[VideoJob], batch_frames: int) -> list[Tensor]:
         return [images for _, images in decoded_batches(files, batch_frames, pool)]
 
 
-def _bare(detector: FrameDetector, batches: list[Tensor]) -> None:
+def _bare(runner: BatchRunner, batches: list[Tensor]) -> None:
     for images in batches:
-        detector.features(images).mask_features_BCHW.cpu()  # waits for the device
+        runner.features(images).mask_features_BCHW.cpu()  # waits for the device
