@@ -15,8 +15,9 @@ SCORE ?= 0.3
 COMPARISON ?= runs/comparison
 NAMES := V BESIDE RUNS COMPARISON DIFFER CONFIG PYTHON VENV VIDEO HEAD OUTPUT STRIDE SCORE KEEP_CACHE
 # make parts values at their spaces: what has no = is the rest of one.
-GIVEN := $(filter-out $(NAMES:%=%=%),$(MAKEOVERRIDES))
-OVERRIDES := $(foreach word,$(GIVEN),$(if $(findstring =,$(word)),$(word))) $(if $(V),-v)
+# make writes a space within a value as "\ "; it must not part words.
+GIVEN := $(filter-out $(NAMES:%=%=%),$(subst \ ,<space>,$(MAKEOVERRIDES)))
+OVERRIDES := $(subst <space>,\ ,$(GIVEN)) $(if $(V),-v)
 # On no registry; the commit that the golden numbers were recorded with.
 DETECTRON2 := git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833
 .DEFAULT_GOAL := help
@@ -32,7 +33,7 @@ predict: train
 endif
 endif
 
-.PHONY: finetune demo-compare demo-frozen demo-finetuned bench doctor fuzz help demo demo-data demo-detector extract train evaluate report compare predict test lint install detectron2
+.PHONY: torture finetune demo-compare demo-frozen demo-finetuned bench doctor fuzz help demo demo-data demo-detector extract train evaluate report compare predict test lint install detectron2
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -122,3 +123,6 @@ lint: $(STAMP)  ## ruff and mypy
 
 fuzz: $(STAMP)  ## damaged files of every kind, thousands of times, and what became of them
 	FUZZ_EXAMPLES=5000 $(PY) -m pytest tests/test_fuzz.py --hypothesis-show-statistics --timeout=3600
+
+torture: $(STAMP)  ## kill extraction, training and export 70 times; all must end as if undisturbed
+	OMP_NUM_THREADS=1 $(PY) -m tests.torture --kills 50
