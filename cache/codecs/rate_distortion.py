@@ -92,15 +92,12 @@ def choice_in_words(calibration: Calibration, automatic: bool) -> str:
     """Which codec a cache takes and why; `automatic`: it was chosen by its measurements, not by name."""
     row, wanted = calibration.rows[calibration.chosen], calibration.min_mask_iou
     measured = f"mean mask IoU {row.mask_iou:.4f} on {calibration.held_out_frames} held-out frames"
+    cost = f"({measured}, {row.bytes_per_frame / 1e6:.3f} MB a frame)"
+    if not automatic:
+        return f"codec: {row.label}, as cache.codec says {cost}"
     if row.mask_iou >= wanted:
-        why = f"the smallest that keeps {wanted:g}" if automatic else "as cache.codec says"
-        return f"codec: {row.label}, {why} ({measured}, {row.bytes_per_frame / 1e6:.3f} MB a frame)"
-    why = "NO CODEC keeps" if automatic else "the codec that cache.codec names does not keep"
-    instead = "the most faithful one is taken" if automatic else "it is taken all the same"
-    return (
-        f"warning: {why} cache.min_mask_iou={wanted:g}; {instead}: {row.label} ({measured}, "
-        f"{row.bytes_per_frame / 1e6:.3f} MB a frame)"
-    )
+        return f"codec: {row.label}, the smallest that keeps {wanted:g} {cost}"
+    return f"warning: NO CODEC keeps cache.min_mask_iou={wanted:g}; the most faithful one is taken: {row.label} {cost}"
 
 
 def format_table(calibration: Calibration) -> str:
