@@ -91,6 +91,7 @@ class Torture:
             os.dup2(quiet, 1)
             os.dup2(quiet, 2)
             tqdm.set_lock(threading.RLock())  # The library's own is shared by forks, and would die with its holder.
+            torch.set_num_threads(1)  # Makes its thread pool anew, before several threads find none at once.
             if fatal:
                 die_at(path, fatal)
             work()
