@@ -14,7 +14,8 @@ def category_pairs(categories: Sequence[Category], detector_names: Sequence[str]
     """Pairs (class index of the labels, class index of the detector).
 
     Equal names where the detector knows them all, as one fine-tuned on the data set does; else the COCO tables of
-    YouTube-VIS 2019, 2021 and OVIS where the labels are one of these sets; else equal names. Categories without a counterpart are in no pair.
+    YouTube-VIS 2019, 2021 and OVIS where the labels are one of these sets; else equal names. Categories without a
+    counterpart are in no pair.
     """
     detector_index = {_plain(name): index for index, name in enumerate(detector_names)}
     table = [(_plain(category.name), category.id) for category in categories]

@@ -114,7 +114,8 @@ def _names(kinds: Sequence[Sequence[_Chosen]]) -> list[str]:
         first = kind[0]
         method = first.entry.method
         same_method = [other for other in kinds if other[0].entry.method == method]
-        own = first.name if first.name is not None and first.entry.trained else _apart(kind, same_method)
+        named = first.name is not None and (first.entry.trained or len(same_method) > 1)
+        own = first.name if named else _apart(kind, same_method)
         names.append(own or method if method == HEAD else f"{method}, {own}" if own else method)
     repeated = {name for name in names if names.count(name) > 1}
     return [

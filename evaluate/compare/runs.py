@@ -20,14 +20,14 @@ from configs.splits import all_caches
 from evaluate.metrics import VideoEvaluation
 from evaluate.results import TrackPrediction
 from evaluate.stored import HEAD, load_metrics, load_predictions, require_predictions, stored_methods
-from train_head.checkpoint import CHECKPOINT, load_checkpoint
+from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint
 from train_head.data import chosen_videos, evaluation_split
 from train_head.run_folder import CONFIG, PROVENANCE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a run cost; None where no record is left. A method without training has 0 parameters and seconds."""
+    """What a run cost, with the fine-tuning of its detector; None where no record is left."""
 
     trainable_parameters: int | None
     training_seconds: float | None
@@ -100,7 +100,7 @@ def _entry(run: Path, method: str, settings: Settings, split: str, labels: Label
     scored = load_metrics(run, method)
     checkpoint = load_checkpoint(run / CHECKPOINT)
     trained = bool(scored.get("trained", method == HEAD))
-    parameters = sum(tensor.numel() for part in (checkpoint.head, checkpoint.detector) for tensor in part.values())
+    tuning = _tuning(run, settings, checkpoint)
     records = [split.features / "extraction.json" for split in all_caches(settings)]
     extraction = [json.loads(record.read_text()) for record in records if record.exists()]
     provenance = run / PROVENANCE
@@ -115,11 +115,25 @@ def _entry(run: Path, method: str, settings: Settings, split: str, labels: Label
         fingerprint=checkpoint.fingerprint,
         steps=checkpoint.step,
         costs=Costs(
-            trainable_parameters=parameters if trained else 0,
-            training_seconds=checkpoint.seconds if trained else 0.0,
+            trainable_parameters=(_parameters(checkpoint) if trained else 0) + (_parameters(tuning) if tuning else 0),
+            training_seconds=(checkpoint.seconds if trained else 0.0) + (tuning.seconds if tuning else 0.0),
             extraction_seconds=sum(record["seconds"] for record in extraction) if extraction else None,
             cache_bytes=sum(record["bytes"] for record in extraction) if extraction else None,
             inference_seconds=scored.get("seconds"),
         ),
         provenance=json.loads(provenance.read_text()) if provenance.exists() else {},
     )
+
+
+def _tuning(run: Path, settings: Settings, checkpoint: Checkpoint) -> Checkpoint | None:
+    """The checkpoint of the other run that fine-tuned this one's detector; None where no run here did."""
+    made = Path(settings.detector.weights).parent / CHECKPOINT
+    if not made.is_file() or made.parent.resolve() == run.resolve():
+        return None
+    tuning = load_checkpoint(made)
+    same = tuning.detector and tuning.fingerprint.weights_sha256 == checkpoint.fingerprint.weights_sha256
+    return tuning if same else None
+
+
+def _parameters(checkpoint: Checkpoint) -> int:
+    return sum(tensor.numel() for part in (checkpoint.head, checkpoint.detector) for tensor in part.values())
