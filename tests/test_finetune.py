@@ -17,6 +17,7 @@ from cache.annotations import Video
 from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.geometry import Transform
 from configs.schema import Settings
+from evaluate.compare.runs import LabelFiles, read_entries
 from evaluate.stage import evaluate
 from extract.demo.stills import write_stills
 from extract.detector import load_detector, normalise_and_pad
@@ -186,6 +187,14 @@ def test_the_result_is_a_detector_and_a_head_for_its_caches(
     own = small(tiny_data, tmp_path / "cache", tmp_path, "name=joint", f"detector.weights={run / DETECTOR}")
     extract(own)
     assert evaluate(own).metrics["head"] is not None
+    later = replace(own, name="later")
+    train(later)
+    evaluate(later)
+    joint, alone = load_checkpoint(run / CHECKPOINT), load_checkpoint(tmp_path / "later" / CHECKPOINT)
+    (entry,) = read_entries(tmp_path / "later", [], LabelFiles())
+    tensors = (*alone.head.values(), *joint.head.values(), *joint.detector.values())
+    assert entry.costs.trainable_parameters == sum(tensor.numel() for tensor in tensors)
+    assert entry.costs.training_seconds == alone.seconds + joint.seconds
     with pytest.raises(FingerprintMismatch, match="detector weights"):
         evaluate(settings)
     official = tmp_path / "vita.pth"
