@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -106,8 +108,10 @@ def test_pruning_keeps_what_is_least_likely_nothing() -> None:
     assert keep_likeliest(frozen, queries, 1.0).slots_tq.tolist() == [[0, 1, 2, 3]] * 2
 
 
-def test_ablations_of_a_run(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ablations_of_a_run(tiny_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole videos in each table are those of `evaluate run`; associations are kept for `compare`."""
+    shutil.copytree(Path(tiny_run.runs) / tiny_run.name, tmp_path / tiny_run.name)
+    tiny_run = replace(tiny_run, runs=str(tmp_path))  # other tests look at what the shared run keeps
     head = evaluate(tiny_run).metrics["head"]
     assert head is not None
     monkeypatch.setattr(ablation, "CLIP_LENGTHS", (1, 4))

@@ -49,6 +49,7 @@ STAND_INS = {
 ELSEWHERE = {
     "make bench": "test_step_options.py::test_the_benchmark_from_end_to_end",
     "python -m train_head bench": "test_step_options.py::test_the_benchmark_from_end_to_end",
+    "python -m evaluate bench": "test_association.py::test_the_plain_side_of_the_benchmark_finds_the_same",
     "python -m evaluate max-frames": "test_association.py::test_amounts_of_memory_and_the_longest_video",
     "make detectron2": "test_detectron2_engine.py::test_both_engines_give_the_same_features",
     "make fuzz": "test_fuzz.py::test_a_damaged_cache",
@@ -215,7 +216,7 @@ def tracked_files() -> list[Path]:
 def file_names() -> set[str]:
     """What the section "Every file" names, with its folder."""
     section = README.partition("## Every file\n")[2].partition("\n## ")[0]
-    parts = re.findall(r"^\*\*(\w+)/\*\*(.*?)(?=^\*\*|\Z)", section, flags=re.DOTALL | re.MULTILINE)
+    parts = re.findall(r"^\*\*([\w/]+)/\*\*(.*?)(?=^\*\*|\Z)", section, flags=re.DOTALL | re.MULTILINE)
     files = r"`([\w./]+\.(?:py|j2|css|js|md|json))`"
     return {f"{package}/{name}" for package, text in parts for name in re.findall(files, text)}
 

@@ -49,6 +49,7 @@ class Problem:
         """Settings of the step; `cheap` takes all options that change the losses, by hope not the AP."""
         overrides = [
             f"cache.path={folder}",
+            "cache.codec=float16",
             f"runs={folder}",
             f"detector.num_layers={self.layers}",
             "data.holdout=0",
