@@ -7,6 +7,7 @@ import io
 import os
 import pickle
 import shutil
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -192,3 +193,20 @@ def test_hash_follows_content_not_path(tmp_path: Path) -> None:
         (copy / name).write_text(name)
     with pytest.raises(WeightsError, match="no detector weights here"):
         weights_sha256(tmp_path / "nowhere")
+
+
+def test_a_bomb_in_a_weight_file_is_not_unpacked(tmp_path: Path) -> None:
+    """PyTorch stores its entries as they are; one that would unpack to a gigabyte is refused by its size alone."""
+    plain, bomb = tmp_path / "plain.pth", tmp_path / "bomb.pth"
+    torch.save({"model": {"key": torch.zeros(4)}}, plain)
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.namelist():
+            with target.open(entry, "w", force_zip64=True) as stream:
+                if entry.endswith("data/0"):
+                    for _ in range(64):
+                        stream.write(bytes(2**20))
+                else:
+                    stream.write(source.read(entry))
+    assert bomb.stat().st_size < 2**17
+    with pytest.raises(WeightsError, match="is compressed, which PyTorch never does"):
+        load_detector(bomb)
