@@ -216,7 +216,7 @@ def tracked_files() -> list[Path]:
 def file_names() -> set[str]:
     """What the section "Every file" names, with its folder."""
     section = README.partition("## Every file\n")[2].partition("\n## ")[0]
-    parts = re.findall(r"^\*\*([\w/]+)/\*\*(.*?)(?=^\*\*|\Z)", section, flags=re.DOTALL | re.MULTILINE)
+    parts = re.findall(r"^\*\*((?!tests)[\w/]+)/\*\*(.*?)(?=^\*\*|\Z)", section, flags=re.DOTALL | re.MULTILINE)
     files = r"`([\w./]+\.(?:py|j2|css|js|md|json))`"
     return {f"{package}/{name}" for package, text in parts for name in re.findall(files, text)}
 
