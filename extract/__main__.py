@@ -75,9 +75,10 @@ def _run(arguments: argparse.Namespace) -> int:
     load = announced_settings if arguments.verb == "run" else load_settings
     settings = load(arguments.config, arguments.overrides)
     if arguments.verb == "demo-data":
-        from extract.demo.videos import write_demo_data
+        from extract.demo.videos import NUM_STILLS, write_demo_data
 
-        write_demo_data(Path(settings.data.root), num_long=arguments.long)
+        num_stills = NUM_STILLS if settings.pseudo.ratio > 0 else 0
+        write_demo_data(Path(settings.data.root), num_long=arguments.long, num_stills=num_stills)
     elif arguments.verb == "calibrate":
         from extract.stage import print_rate_distortion
 

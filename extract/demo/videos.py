@@ -27,6 +27,7 @@ from extract.demo.stills import write_stills
 FRAME_SIZES = ((90, 160), (96, 120))  # (height, width): 16:9, which needs padding, and 5:4
 MIN_VISIBLE_AREA = 8  # pixels; a sliver smaller than this is "absent", as an annotator would have it
 LONG_FRAMES = 300
+NUM_STILLS = 300
 _SPLIT_SEEDS = {"train": 1, "valid": 2, "long": 3}
 
 
@@ -171,9 +172,9 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
 
 
 def write_demo_data(
-    root: Path, num_train: int = 200, num_valid: int = 50, num_long: int = 0, num_stills: int = 300
+    root: Path, num_train: int = 200, num_valid: int = 50, num_long: int = 0, num_stills: int = 0
 ) -> None:
-    """Write what is not there yet: `num_long` videos of LONG_FRAMES make the split `long`, stills pseudo-videos."""
+    """Write what is not there yet: `num_long` videos of LONG_FRAMES (split `long`), `num_stills` images for pseudo-videos."""
     splits = (("train", num_train, None), ("valid", num_valid, None), ("long", num_long, LONG_FRAMES))
     for split, count, length in splits:
         if count and not (root / f"{split}.json").exists():
