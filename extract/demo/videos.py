@@ -174,7 +174,7 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
 def write_demo_data(
     root: Path, num_train: int = 200, num_valid: int = 50, num_long: int = 0, num_stills: int = 0
 ) -> None:
-    """Write what is not there yet: `num_long` videos of LONG_FRAMES (split `long`), `num_stills` images (pseudo-videos)."""
+    """Write what is not there yet: `num_long` videos of LONG_FRAMES (split `long`), `num_stills` for pseudo-videos."""
     splits = (("train", num_train, None), ("valid", num_valid, None), ("long", num_long, LONG_FRAMES))
     for split, count, length in splits:
         if count and not (root / f"{split}.json").exists():
