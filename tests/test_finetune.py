@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -249,3 +253,21 @@ def test_pseudo_videos_are_mixed_in(tiny_data: Path, tiny_cache: Path, tmp_path:
 def test_impossible_settings_are_refused(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="evaluate_every"):
         finetune(small(tiny_data, tiny_cache, tmp_path, "train.evaluate_every=1"))
+
+
+def test_two_processes_fine_tune_as_one(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    settings = small(tiny_data, tiny_cache, tmp_path, "name=one", "train.batch_clips=2", "train.log_every=1")
+    run = finetune(settings)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        command.append(f"--master-port={free.getsockname()[1]}")
+    command += ["-m", "train_head", "finetune", str(run / "config.yaml"), "name=two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    alone, together = (
+        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run, tmp_path / "two")
+    )
+    assert together == pytest.approx(alone, rel=1e-5)
