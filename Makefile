@@ -108,7 +108,7 @@ doctor: $(STAMP)  ## when something fails: check machine, disk, data and weights
 
 bench: $(STAMP)  ## a training step against the live detector; reading, workers and extraction against their limits
 	$(PY) -m cache bench --json bench.json
-	$(PY) -m train_head.bench_loader
+	$(PY) -m train_head.bench.loader
 	$(PY) -m train_head bench --output runs/bench_step.json
 	$(PY) -m evaluate bench --output runs/bench_inference.json
 	$(PY) -m extract bench $(CONFIG) $(OVERRIDES)

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cache.bench import bench
+from cache.bench.reading import bench
 from cache.errors import CacheError, VitaCacheError
-from cache.inspection import summarise, verify_root, verify_video
-from cache.maintenance import differences, is_folder, prunable, prune, upgrade
 from cache.reader import FeatureCache
-from cache.staging import stage
-from cache.transfer import export_hdf5, import_hdf5
-from cache.upload import upload
+from cache.upkeep.inspection import summarise, verify_root, verify_video
+from cache.upkeep.maintenance import differences, is_folder, prunable, prune, upgrade
+from cache.upkeep.staging import stage
+from cache.upkeep.transfer import export_hdf5, import_hdf5
+from cache.upkeep.upload import upload
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,13 +10,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cache.annotations import Labels, parse_labels
 from cache.codecs import Codec, select_codec
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
 from cache.fingerprint import Fingerprint
-from cache.frames import FrameArray, HeldFrames
 from cache.heads import DetectorHeads
-from cache.json_entries import parse_json
+from cache.labels.annotations import Labels, parse_labels
+from cache.labels.json_entries import parse_json
 from cache.layout import (
     ANNOTATIONS,
     CODEC,
@@ -29,7 +28,8 @@ from cache.layout import (
     VideoAttributes,
     checked_name,
 )
-from cache.stores import Store, open_store
+from cache.storage.frames import FrameArray, HeldFrames
+from cache.storage.stores import Store, open_store
 
 RESUME_HINT = "run `make extract` with the same settings: it continues and extracts only what is missing"
 
@@ -154,7 +154,7 @@ class FeatureCache:
 
     @classmethod
     def open(cls, path: Path | str, *, preload: bool = False) -> FeatureCache:
-        """Open the cache at `path`: a folder, an HDF5 file or a remote address (see cache.stores.open_store).
+        """Open the cache at `path`: a folder, an HDF5 file or a remote address (see cache.storage.stores.open_store).
 
         With `preload` every video stays in memory once it has been read. Raises CacheError where there is no
         cache, FormatVersionError for another version of the format.

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from cache.codecs import Codec
 from cache.errors import CacheError, FeatureError
 from cache.layout import FRAME_QUERIES, MASK_FEATURES, VideoAttributes, crop_map
-from cache.shard_writer import ShardWriter
+from cache.storage.shard_writer import ShardWriter
 
 _EXPONENT_16 = np.uint16(0x7C00)
 

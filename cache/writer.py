@@ -31,11 +31,11 @@ from cache.layout import (
     sync_to_disk,
     write_file_atomically,
 )
-from cache.locks import LOCKS, ROOT_LOCK, VideoLocks, locked, sweep_locks
 from cache.reader import FeatureCache, Root
-from cache.shard_writer import write_array
 from cache.sink import VideoSink
-from cache.stores import FolderStore, Store, video_groups
+from cache.storage.locks import LOCKS, ROOT_LOCK, VideoLocks, locked, sweep_locks
+from cache.storage.shard_writer import write_array
+from cache.storage.stores import FolderStore, Store, video_groups
 
 
 class CacheWriter:

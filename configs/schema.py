@@ -31,10 +31,10 @@ class DetectorEngine(Enum):
 
 
 class HeadKind(StrEnum):
-    """Which head; a new one adds its member here (train_head/contract.py)."""
+    """Which head; a new one adds its member here (train_head/heads/contract.py)."""
 
     vita = "vita"
-    gru = "gru"  # train_head/example_head.py: a recurrence over frames
+    gru = "gru"  # train_head/heads/example_head.py: a recurrence over frames
 
 
 class CodecName(Enum):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from cache.labels import Video
+from cache.labels.tracks import Video
 from cache.layout import View
 from configs.schema import Settings, ViewSettings
 

@@ -99,7 +99,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from evaluate.plot import plot
+    from evaluate.pictures.plot import plot
 
     print(f"written: {plot(arguments.what, arguments.sources, arguments.output, arguments.low, arguments.high)}")
     return 0
@@ -113,19 +113,19 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from evaluate.bench import bench
+    from evaluate.bench.inference import bench
 
     return bench(arguments.output)
 
 
 def _bench_memory(arguments: argparse.Namespace) -> int:
-    from evaluate.bench_memory import bench_memory
+    from evaluate.bench.memory import bench_memory
 
     return bench_memory(device_name(arguments.device))
 
 
 def _max_frames(arguments: argparse.Namespace) -> int:
-    from evaluate.max_frames import max_frames, parse_bytes
+    from evaluate.bench.max_frames import max_frames, parse_bytes
 
     return max_frames(parse_bytes(arguments.memory), device_name(arguments.device))
 

@@ -13,15 +13,15 @@ from tqdm import tqdm
 from cache.errors import ConfigError
 from cache.layout import video_group_name
 from configs.schema import Settings
-from evaluate.association import Matching, link, predict_clips
-from evaluate.metrics import evaluate_tracks
-from evaluate.predictors import HeadPredictor, head_predictor
+from evaluate.metrics.video_ap import evaluate_tracks
 from evaluate.results import TrackPrediction
 from evaluate.stored import store_predictions
 from evaluate.tables import HEADLINE, percent
-from evaluate.whole_video import predict_videos, submitted
-from train_head.data import VideoSet, open_evaluation_set
-from train_head.head import VitaHead
+from evaluate.tracks.association import Matching, link, predict_clips
+from evaluate.tracks.predictors import HeadPredictor, head_predictor
+from evaluate.tracks.whole_video import predict_videos, submitted
+from train_head.data.video_sets import VideoSet, open_evaluation_set
+from train_head.heads.vita import VitaHead
 
 WINDOWS = (3, 6, 12, 0)  # frames; 0 is all
 KEPT = (1.0, 0.75, 0.5, 0.25, 0.1)  # share of the frame queries

@@ -11,19 +11,19 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cache.footage import Footage, read_record
-from cache.labels import Category, Labels, Video
+from cache.labels.tracks import Category, Labels, Video
 from cache.layout import video_group_name
+from cache.media.footage import Footage, read_record
+from cache.media.video_writer import VideoWriter
 from cache.reader import FeatureCache
-from cache.video_writer import VideoWriter
 from configs.schema import Settings
-from evaluate.labelled_frames import contact_sheet, draw_labelled, enlargement
-from evaluate.overlays import DrawnTrack, predicted_tracks
-from evaluate.predictors import head_predictor
+from evaluate.pictures.labelled_frames import contact_sheet, draw_labelled, enlargement
+from evaluate.pictures.overlays import DrawnTrack, predicted_tracks
 from evaluate.results import TrackPrediction
-from evaluate.whole_video import submitted
+from evaluate.tracks.predictors import head_predictor
+from evaluate.tracks.whole_video import submitted
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.data import VideoSet
+from train_head.data.video_sets import VideoSet
 
 TRACKS, OVERLAY, SHEET = "tracks.json", "overlay.mp4", "contact_sheet.png"
 _SHEET_FRAMES = 12

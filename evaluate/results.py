@@ -14,11 +14,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.annotations import category_of, segmentations_of, video_of
 from cache.errors import AnnotationError
-from cache.json_entries import Entry, entries, parse_json, read_json, show
-from cache.labels import Labels
-from cache.masks import Rle
+from cache.labels.annotations import category_of, segmentations_of, video_of
+from cache.labels.json_entries import Entry, entries, parse_json, read_json, show
+from cache.labels.masks import Rle
+from cache.labels.tracks import Labels
 
 RESULTS_NAME = "results.json"
 _MAX_UNZIPPED_BYTES = 4 * 2**30  # Run lengths of a whole benchmark take some 100 MB: more is a zip bomb.

@@ -6,8 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
-from cache.annotations import load_labels
-from evaluate.metrics import VideoMetrics, evaluate_tracks
+from cache.labels.annotations import load_labels
+from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
 from evaluate.results import load_results
 
 HEADLINE = ("AP", "AP50", "AP75", "AR1", "AR10")

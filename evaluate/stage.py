@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from configs.schema import CheckpointChoice, Settings
-from evaluate.metrics import VideoMetrics, evaluate_tracks
-from evaluate.predictors import VideoPredictor, baseline_predictor, head_predictor
+from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
 from evaluate.stored import BASELINE, HEAD, store_predictions
-from evaluate.whole_video import predict_videos
-from train_head.data import open_evaluation_set
+from evaluate.tracks.predictors import VideoPredictor, baseline_predictor, head_predictor
+from evaluate.tracks.whole_video import predict_videos
+from train_head.data.video_sets import open_evaluation_set
 
 
 @dataclass(frozen=True, kw_only=True)

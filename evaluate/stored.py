@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheError, ConfigError
-from cache.labels import Labels
+from cache.labels.tracks import Labels
 from configs.schema import Settings
-from evaluate.metrics import VideoMetrics, evaluate_tracks
+from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
 from evaluate.results import RESULTS_NAME, TrackPrediction, load_results, write_results
-from train_head.data import VideoSet
+from train_head.data.video_sets import VideoSet
 
 HEAD, BASELINE = "head", "baseline"
 METRICS_NAME = "metrics.json"

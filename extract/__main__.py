@@ -57,7 +57,7 @@ def _run(arguments: argparse.Namespace) -> int:
         extract_footage(arguments.config, arguments.words, head=arguments.head, stride=arguments.stride)
         return 0
     if arguments.verb == "balance":
-        from extract.balance import Rates, print_balance
+        from extract.workers.balance import Rates, print_balance
 
         rates = Rates(
             frames_per_second=arguments.speed,

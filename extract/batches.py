@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cache.errors import ConfigError
-from extract.detector import FrameDetector, FrameFeatures
+from extract.detector.frozen import FrameDetector, FrameFeatures
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 """In messages of PyTorch's allocators."""

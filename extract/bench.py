@@ -22,21 +22,21 @@ from PIL import Image
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
-from cache.annotations import load_labels
 from cache.codecs import Codec
 from cache.codecs.float16 import Float16
 from cache.fingerprint import Fingerprint
-from cache.labels import Video
+from cache.labels.annotations import load_labels
+from cache.labels.tracks import Video
 from cache.layout import View
 from cache.writer import CacheWriter
 from configs.command import device_name, precision_name
 from configs.schema import Settings
 from configs.splits import train_split
-from extract.architectures import official_config
 from extract.batches import BatchRunner
 from extract.calibration import choose_codec
-from extract.detector import TransformersDetector
-from extract.engines import open_detector
+from extract.detector.architectures import official_config
+from extract.detector.engines import open_detector
+from extract.detector.frozen import TransformersDetector
 from extract.frames import decoded_batches
 from extract.jobs import VideoJob, video_job
 from extract.stage import fingerprint

@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from cache.annotations import Video, load_labels
 from cache.codecs import Codec
 from cache.codecs.fit import Statistics, StatisticsAccumulator
 from cache.codecs.float16 import Float16
@@ -25,13 +24,14 @@ from cache.codecs.rate_distortion import (
 )
 from cache.detector_masks import predict_queries
 from cache.errors import FingerprintMismatch, FrameError
-from cache.geometry import Transform, network_size
+from cache.labels.annotations import Video, load_labels
 from cache.layout import Size, crop_map
+from cache.media.geometry import Transform, network_size
 from cache.reader import FeatureCache
-from cache.stores import extraction_store
+from cache.storage.stores import extraction_store
 from configs.schema import CacheSettings, CodecName, Settings
 from configs.splits import all_splits, train_split
-from extract.detector import FrameDetector
+from extract.detector.frozen import FrameDetector
 from extract.distortion import DistortionMeter, JudgedFrame
 from extract.frames import load_frame
 

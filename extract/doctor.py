@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 
-from cache.annotations import load_labels
 from cache.errors import ConfigError, VitaCacheError
+from cache.labels.annotations import load_labels
 from cache.reader import FeatureCache
-from cache.remote import object_store, remote_url
+from cache.storage.remote import object_store, remote_url
 from configs.schema import DetectorEngine, Settings
 from configs.splits import SplitPaths, all_splits
+from extract.detector.loading import load_model
 from extract.frames import read_frame, require_frames
-from extract.loading import load_model
 from extract.room import free_bytes
 
 LIBRARIES = ("zarr", "numcodecs", "h5py", "scipy", "pycocotools", "transformers", "av", "fastcrc")
@@ -192,7 +192,7 @@ def _data(split: SplitPaths) -> Finding:
 def _weights(settings: Settings) -> Finding:
     chosen = settings.detector
     if chosen.engine is DetectorEngine.detectron2:
-        from extract.detectron2_config import read_config
+        from extract.detector.detectron2_config import read_config
 
         assert chosen.config_file is not None  # configs/load.py
         read_config(Path(chosen.config_file), torch.device("cpu"))

@@ -11,12 +11,12 @@ from typing import Protocol
 from tqdm import tqdm
 
 from cache.errors import ConfigError
-from cache.remote import remote_url
+from cache.storage.remote import remote_url
 from cache.writer import CacheWriter
 from configs.command import device_name
 from configs.schema import Settings
 from extract.batches import BatchRunner
-from extract.detector import FrameDetector
+from extract.detector.frozen import FrameDetector
 from extract.jobs import SplitJobs, VideoJob
 from extract.record import add_to_record
 from extract.streaming import Advance, Outcome, extract_readable_videos, extract_videos
@@ -33,7 +33,7 @@ def require_workers(settings: Settings) -> None:
     """Refuse workers that cannot be had, before any work."""
     if not _has_workers(settings):
         return
-    from extract.workers import require_ray
+    from extract.workers.pool import require_ray
 
     require_ray()
     if remote_url(settings.cache.path) is not None:
@@ -47,7 +47,7 @@ def _has_workers(settings: Settings) -> bool:
 
 @contextmanager
 def opened_engine(settings: Settings, detector: FrameDetector) -> Iterator[Engine]:
-    """What the settings ask for; errors are those of extract.workers.hired_crew."""
+    """What the settings ask for; errors are those of extract.workers.pool.hired_crew."""
     skip_errors = settings.extract.skip_errors
     if not _has_workers(settings):
         runner = BatchRunner(detector, settings.detector.batch_frames)
@@ -59,8 +59,8 @@ def opened_engine(settings: Settings, detector: FrameDetector) -> Iterator[Engin
 
         yield alone
         return
-    from extract.dispatch import Dispatch
-    from extract.workers import hired_crew
+    from extract.workers.dispatch import Dispatch
+    from extract.workers.pool import hired_crew
 
     with hired_crew(settings, detector, device_name(settings.device)) as crew:
         yield lambda writer, jobs, advance: Dispatch(crew, writer, jobs, advance).run(skip_errors=skip_errors)

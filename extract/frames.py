@@ -14,11 +14,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from cache.annotations import Video
 from cache.errors import FrameError
-from cache.geometry import Transform
-from cache.image_files import to_rgb
+from cache.labels.annotations import Video
 from cache.layout import Size
+from cache.media.geometry import Transform
+from cache.media.image_files import to_rgb
 
 _AHEAD = 4  # decoded batches that may wait for the detector
 _MAX_REPORTED = 5
@@ -44,7 +44,7 @@ def require_files(names: Iterable[str], folder: Path) -> None:
 
 
 def read_frame(path: Path, expected_hw: tuple[int, int]) -> Image.Image:
-    """Decode one frame as RGB (see cache.image_files.to_rgb).
+    """Decode one frame as RGB (see cache.media.image_files.to_rgb).
 
     Raises FrameError if the file is missing, not an image, truncated, or not of the labelled (height, width).
     """

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cache.annotations import load_labels
 from cache.errors import AnnotationError
-from cache.geometry import network_size, transform_of
-from cache.labels import Video
+from cache.labels.annotations import load_labels
+from cache.labels.tracks import Video
 from cache.layout import Size, VideoAttributes, View, video_group_name
+from cache.media.geometry import network_size, transform_of
 from configs.schema import Settings
 from configs.splits import SplitPaths, all_splits, pseudo_split
 from configs.views import train_views
-from extract.detector import PADDING_DIVISOR
+from extract.detector.frozen import PADDING_DIVISOR
 from extract.frames import FrameFile, require_files
 from extract.pseudo import PseudoVideo, draw_pseudo_videos, labels_json
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from cache import masks
-from cache.category_map import category_pairs
 from cache.errors import AnnotationError
-from cache.geometry import Transform, TransformRanges
-from cache.labels import Category, Labels, Track, Video, mask_areas
-from cache.masks import Rle
-from cache.stills import Still, StillObject, load_stills
+from cache.labels import masks
+from cache.labels.category_map import category_pairs
+from cache.labels.masks import Rle
+from cache.labels.stills import Still, StillObject, load_stills
+from cache.labels.tracks import Category, Labels, Track, Video, mask_areas
+from cache.media.geometry import Transform, TransformRanges
 from configs.schema import PseudoSettings
 
 
@@ -43,7 +43,7 @@ def draw_pseudo_videos(chosen: PseudoSettings, file: Path, categories: Sequence[
     usable = [still for still in stills.stills if any(found.category_id in translation for found in still.objects)]
     if not usable:
         names = ", ".join(category.name for category in stills.categories[:8])
-        hint = "objects are matched by the names of their categories (cache/category_map.py)"
+        hint = "objects are matched by the names of their categories (cache/labels/category_map.py)"
         raise AnnotationError("no image shows a category of the train labels", where=file, got=names, hint=hint)
     order = np.random.default_rng([chosen.seed, 0]).permutation(len(usable))[: chosen.num_images]
     ranges = TransformRanges(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from cache.layout import write_file_atomically
-from cache.locks import locked
+from cache.storage.locks import locked
 from cache.writer import CacheWriter
 
 EXTRACTION_RECORD, SKIPPED = "extraction.json", "skipped.json"

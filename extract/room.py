@@ -15,13 +15,13 @@ import torch
 
 from cache.codecs.rate_distortion import Calibration, Distortion
 from cache.errors import CacheError
-from cache.remote import remote_url
-from cache.stores import extraction_store
-from cache.upload import LOCAL_VIDEOS
+from cache.storage.remote import remote_url
+from cache.storage.stores import extraction_store
+from cache.upkeep.upload import LOCAL_VIDEOS
 from configs.schema import Settings
 from configs.splits import SplitPaths
 from extract.calibration import ChosenCodec
-from extract.detector import FrameDetector
+from extract.detector.frozen import FrameDetector
 from extract.frames import decoded_batches
 from extract.jobs import SplitJobs, VideoJob
 

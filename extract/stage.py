@@ -13,16 +13,16 @@ from cache.codecs import Codec, codec_identity
 from cache.codecs.rate_distortion import format_table
 from cache.errors import FrameError
 from cache.fingerprint import Fingerprint, Provenance
-from cache.locks import sweep_locks
-from cache.upload import opened_writer
+from cache.storage.locks import sweep_locks
+from cache.upkeep.upload import opened_writer
 from configs.cards import write_cache_card
 from configs.command import device_name, precision_name
 from configs.schema import CodecName, Settings
 from extract import room
 from extract.calibration import ChosenCodec, calibrate, choose_codec
-from extract.checkpoints import weights_sha256
-from extract.detector import PADDING_DIVISOR, FrameDetector
-from extract.engines import open_detector
+from extract.detector.checkpoints import weights_sha256
+from extract.detector.engines import open_detector
+from extract.detector.frozen import PADDING_DIVISOR, FrameDetector
 from extract.fill import Engine, fill, opened_engine, require_workers
 from extract.jobs import SplitJobs, open_jobs
 from extract.record import write_skipped
@@ -32,9 +32,9 @@ from extract.room import TIMED_FRAMES, Workload, require_room
 def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: bool = False) -> None:
     """Extract every split of a config that is not yet in its cache; everything checkable is checked first.
 
-    A remote cache (`cache.path=s3://...`) is uploaded video by video (cache.upload). `clear_dead_locks`: take over
-    videos whose writers on other machines are dead. Raises VitaCacheError for unreadable labels, frames, weights, a
-    cache of other content, or a disk without room.
+    A remote cache (`cache.path=s3://...`) is uploaded video by video (cache.upkeep.upload). `clear_dead_locks`: take
+    over videos whose writers on other machines are dead. Raises VitaCacheError for unreadable labels, frames, weights,
+    a cache of other content, or a disk without room.
     """
     require_workers(settings)
     if settings.extract.threads is not None:

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.background import BackgroundWriter
 from cache.errors import FeatureError, FrameError, VideoBusy, VitaCacheError
+from cache.storage.background import BackgroundWriter
 from cache.writer import CacheWriter
 from extract.batches import BatchRunner
 from extract.frames import FrameFile, decoded_batches

@@ -17,21 +17,21 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from cache.background import BackgroundWriter
 from cache.codecs.float16 import Float16
 from cache.errors import CacheError, FrameError, WeightsError
 from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint, Provenance
-from cache.footage import RECORD, Footage, look_through, read_record, write_record
 from cache.layout import VideoAttributes, video_group_name
+from cache.media.footage import RECORD, Footage, look_through, read_record, write_record
+from cache.storage.background import BackgroundWriter
 from cache.writer import CacheWriter
 from configs.cards import write_cache_card
 from configs.command import device_name, precision_name
 from configs.load import load_settings
 from configs.schema import Precision, Settings
 from extract.batches import BatchRunner
-from extract.checkpoints import weights_sha256
-from extract.detector import FrameDetector
-from extract.engines import open_detector
+from extract.detector.checkpoints import weights_sha256
+from extract.detector.engines import open_detector
+from extract.detector.frozen import FrameDetector
 from extract.jobs import attributes_of
 from extract.room import free_bytes
 from extract.stage import fingerprint
@@ -44,9 +44,9 @@ FINE_TUNED = "detector"
 def extract_footage(config: str, words: Sequence[str], *, head: Path | None = None, stride: int = 1) -> Path:
     """Run the frozen detector of a config over videos and return the cache that holds their features.
 
-    `words`: paths (see cache.footage.look_through) and settings (`key=value`). `head`: folder of the run that will
-    read the features, whose detector and precision are taken. A cache that is there is continued: what it holds is
-    not extracted again. Raises FrameError for what cannot be decoded, FingerprintMismatch for a detector other than
+    `words`: paths (see cache.media.footage.look_through) and settings (`key=value`). `head`: folder of the run that
+    will read the features, whose detector and precision are taken. A cache that is there is continued: what it holds
+    is not extracted again. Raises FrameError for what cannot be decoded, FingerprintMismatch for a detector other than
     the head's, CacheError for a disk without room, all before the first frame is extracted.
     """
     paths = [Path(word) for word in words if not _is_setting(word)]

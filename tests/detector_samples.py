@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from extract.detector import TransformersDetector, load_detector
+from extract.detector.frozen import TransformersDetector, load_detector
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = {"r50": "model.pkl", "swin": "model.pth"}

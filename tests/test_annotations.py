@@ -11,9 +11,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cache import masks
-from cache.annotations import Labels, load_labels, parse_labels
 from cache.errors import AnnotationError
+from cache.labels import masks
+from cache.labels.annotations import Labels, load_labels, parse_labels
 
 GOLDEN = Path(__file__).parent / "golden"
 MASK = {"size": [2, 3], "counts": [1, 2, 3]}  # Column by column: two pixels.
@@ -281,7 +281,7 @@ def test_any_damage_is_an_annotation_error_or_harmless(place: tuple[str | int, .
 
 def test_category_maps_are_the_golden_tables() -> None:
     golden = json.loads((GOLDEN / "categories.json").read_text())
-    maps = json.loads((Path(__file__).parent.parent / "cache" / "category_maps.json").read_text())
+    maps = json.loads((Path(__file__).parent.parent / "cache" / "labels" / "category_maps.json").read_text())
     assert set(maps) == {"ytvis_2019", "ytvis_2021", "ovis"}
     for dataset, rows in maps.items():
         names = {category["id"]: category["name"] for category in golden[dataset]}

@@ -12,19 +12,19 @@ import numpy as np
 import pytest
 import torch
 
-from cache import masks
 from cache.errors import ConfigError
 from cache.heads import DetectorHeads
-from cache.masks import Rle
+from cache.labels import masks
+from cache.labels.masks import Rle
 from configs.schema import Settings
 from evaluate import ablate as ablation
-from evaluate.association import ClipTracks, Matching, assign, clip_ranges, link
-from evaluate.bench import VideoProblem, measure
-from evaluate.max_frames import Fit, parse_bytes
-from evaluate.predictors import keep_likeliest
+from evaluate.bench.inference import VideoProblem, measure
+from evaluate.bench.max_frames import Fit, parse_bytes
 from evaluate.stage import evaluate
 from evaluate.stored import load_metrics, stored_methods
-from train_head.detector_predictions import FrozenHeads
+from evaluate.tracks.association import ClipTracks, Matching, assign, clip_ranges, link
+from evaluate.tracks.predictors import keep_likeliest
+from train_head.losses.detector_predictions import FrozenHeads
 
 HW = (4, 6)
 

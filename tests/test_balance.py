@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from extract.balance import LENGTHS, Rates, draw_lengths, simulate
+from extract.workers.balance import LENGTHS, Rates, draw_lengths, simulate
 
 RATES = Rates(frames_per_second=8, seconds_per_video=0, dollars_per_gpu_hour=0, dollars_per_terabyte_month=0)
 

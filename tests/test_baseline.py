@@ -3,12 +3,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from cache.category_map import category_pairs
 from cache.heads import HEAD_SHAPES, DetectorHeads
-from cache.labels import Category
-from evaluate.baseline import follow_queries, track_without_training
-from train_head.detector_predictions import FrozenHeads
-from train_head.mask_folding import MapDecoding
+from cache.labels.category_map import category_pairs
+from cache.labels.tracks import Category
+from evaluate.tracks.baseline import follow_queries, track_without_training
+from train_head.losses.detector_predictions import FrozenHeads
+from train_head.losses.mask_folding import MapDecoding
 
 
 def test_shuffled_queries_are_followed_back() -> None:
@@ -48,7 +48,7 @@ def test_tracks_of_a_detector_worked_by_hand() -> None:
         top_k=2,
     )
     assert sorted(tracks.labels) == [0, 1]
-    from cache import masks
+    from cache.labels import masks
 
     for label, masks_T in zip(tracks.labels, tracks.masks, strict=True):
         left = [rle is not None and bool(masks.mask(rle)[:, 0].all()) for rle in masks_T]
@@ -66,7 +66,7 @@ def test_the_published_tables_are_used_for_the_published_sets() -> None:
     from pathlib import Path
 
     golden = json.loads((Path(__file__).parent / "golden" / "categories.json").read_text())
-    from extract.coco_names import COCO_CATEGORIES
+    from extract.detector.coco_names import COCO_CATEGORIES
 
     names, ids = list(COCO_CATEGORIES.values()), list(COCO_CATEGORIES)
     for dataset in ("ytvis_2019", "ytvis_2021", "ovis"):

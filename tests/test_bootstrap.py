@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binom
 
-from cache import masks
-from cache.annotations import Labels
-from evaluate.bootstrap import Interval, draw_weights, paired_difference
-from evaluate.breakdown import parts_of, thirds
-from evaluate.metrics import VideoEvaluation
-from evaluate.occlusion import box_occlusion, occlusion_rate
-from evaluate.video_iou import FloatArray
+from cache.labels import masks
+from cache.labels.annotations import Labels
+from evaluate.metrics.bootstrap import Interval, draw_weights, paired_difference
+from evaluate.metrics.breakdown import parts_of, thirds
+from evaluate.metrics.occlusion import box_occlusion, occlusion_rate
+from evaluate.metrics.video_ap import VideoEvaluation
+from evaluate.metrics.video_iou import FloatArray
 from tests.naive_video_ap import Object, naive_metrics
 from tests.track_samples import CATEGORIES, as_files_have_it
 

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from cache.errors import CorruptData
-from cache.frames import FrameArray, ZarrFrames, open_frames
 from cache.reader import FeatureCache
-from cache.shard_writer import ShardWriter
-from cache.shards import ShardedFrames
+from cache.storage.frames import FrameArray, ZarrFrames, open_frames
+from cache.storage.shard_writer import ShardWriter
+from cache.storage.shards import ShardedFrames
 from tests.cache_samples import attributes_of, open_writer, random_features, write_video
 
 NUM_FRAMES = 150

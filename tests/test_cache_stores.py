@@ -16,10 +16,10 @@ import pytest
 from cache.__main__ import main
 from cache.errors import CacheError, CorruptData, FingerprintMismatch, IncompleteVideo
 from cache.reader import ClipArrays, FeatureCache
-from cache.remote import remote_url
-from cache.staging import stage
-from cache.transfer import export_hdf5, import_hdf5
-from cache.upload import upload
+from cache.storage.remote import remote_url
+from cache.upkeep.staging import stage
+from cache.upkeep.transfer import export_hdf5, import_hdf5
+from cache.upkeep.upload import upload
 from tests.cache_samples import FINGERPRINT, attributes_of, labels_of, open_writer, random_features, write_video
 from tests.object_store import local_s3
 

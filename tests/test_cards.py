@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from cache.errors import CacheError
-from cache.inspection import summarise, verify_root
 from cache.layout import CARD
 from cache.reader import FeatureCache
+from cache.upkeep.inspection import summarise, verify_root
 from cache.writer import CacheWriter
 from configs.cards import write_cache_card, write_run_card
 from configs.load import load_settings

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train_head.clip_loader import Empty, load_clips
+from train_head.data.clip_loader import Empty, load_clips
 
 CPU = torch.device("cpu")
 

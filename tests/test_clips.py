@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from cache import masks
-from cache.annotations import load_labels
 from cache.errors import AnnotationError, IncompleteVideo
-from cache.geometry import Transform
+from cache.labels import masks
+from cache.labels.annotations import load_labels
 from cache.layout import View
+from cache.media.geometry import Transform
 from cache.reader import FeatureCache
-from train_head.clips import ClipConfig, ClipDataset, ClipSource, ClipStream, draw_frames, read_targets
+from train_head.data.clips import ClipConfig, ClipDataset, ClipSource, ClipStream, draw_frames, read_targets
 
 
 def open_dataset(features: Path, seed: int = 3) -> ClipDataset:

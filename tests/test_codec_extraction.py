@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from cache.annotations import load_labels
 from cache.codecs import codec_identity
 from cache.codecs.rate_distortion import (
     CALIBRATION,
@@ -25,8 +24,9 @@ from cache.codecs.rate_distortion import (
 )
 from cache.detector_masks import predict_queries
 from cache.errors import ConfigError, CorruptData, FingerprintMismatch
-from cache.inspection import verify_root, verify_video
+from cache.labels.annotations import load_labels
 from cache.reader import FeatureCache
+from cache.upkeep.inspection import verify_root, verify_video
 from configs.load import load_settings
 from configs.schema import Settings
 from evaluate.stage import evaluate
@@ -35,8 +35,8 @@ from extract.calibration import draw_frames
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
-from train_head.detector_predictions import FrozenHeads
-from train_head.mask_folding import MapDecoding
+from train_head.losses.detector_predictions import FrozenHeads
+from train_head.losses.mask_folding import MapDecoding
 from train_head.trainer import train
 
 FRAMES = "cache.calibration_frames=12"

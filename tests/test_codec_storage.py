@@ -17,10 +17,10 @@ from cache.codecs.float16 import Float16
 from cache.codecs.int8 import Int8
 from cache.codecs.logit import Logit
 from cache.errors import CacheError, CorruptData
-from cache.frames import open_frames
-from cache.inspection import verify_root
 from cache.reader import FeatureCache
-from cache.shards import ShardedFrames
+from cache.storage.frames import open_frames
+from cache.storage.shards import ShardedFrames
+from cache.upkeep.inspection import verify_root
 from cache.writer import CacheWriter
 from tests.cache_samples import FINGERPRINT, attributes_of, random_features, random_heads
 
@@ -183,8 +183,8 @@ def test_damage_in_compressed_frames_is_found(compressed: Path, tmp_path: Path) 
 
 def test_a_chunk_that_is_no_frame_is_refused(tmp_path: Path) -> None:
     """Sound checksums, but Zstandard of another length, or no Zstandard."""
-    from cache.compression import compress
-    from cache.shard_layout import crc32c, encode_index
+    from cache.storage.compression import compress
+    from cache.storage.shard_layout import crc32c, encode_index
 
     path = write_cache(tmp_path / "features", cache_codec("logit"), num_frames=2)
     folder = path / "videos" / "7" / "mask_features"

@@ -20,7 +20,7 @@ from configs.schema import Settings
 from tests.conftest import tiny_settings
 from train_head import trainer
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.clips import Clip
+from train_head.data.clips import Clip
 from train_head.run_folder import BOARD, read_metrics_log
 from train_head.step import StepLosses
 from train_head.trainer import train

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache import masks
-from cache.annotations import load_labels
+from cache.labels import masks
+from cache.labels.annotations import load_labels
 from extract.demo.motion import crossing, drift, excursion
 from extract.demo.shapes import DETECTOR_CATEGORIES, VIDEO_CATEGORIES, Sprite, silhouette
 from extract.demo.stills import make_still

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from cache.errors import ConfigError, FrameError
 from cache.heads import DetectorHeads
-from extract.detector import FrameFeatures, TransformersDetector, normalise_and_pad
+from extract.detector.frozen import FrameFeatures, TransformersDetector, normalise_and_pad
 from tests.detector_samples import golden_arrays, load_sample
 
 TOLERANCE = 1e-4

@@ -14,11 +14,11 @@ from transformers import Mask2FormerConfig
 
 from cache.errors import ConfigError, WeightsError
 from cache.heads import DetectorHeads
-from extract.architectures import infer_config, official_config
-from extract.coco_names import COCO_CATEGORIES
-from extract.detector import load_detector
-from extract.key_table import from_official, key_table, to_official
-from extract.loading import build_on_meta, load_model, official_shapes
+from extract.detector.architectures import infer_config, official_config
+from extract.detector.coco_names import COCO_CATEGORIES
+from extract.detector.frozen import load_detector
+from extract.detector.key_table import from_official, key_table, to_official
+from extract.detector.loading import build_on_meta, load_model, official_shapes
 from tests.detector_samples import GOLDEN, key_shapes, load_sample, official_state
 
 OFFICIAL_NAMES = {"r50": "r50", "r101": "r101", "swinl": "swin-l"}

@@ -16,9 +16,9 @@ import torch
 from cache.errors import ConfigError, WeightsError
 from cache.reader import CachedVideo, FeatureCache
 from configs.load import load_settings
-from extract.detector import FrameFeatures, TransformersDetector, load_detector
-from extract.detectron2_engine import Detectron2Detector, load_detectron2_detector
-from extract.engines import open_detector
+from extract.detector.detectron2_engine import Detectron2Detector, load_detectron2_detector
+from extract.detector.engines import open_detector
+from extract.detector.frozen import FrameFeatures, TransformersDetector, load_detector
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from tests.detector_samples import GOLDEN, golden_arrays, write_checkpoint

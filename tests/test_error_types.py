@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from evaluate.error_types import ErrorAnalysis, ErrorType, analyse_errors
-from evaluate.metrics import VideoEvaluation
+from evaluate.metrics.error_types import ErrorAnalysis, ErrorType, analyse_errors
+from evaluate.metrics.video_ap import VideoEvaluation
 from tests.naive_video_ap import Object
 from tests.track_samples import as_files_have_it
 

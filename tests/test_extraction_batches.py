@@ -11,15 +11,15 @@ import pytest
 
 from cache.codecs.float16 import Float16
 from cache.errors import FrameError
-from cache.geometry import Transform
-from cache.labels import Video
+from cache.labels.tracks import Video
 from cache.layout import View
+from cache.media.geometry import Transform
 from cache.reader import FeatureCache
 from cache.writer import CacheWriter
 from configs.schema import Settings
 from extract.batches import BatchRunner
-from extract.detector import FrameDetector
-from extract.engines import open_detector
+from extract.detector.engines import open_detector
+from extract.detector.frozen import FrameDetector
 from extract.frames import load_frame
 from extract.jobs import video_job
 from extract.stage import fingerprint

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from cache.heads import DetectorHeads
-from cache.labels import Video
+from cache.labels.tracks import Video
 from cache.layout import View
 from extract.batches import BatchRunner
-from extract.checkpoints import LoadReport
-from extract.detector import PIXEL_MEAN, PIXEL_STD, FrameFeatures
+from extract.detector.checkpoints import LoadReport
+from extract.detector.frozen import PIXEL_MEAN, PIXEL_STD, FrameFeatures
 from extract.jobs import video_job
 from extract.streaming import extract_videos
 from tests.cache_samples import NUM_LAYERS, open_writer, random_heads

@@ -17,27 +17,27 @@ import torch
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
-from cache.annotations import Video
 from cache.errors import ConfigError, FingerprintMismatch, WeightsError
-from cache.geometry import Transform
+from cache.labels.annotations import Video
+from cache.media.geometry import Transform
 from configs.schema import Settings
 from evaluate.compare.runs import LabelFiles, read_entries
 from evaluate.stage import evaluate
 from extract.demo.stills import write_stills
-from extract.detector import load_detector, normalise_and_pad
-from extract.loading import load_model
+from extract.detector.frozen import load_detector, normalise_and_pad
+from extract.detector.loading import load_model
+from extract.detector.trainable import with_classes
 from extract.stage import extract
-from extract.trainable import with_classes
 from tests.conftest import tiny_settings
 from train_head.__main__ import main
 from train_head.build import trained_parameters
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.clips import read_targets
-from train_head.data import open_training_set
+from train_head.data.clips import read_targets
+from train_head.data.live_clips import LiveClip
+from train_head.data.sources import CachedSource
+from train_head.data.video_sets import open_training_set
 from train_head.joint import DETECTOR, FrameFolder, LiveSource, finetune
-from train_head.live_clips import LiveClip
 from train_head.run_folder import open_run
-from train_head.sources import CachedSource
 from train_head.trainer import Trainer, train
 
 CPU = torch.device("cpu")

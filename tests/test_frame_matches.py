@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from cache.errors import ConfigError
 from cache.heads import DetectorHeads
-from train_head.detector_predictions import FrozenHeads
-from train_head.frame_matches import frame_points, label_map, match_frames
-from train_head.mask_folding import MapDecoding
-from train_head.targets import ClipTargets, clip_targets
+from train_head.losses.detector_predictions import FrozenHeads
+from train_head.losses.frame_matches import frame_points, label_map, match_frames
+from train_head.losses.mask_folding import MapDecoding
+from train_head.losses.targets import ClipTargets, clip_targets
 
 T, L, Q, C, E, CHANNELS, R, P = 3, 2, 5, 8, 6, 7, 4, 40
 HW, NUM_LABELS, NUM_CLASSES = (22, 30), 4, 3

@@ -8,10 +8,10 @@ import torch
 
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
-from train_head.clips import Clip, ClipConfig, ClipDataset, ClipStream
-from train_head.data import VideoSet, open_training_set
-from train_head.detector_predictions import FrozenHeads
-from train_head.frame_memory import FrameMemory, build_frame_memory, redrawn_classes
+from train_head.data.clips import Clip, ClipConfig, ClipDataset, ClipStream
+from train_head.data.video_sets import VideoSet, open_training_set
+from train_head.losses.detector_predictions import FrozenHeads
+from train_head.losses.frame_memory import FrameMemory, build_frame_memory, redrawn_classes
 
 
 def build(data: Path, features: Path, runs: Path, mode: str) -> tuple[VideoSet, FrameMemory, list[Clip]]:

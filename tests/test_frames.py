@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from cache.errors import FrameError
-from cache.geometry import Transform, network_size
-from cache.labels import Video
+from cache.labels.tracks import Video
+from cache.media.geometry import Transform, network_size
 from extract.frames import FrameFile, decoded_batches, load_frame, read_frame, require_frames
 
 

@@ -21,17 +21,17 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cache import masks
-from cache.annotations import load_labels
 from cache.errors import AnnotationError, VitaCacheError, WeightsError
-from cache.labels import Labels
+from cache.labels import masks
+from cache.labels.annotations import load_labels
+from cache.labels.tracks import Labels
 from cache.reader import FeatureCache
 from evaluate.results import TrackPrediction, load_results, write_results
-from extract.checkpoints import read_model
+from extract.detector.checkpoints import read_model
 from tests.cache_samples import FINGERPRINT, open_writer, write_video
 from train_head.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from train_head.contract import HeadConfig
-from train_head.head import VitaHead
+from train_head.heads.contract import HeadConfig
+from train_head.heads.vita import VitaHead
 
 GOLDEN = Path(__file__).parent / "golden" / "ytvis_eval"
 NUM_FRAMES = 5

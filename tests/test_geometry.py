@@ -10,8 +10,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from cache import masks
-from cache.geometry import Transform, TransformRanges
+from cache.labels import masks
+from cache.media.geometry import Transform, TransformRanges
 
 
 def naive(mask: NDArray[Any], transform: Transform) -> NDArray[Any]:

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from configs.schema import Device, Precision, Settings
-from evaluate.predictors import head_predictor
+from evaluate.tracks.predictors import head_predictor
 from extract.demo.stills import make_still
-from extract.detector import load_detector
+from extract.detector.frozen import load_detector
 from tests.conftest import tiny_settings
-from train_head.data import open_evaluation_set, open_training_set
+from train_head.data.sources import CachedSource
+from train_head.data.video_sets import open_evaluation_set, open_training_set
 from train_head.run_folder import open_run
-from train_head.sources import CachedSource
 from train_head.trainer import Trainer, train
 
 pytestmark = [

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from train_head.contract import HeadConfig, HeadOutputs
-from train_head.head import VitaHead, strip_release_prefix
-from train_head.layers import MultiheadAttention, SelfAttentionLayer, window_runs
-from train_head.mask_folding import MapDecoding, fold_mask_embeddings
+from train_head.heads.contract import HeadConfig, HeadOutputs
+from train_head.heads.layers import MultiheadAttention, SelfAttentionLayer, window_runs
+from train_head.heads.vita import VitaHead, strip_release_prefix
+from train_head.losses.mask_folding import MapDecoding, fold_mask_embeddings
 
 GOLDEN = Path(__file__).parent / "golden" / "vita_head"
 TOLERANCE = 2e-5

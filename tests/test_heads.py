@@ -17,13 +17,13 @@ from evaluate.compare.result import compare
 from evaluate.stage import evaluate
 from tests.conftest import tiny_settings
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.clips import Clip
-from train_head.contract import HeadConfig, HeadOutputs, TrackHead
-from train_head.example_head import GruHead
-from train_head.frame_spill import TokenBlock
-from train_head.kinds import HEADS, build_head
-from train_head.layers import MultiheadAttention
-from train_head.mask_folding import MapDecoding
+from train_head.data.clips import Clip
+from train_head.heads.contract import HeadConfig, HeadOutputs, TrackHead
+from train_head.heads.example_head import GruHead
+from train_head.heads.frame_spill import TokenBlock
+from train_head.heads.kinds import HEADS, build_head
+from train_head.heads.layers import MultiheadAttention
+from train_head.losses.mask_folding import MapDecoding
 from train_head.parameter_table import head_parameters
 from train_head.release import export_file
 from train_head.trainer import Trainer, train

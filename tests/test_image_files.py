@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from cache.errors import FrameError
-from cache.footage import look_through, read_record, write_record
-from cache.image_files import images_in, read_rgb
+from cache.media.footage import look_through, read_record, write_record
+from cache.media.image_files import images_in, read_rgb
 from tests.video_samples import noise, write_mpeg4
 
 GREY = noise(1, (6, 9))[0, ..., 0]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from tests.conftest import tiny_settings
-from train_head.contract import HeadConfig
-from train_head.head import VitaHead
+from train_head.heads.contract import HeadConfig
+from train_head.heads.vita import VitaHead
 from train_head.run_folder import read_metrics_log
 from train_head.trainer import train
 

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from cache import masks
-from cache.labels import Video
-from evaluate.inference import predict_video
-from evaluate.mask_store import MaskStore, StoredMasks
-from evaluate.read_ahead import read_ahead
-from evaluate.video_iou import TrackMasks, track_ious
+from cache.labels import masks
+from cache.labels.tracks import Video
+from evaluate.metrics.video_iou import TrackMasks, track_ious
+from evaluate.tracks.inference import predict_video
+from evaluate.tracks.mask_store import MaskStore, StoredMasks
+from evaluate.tracks.read_ahead import read_ahead
 from tests.test_streaming import SLOTS, blocks_of, small_head
-from train_head.head import VitaHead
-from train_head.mask_folding import MapDecoding
+from train_head.heads.vita import VitaHead
+from train_head.losses.mask_folding import MapDecoding
 
 
 @functools.cache
@@ -103,7 +103,7 @@ def test_tracks_do_not_depend_on_the_blocks(
 
 def test_packed_masks_are_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
     """In memory and, after the first bytes, in a file."""
-    monkeypatch.setattr("evaluate.mask_store._HELD_BYTES", 5)
+    monkeypatch.setattr("evaluate.tracks.mask_store._HELD_BYTES", 5)
     rng = np.random.default_rng(0)
     frames = [[masks.encode(rng.random((5, 7)) < 0.5) if rng.random() < 0.7 else None for _ in "ab"] for _ in range(9)]
     store = MaskStore(2, (5, 7))

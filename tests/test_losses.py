@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from cache.errors import AnnotationError
 from tests.test_head_parity import golden_head
 from tests.test_losses_parity import FixedPoints, step
-from train_head.criterion import LossNormalisers, LossWeights, VitaCriterion
-from train_head.matcher import CostWeights, assign, point_costs
-from train_head.points import PointConfig, RandomPoints
-from train_head.targets import ClipTargets, clip_targets
+from train_head.losses.criterion import LossNormalisers, LossWeights, VitaCriterion
+from train_head.losses.matcher import CostWeights, assign, point_costs
+from train_head.losses.points import PointConfig, RandomPoints
+from train_head.losses.targets import ClipTargets, clip_targets
 
 
 def test_point_costs_equal_the_pairwise_definition() -> None:

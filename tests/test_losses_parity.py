@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from tests.test_head_parity import GOLDEN, golden_head
-from train_head.bench_data import FixedPoints
-from train_head.criterion import LossNormalisers, VitaCriterion, VitaLosses
-from train_head.head import VitaHead
-from train_head.mask_folding import MapDecoding
-from train_head.points import RandomPoints
-from train_head.targets import ClipTargets, clip_targets
+from train_head.bench.problem import FixedPoints
+from train_head.heads.vita import VitaHead
+from train_head.losses.criterion import LossNormalisers, VitaCriterion, VitaLosses
+from train_head.losses.mask_folding import MapDecoding
+from train_head.losses.points import RandomPoints
+from train_head.losses.targets import ClipTargets, clip_targets
 
 Recorded = tuple[VitaHead, Tensor, Tensor, VitaLosses]
 EXPECTED = json.loads((GOLDEN / "losses.json").read_text())

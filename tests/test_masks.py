@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cache import masks
+from cache.labels import masks
 
 Mask = NDArray[np.bool_]
 

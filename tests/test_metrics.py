@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from cache import masks
-from cache.annotations import Category, Labels, Track, load_labels
 from cache.errors import AnnotationError
-from cache.labels import mask_areas
+from cache.labels import masks
+from cache.labels.annotations import Category, Labels, Track, load_labels
+from cache.labels.tracks import mask_areas
 from evaluate import score
-from evaluate.metrics import VideoEvaluation, VideoMetrics, evaluate_tracks, video_ious
+from evaluate.metrics.video_ap import VideoEvaluation, VideoMetrics, evaluate_tracks, video_ious
 from evaluate.results import TrackPrediction, load_results
 from tests.naive_video_ap import Object, iou, naive_metrics
 from tests.track_samples import CATEGORIES, as_files_have_it, video_of

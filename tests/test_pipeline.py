@@ -27,7 +27,7 @@ from extract.__main__ import main as extract_main
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.clips import Clip
+from train_head.data.clips import Clip
 from train_head.run_folder import read_metrics_log
 from train_head.trainer import train
 

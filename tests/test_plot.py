@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from cache.errors import CacheError, ConfigError
-from evaluate.charts import drawing
-from evaluate.plot import convergence, gap, plot, read_ablation, read_convergence, read_gap
+from evaluate.pictures.charts import drawing
+from evaluate.pictures.plot import convergence, gap, plot, read_ablation, read_convergence, read_gap
 
 
 def run_with_ap(folder: Path, aps: dict[int, float]) -> Path:

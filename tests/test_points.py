@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.test_head_parity import GOLDEN
-from train_head.points import PointConfig, RandomPoints, keep_uncertain, sample_map, sample_masks
+from train_head.losses.points import PointConfig, RandomPoints, keep_uncertain, sample_map, sample_masks
 
 
 def test_uncertain_points() -> None:

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache import masks
 from cache.errors import CacheError, FingerprintMismatch, FrameError, WeightsError
-from cache.masks import encode
+from cache.labels import masks
+from cache.labels.masks import encode
 from configs.schema import Settings
-from evaluate.labelled_frames import contact_sheet, draw_labelled, enlargement
-from evaluate.overlays import PALETTE, DrawnTrack
+from evaluate.pictures.labelled_frames import contact_sheet, draw_labelled, enlargement
+from evaluate.pictures.overlays import PALETTE, DrawnTrack
 from evaluate.predict import predict
 from evaluate.stage import evaluate
 from extract.video import extract_footage

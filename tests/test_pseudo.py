@@ -13,21 +13,21 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from cache import masks
 from cache.errors import AnnotationError, FingerprintMismatch, FrameError
-from cache.geometry import Transform
-from cache.inspection import verify_root, verify_video
-from cache.labels import Category
+from cache.labels import masks
+from cache.labels.stills import load_stills
+from cache.labels.tracks import Category
+from cache.media.geometry import Transform
 from cache.reader import FeatureCache
-from cache.stills import load_stills
+from cache.upkeep.inspection import verify_root, verify_video
 from configs.schema import PseudoSettings, Settings
 from extract.demo.stills import write_stills
 from extract.pseudo import draw_pseudo_videos
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.checkpoint import load_checkpoint
-from train_head.clips import ClipConfig, ClipStream
-from train_head.data import open_training_set
+from train_head.data.clips import ClipConfig, ClipStream
+from train_head.data.video_sets import open_training_set
 from train_head.trainer import train
 
 POLYGONS = [[2.0, 1.0, 12.0, 1.0, 12.0, 9.0], [14.0, 2.0, 18.0, 2.0, 18.0, 8.0, 14.0, 8.0]]

@@ -21,7 +21,7 @@ from cache.writer import CacheWriter
 from configs.load import load_settings
 from configs.schema import Settings
 from evaluate.stage import evaluate
-from extract.detector import load_detector
+from extract.detector.frozen import load_detector
 from extract.stage import extract
 from tests.cache_samples import FINGERPRINT, labels_of
 from tests.detector_samples import golden_arrays, key_shapes, official_state, write_checkpoint
@@ -29,7 +29,7 @@ from tests.test_head_parity import GOLDEN as HEAD_GOLDEN
 from tests.test_head_parity import golden_config, golden_head
 from train_head.__main__ import main
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.head import RELEASE_PREFIX
+from train_head.heads.vita import RELEASE_PREFIX
 from train_head.trainer import train
 
 ORIGINAL_HW, TOP_K = (90, 160), 10

@@ -11,16 +11,16 @@ from torch.nn import functional as F
 
 from cache.errors import ConfigError
 from configs.load import load_settings
-from evaluate.inference import best_labels
+from evaluate.tracks.inference import best_labels
 from tests.test_head_parity import GOLDEN, assert_near, golden_head
 from tests.test_losses_parity import FixedPoints, step
 from train_head.build import build_criterion
-from train_head.clips import draw_frames
-from train_head.contract import HeadConfig
-from train_head.criterion import VitaCriterion
-from train_head.head import VitaHead
-from train_head.points import sampling_area
-from train_head.targets import clip_targets
+from train_head.data.clips import draw_frames
+from train_head.heads.contract import HeadConfig
+from train_head.heads.vita import VitaHead
+from train_head.losses.criterion import VitaCriterion
+from train_head.losses.points import sampling_area
+from train_head.losses.targets import clip_targets
 
 
 def test_defaults_are_the_releases() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cache.reader import FeatureCache
-from cache.transfer import export_hdf5
+from cache.upkeep.transfer import export_hdf5
 from configs.schema import Settings
 from evaluate.stage import evaluate
 from extract.stage import extract

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
-from cache import masks
 from cache.errors import CacheError, ConfigError
-from cache.labels import Video
+from cache.labels import masks
+from cache.labels.tracks import Video
 from configs.schema import Settings
-from evaluate.overlays import PALETTE, DrawnTrack, draw_frame, overlay_data_url
+from evaluate.pictures.overlays import PALETTE, DrawnTrack, draw_frame, overlay_data_url
 from evaluate.report.precision_recall import precision_curves
 from evaluate.report.scrubber import ScrubbedSide, ScrubbedVideo, scrub_video, within_budget
 from evaluate.report.write import write_report
@@ -59,9 +59,9 @@ def test_a_see_through_overlay_looks_as_masks_drawn_into_the_frame(frame: int) -
 
 
 def test_precision_over_recall_is_that_of_cocoeval(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    from evaluate.metrics import VideoEvaluation
+    from evaluate.metrics.video_ap import VideoEvaluation
     from evaluate.stored import load_predictions
-    from train_head.data import open_evaluation_set
+    from train_head.data.video_sets import open_evaluation_set
 
     evaluate(tiny_run)
     labels = open_evaluation_set(tiny_run).labels

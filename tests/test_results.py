@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cache.annotations import load_labels
 from cache.errors import AnnotationError
+from cache.labels.annotations import load_labels
 from evaluate.results import load_results, write_results
 
 GOLDEN = Path(__file__).parent / "golden" / "ytvis_eval"

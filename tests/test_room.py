@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from cache.annotations import load_labels
 from cache.errors import CacheError
+from cache.labels.annotations import load_labels
 from cache.layout import View
 from cache.reader import FeatureCache
-from cache.upload import LOCAL_VIDEOS
+from cache.upkeep.upload import LOCAL_VIDEOS
 from configs.splits import SplitPaths
 from extract import room
 from extract.__main__ import main as extract_main

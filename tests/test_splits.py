@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from cache.annotations import Labels, parse_labels
 from cache.errors import AnnotationError, ConfigError
-from cache.splits import holdout_split
+from cache.labels.annotations import Labels, parse_labels
+from cache.labels.splits import holdout_split
 
 
 def _many_videos(numbers: range) -> Labels:

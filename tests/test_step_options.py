@@ -15,15 +15,15 @@ from cache.errors import ConfigError
 from configs.load import load_settings
 from configs.schema import Device, Settings
 from tests.conftest import tiny_settings
-from train_head import bench_step
-from train_head.bench_data import Problem, small, write_bench_cache
-from train_head.bench_pace import measure_pace
-from train_head.bench_sides import Dense, Ours, SideName
+from train_head.bench import step as bench_step
+from train_head.bench.pace import measure_pace
+from train_head.bench.problem import Problem, small, write_bench_cache
+from train_head.bench.sides import Dense, Ours, SideName
 from train_head.build import point_config
-from train_head.clips import Clip
-from train_head.data import open_training_set
-from train_head.points import RandomPoints
-from train_head.sources import CachedSource
+from train_head.data.clips import Clip
+from train_head.data.sources import CachedSource
+from train_head.data.video_sets import open_training_set
+from train_head.losses.points import RandomPoints
 from train_head.trainer import Trainer
 
 CPU = torch.device("cpu")

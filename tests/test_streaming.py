@@ -16,10 +16,10 @@ from torch import Tensor
 
 from cache.errors import CacheError
 from tests.test_head_parity import GOLDEN, TOLERANCE, assert_near, golden_head
-from train_head.contract import HeadConfig
-from train_head.frame_spill import FrameSpill, TokenBlock
-from train_head.head import VitaHead
-from train_head.streaming import predict_stream
+from train_head.heads.contract import HeadConfig
+from train_head.heads.frame_spill import FrameSpill, TokenBlock
+from train_head.heads.streaming import predict_stream
+from train_head.heads.vita import VitaHead
 
 SLOTS = 7
 

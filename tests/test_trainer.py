@@ -19,9 +19,9 @@ from evaluate.stage import evaluate, score_head
 from tests.conftest import tiny_settings
 from train_head.build import TrainedPart, build_optimizer, learning_rate
 from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
-from train_head.clips import Clip
+from train_head.data.clips import Clip
 from train_head.distributed import Group
-from train_head.head import VitaHead
+from train_head.heads.vita import VitaHead
 from train_head.run_folder import read_metrics_log
 from train_head.trainer import Trainer, _ShareOfBatches, train
 

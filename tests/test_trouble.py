@@ -19,11 +19,11 @@ from torch import Tensor
 
 from cache.errors import CacheError, ConfigError, FrameError, VideoBusy
 from cache.layout import VIDEOS
-from cache.locks import LOCKS, Owner, VideoLocks, sweep_locks
 from cache.reader import FeatureCache
+from cache.storage.locks import LOCKS, Owner, VideoLocks, sweep_locks
 from extract.batches import BatchRunner
-from extract.detector import FrameDetector, FrameFeatures
-from extract.engines import open_detector
+from extract.detector.engines import open_detector
+from extract.detector.frozen import FrameDetector, FrameFeatures
 from extract.stage import extract
 from tests.cache_samples import open_writer, write_video
 from tests.conftest import tiny_settings
@@ -71,7 +71,7 @@ def test_a_lock_of_another_machine_is_respected_until_it_is_said_to_be_dead(tmp_
 
 
 def test_locks_of_dead_processes_of_this_machine_are_swept(tmp_path: Path) -> None:
-    code = "import os, pathlib, sys; from cache.locks import VideoLocks; VideoLocks(pathlib.Path(sys.argv[1])).claim('1'); os._exit(1)"  # noqa: E501
+    code = "import os, pathlib, sys; from cache.storage.locks import VideoLocks; VideoLocks(pathlib.Path(sys.argv[1])).claim('1'); os._exit(1)"  # noqa: E501
     subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, check=False)
     assert (tmp_path / LOCKS / "1").exists()
     sweep_locks(tmp_path)

@@ -13,9 +13,9 @@ from cache.codecs import select_codec
 from cache.errors import CacheError, FingerprintMismatch
 from cache.fingerprint import Fingerprint
 from cache.reader import FeatureCache
-from cache.remote import RemoteStore
-from cache.staging import stage, staged_folder
-from cache.upload import opened_writer
+from cache.storage.remote import RemoteStore
+from cache.upkeep.staging import stage, staged_folder
+from cache.upkeep.upload import opened_writer
 from tests.cache_samples import (
     FINGERPRINT,
     labels_of,

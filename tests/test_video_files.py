@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from cache.errors import FrameError
-from cache.footage import Footage, look_through
-from cache.video_writer import TICKS, VideoWriter, encoder_name
+from cache.media.footage import Footage, look_through
+from cache.media.video_writer import TICKS, VideoWriter, encoder_name
 from tests.video_samples import noise, turn_clockwise, write_lossless, write_mpeg4
 
 STAMPS = (0, 40, 130, 150, 400, 1000)

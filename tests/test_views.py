@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache import masks
 from cache.__main__ import main as cache_main
 from cache.errors import ConfigError, IncompleteVideo
-from cache.inspection import summarise, verify_root, verify_video
+from cache.labels import masks
 from cache.layout import View
-from cache.maintenance import prunable
 from cache.reader import FeatureCache
+from cache.upkeep.inspection import summarise, verify_root, verify_video
+from cache.upkeep.maintenance import prunable
 from configs.schema import Settings, ViewSettings
 from configs.views import train_views
 from extract.stage import extract
 from tests.conftest import tiny_settings
-from train_head.clips import ClipDataset
-from train_head.data import open_training_set
-from train_head.sources import clip_stream
+from train_head.data.clips import ClipDataset
+from train_head.data.sources import clip_stream
+from train_head.data.video_sets import open_training_set
 from train_head.trainer import train
 
 VIEWS = "data.views=[{flip: true}, {crop: 0.7, short_edge: 80, flip: true}]"
@@ -149,7 +149,7 @@ def test_the_tools_know_views(views: Settings, tmp_path: Path, capsys: pytest.Ca
 def test_a_crop_is_the_videos_own_and_stays() -> None:
     settings = Settings()
     settings.data.views = [ViewSettings(crop=0.5)]
-    from cache.labels import Video
+    from cache.labels.tracks import Video
 
     videos = [Video(id=n, width=40, height=30, length=1, file_names=("a",)) for n in range(20)]
     crops = [train_views(settings, video)[1].crop for video in videos]

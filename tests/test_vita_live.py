@@ -17,10 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cache.masks import from_counts, mask
+from cache.labels.masks import from_counts, mask
 from configs.load import load_settings
 from evaluate.stage import evaluate
-from extract.detectron2_config import read_config
+from extract.detector.detectron2_config import read_config
 from extract.stage import extract
 from tests.cache_samples import labels_of
 from tests.detector_samples import GOLDEN, golden_arrays, official_state

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from cache.errors import WeightsError
-from extract.checkpoints import weights_sha256
-from extract.detector import load_detector
-from extract.safe_pickle import load_plain_pickle
+from extract.detector.checkpoints import weights_sha256
+from extract.detector.frozen import load_detector
+from extract.detector.safe_pickle import load_plain_pickle
 from tests.detector_samples import checkpoint_bytes, load_sample, write_checkpoint
 
 

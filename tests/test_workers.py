@@ -14,8 +14,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from cache.errors import ConfigError
-from cache.locks import LOCKS, Owner
 from cache.reader import FeatureCache
+from cache.storage.locks import LOCKS, Owner
 from extract.stage import extract
 from tests.conftest import tiny_settings
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from cache import masks
-from cache.annotations import Category, Labels, Track, Video
+from cache.labels import masks
+from cache.labels.annotations import Category, Labels, Track, Video
 from evaluate.results import TrackPrediction
 from tests.naive_video_ap import Object
 

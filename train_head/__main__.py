@@ -89,7 +89,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from train_head.bench_step import bench
+    from train_head.bench.step import bench
 
     return bench(arguments.output, arguments.quick, Device(arguments.device))
 

@@ -13,12 +13,12 @@ from torch import nn
 from cache.codecs import Codec
 from cache.heads import DetectorHeads
 from configs.schema import LossSettings, PaddedArea, Settings
-from train_head.contract import HeadConfig
-from train_head.criterion import LossWeights, VitaCriterion
-from train_head.data import VideoSet
-from train_head.mask_folding import MapDecoding
-from train_head.matcher import CostWeights
-from train_head.points import PointConfig
+from train_head.data.video_sets import VideoSet
+from train_head.heads.contract import HeadConfig
+from train_head.losses.criterion import LossWeights, VitaCriterion
+from train_head.losses.mask_folding import MapDecoding
+from train_head.losses.matcher import CostWeights
+from train_head.losses.points import PointConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint
 from cache.reader import FeatureCache
 from configs.schema import HeadKind
-from train_head.contract import HeadConfig, TrackHead
-from train_head.kinds import build_head
+from train_head.heads.contract import HeadConfig, TrackHead
+from train_head.heads.kinds import build_head
 
 CHECKPOINT = "checkpoint.pt"  # the newest
 BEST = "best.pt"  # the one of the highest AP among those evaluated while training

@@ -26,27 +26,27 @@ class DetectorSizes:
 
 def read_weight_file(path: Path) -> dict[str, Tensor]:
     """Every tensor of an official `.pkl` or `.pth` file; nothing in it can run code. Raises WeightsError."""
-    from extract.checkpoints import read_model  # noqa: TID251 (see above)
+    from extract.detector.checkpoints import read_model  # noqa: TID251 (see above)
 
     return read_model(path)
 
 
 def sizes_of_architecture(architecture: str, num_classes: int) -> DetectorSizes:
     """Sizes of r50, r101 or swin-l; nothing is allocated."""
-    from extract.sizes import shapes_of_architecture  # noqa: TID251
+    from extract.detector.sizes import shapes_of_architecture  # noqa: TID251
 
     return _sizes(shapes_of_architecture(architecture, num_classes))
 
 
 def sizes_of_weights(weights: Path) -> DetectorSizes:
     """Sizes of the detector in a weight file or folder. Raises WeightsError."""
-    from extract.sizes import shapes_of_weights  # noqa: TID251
+    from extract.detector.sizes import shapes_of_weights  # noqa: TID251
 
     return _sizes(shapes_of_weights(weights))
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> DetectorSizes:
-    from extract.sizes import count_parameters  # noqa: TID251
+    from extract.detector.sizes import count_parameters  # noqa: TID251
 
     predictor = "sem_seg_head.predictor"
     return DetectorSizes(

@@ -19,30 +19,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cache.annotations import load_labels, parse_labels
-from cache.category_map import category_pairs
 from cache.errors import AnnotationError, ConfigError
 from cache.fingerprint import Fingerprint
-from cache.labels import Labels, Video
+from cache.labels.annotations import load_labels, parse_labels
+from cache.labels.category_map import category_pairs
+from cache.labels.splits import Split, holdout_split
+from cache.labels.tracks import Labels, Video
 from cache.layout import cropped_map_hw, video_group_name
-from cache.splits import Split, holdout_split
 from configs.command import precision_name
 from configs.schema import DetectorEngine, Settings
 from configs.splits import pseudo_split, train_split
 from train_head.build import FeatureSizes, TrainedPart, build_criterion, point_config
 from train_head.checkpoint import Checkpoint
-from train_head.contract import HeadOutputs
-from train_head.criterion import LossNormalisers, VitaLosses
-from train_head.frame_losses import expected_matches, frame_losses, frame_points, with_frame_matches
-from train_head.live_clips import FrameReader, LiveClip, LiveClips
-from train_head.mask_folding import MapDecoding, fold_mask_embeddings
-from train_head.sources import ClipFeatures, clip_stream
-from train_head.targets import ClipTargets
+from train_head.data.live_clips import FrameReader, LiveClip, LiveClips
+from train_head.data.sources import ClipFeatures, clip_stream
+from train_head.heads.contract import HeadOutputs
+from train_head.losses.criterion import LossNormalisers, VitaLosses
+from train_head.losses.frame_losses import expected_matches, frame_losses, frame_points, with_frame_matches
+from train_head.losses.mask_folding import MapDecoding, fold_mask_embeddings
+from train_head.losses.targets import ClipTargets
 from train_head.trainer import run_training
 
 if TYPE_CHECKING:
+    from extract.detector.trainable import LayerPredictions, TrainableDetector  # noqa: TID251
     from extract.frames import FrameFile  # noqa: TID251
-    from extract.trainable import LayerPredictions, TrainableDetector  # noqa: TID251
 
 DETECTOR = "detector"  # the folder of a run that `extract` reads as detector.weights
 _NOT_EXPORTED = "not exported yet"
@@ -204,7 +204,7 @@ class LiveSource:
 
     def finish(self, folder: Path) -> str:
         """Export the detector; from here on the fingerprint is that of a cache which it fills."""
-        from extract.checkpoints import weights_sha256  # noqa: TID251
+        from extract.detector.checkpoints import weights_sha256  # noqa: TID251
 
         self.detector.save(folder / DETECTOR)
         self.fingerprint = replace(self.fingerprint, weights_sha256=weights_sha256(folder / DETECTOR))
@@ -222,8 +222,8 @@ def _pseudo_videos(settings: Settings) -> tuple[Labels, PseudoFrames]:
 
 
 def _load(settings: Settings, labels: Labels, device: torch.device) -> TrainableDetector:
-    from extract.loading import load_model  # noqa: TID251
-    from extract.trainable import TrainableDetector, with_classes  # noqa: TID251
+    from extract.detector.loading import load_model  # noqa: TID251
+    from extract.detector.trainable import TrainableDetector, with_classes  # noqa: TID251
 
     chosen = settings.detector
     if chosen.engine is not DetectorEngine.transformers:
@@ -259,7 +259,7 @@ def _sizes(detector: TrainableDetector, labels: Labels) -> FeatureSizes:
 
 def _fingerprint(settings: Settings, detector: TrainableDetector, device: torch.device, weights: str) -> Fingerprint:
     """What `extract` will compose for a cache of this detector on this device, with a float16 codec."""
-    from extract.detector import PADDING_DIVISOR, PIXEL_MEAN, PIXEL_STD  # noqa: TID251
+    from extract.detector.frozen import PADDING_DIVISOR, PIXEL_MEAN, PIXEL_STD  # noqa: TID251
 
     precision = precision_name(settings.detector.precision, device.type)
     return Fingerprint(

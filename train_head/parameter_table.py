@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from cache.annotations import load_labels
+from cache.labels.annotations import load_labels
 from configs.schema import HeadKind, Settings
 from configs.splits import train_split
-from train_head.contract import HeadConfig
 from train_head.detector_files import DetectorSizes, read_weight_file, sizes_of_architecture, sizes_of_weights
-from train_head.head import strip_release_prefix
-from train_head.kinds import build_head
+from train_head.heads.contract import HeadConfig
+from train_head.heads.kinds import build_head
+from train_head.heads.vita import strip_release_prefix
 from train_head.release import release_config
 
 OFFICIAL = ("r50", "r101", "swin-l")

@@ -24,9 +24,9 @@ from configs.cards import write_import_card
 from configs.schema import HeadKind
 from train_head.build import map_channels
 from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
-from train_head.contract import HeadConfig
 from train_head.detector_files import read_weight_file
-from train_head.head import RELEASE_PREFIX, VitaHead, strip_release_prefix
+from train_head.heads.contract import HeadConfig
+from train_head.heads.vita import RELEASE_PREFIX, VitaHead, strip_release_prefix
 from train_head.run_folder import PROVENANCE
 
 _LISTED = 5

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from cache.errors import ConfigError
 from cache.fingerprint import Provenance
-from cache.splits import Split
+from cache.labels.splits import Split
 from configs.cards import write_run_card
 from configs.changes import flat
 from configs.schema import Settings

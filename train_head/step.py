@@ -14,14 +14,14 @@ from torch import Tensor
 
 from configs.schema import Settings
 from train_head.build import TrainedPart, build_criterion, point_config, trained_parameters
-from train_head.contract import HeadOutputs, TrackHead
-from train_head.criterion import LossNormalisers, VitaLosses
+from train_head.data.sources import AnyClip, ClipFeatures, FeatureSource
 from train_head.distributed import Group
-from train_head.frame_losses import frame_normalisers
-from train_head.mask_folding import MaskWeights
-from train_head.points import PointSource, RandomPoints
-from train_head.sources import AnyClip, ClipFeatures, FeatureSource
-from train_head.targets import ClipTargets
+from train_head.heads.contract import HeadOutputs, TrackHead
+from train_head.losses.criterion import LossNormalisers, VitaLosses
+from train_head.losses.frame_losses import frame_normalisers
+from train_head.losses.mask_folding import MaskWeights
+from train_head.losses.points import PointSource, RandomPoints
+from train_head.losses.targets import ClipTargets
 
 
 @dataclass(frozen=True, kw_only=True)

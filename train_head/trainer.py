@@ -22,13 +22,13 @@ from configs.command import device_name, precision_name
 from configs.schema import Settings
 from train_head.build import build_optimizer, head_config, learning_rate, trained_parameters
 from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
-from train_head.clip_loader import load_clips
-from train_head.data import open_training_set
+from train_head.data.clip_loader import load_clips
+from train_head.data.sources import AnyClip, CachedSource, FeatureSource
+from train_head.data.video_sets import open_training_set
 from train_head.distributed import Group, join_group
-from train_head.kinds import build_head
+from train_head.heads.kinds import build_head
 from train_head.pace import Pace
 from train_head.run_folder import MetricsLog, open_run
-from train_head.sources import AnyClip, CachedSource, FeatureSource
 from train_head.step import StepLosses, TrainingStep
 from train_head.stopping import StopRequest
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cache.errors import CorruptData
 from cache.layout import write_file_atomically
-from cache.stores import open_store
+from cache.storage.stores import open_store
 
 CALIBRATION = "calibration.json"
 

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from cache.errors import ConfigError
-from evaluate.bootstrap import RESAMPLES
+from evaluate.metrics.bootstrap import RESAMPLES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

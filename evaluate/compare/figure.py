@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from evaluate.bootstrap import Interval
 from evaluate.compare.result import Comparison
-from evaluate.page import render
+from evaluate.metrics.bootstrap import Interval
+from evaluate.pictures.page import render
 
 _LEFT, _RIGHT = (260, 540), (600, 880)  # where the two axes lie, in the units of the drawing
 _MAX_NAME = 34  # characters that fit beside the axes

@@ -15,9 +15,9 @@ from evaluate.compare.figure import intervals_svg
 from evaluate.compare.groups import Group
 from evaluate.compare.result import Comparison, Measured, Row
 from evaluate.compare.videos import ChangedVideo
-from evaluate.overlays import Strip, draw_strip, labelled_tracks, predicted_tracks, read_image
-from evaluate.page import render
-from evaluate.weighted import HEADLINE
+from evaluate.metrics.weighted import HEADLINE
+from evaluate.pictures.overlays import Strip, draw_strip, labelled_tracks, predicted_tracks, read_image
+from evaluate.pictures.page import render
 
 FRAMES_PER_VIDEO = 4
 _COSTS = ("trainable parameters", "training", "extraction", "cache", "inference")

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.bootstrap import RESAMPLES, Difference, Interval, draw_weights, paired_difference
-from evaluate.breakdown import Part, parts_of
 from evaluate.compare.groups import Group
 from evaluate.compare.runs import Costs, Entry
 from evaluate.compare.videos import ChangedVideo, changed_videos
-from evaluate.error_types import ErrorAnalysis, ErrorType, analyse_errors
-from evaluate.video_iou import FloatArray
-from evaluate.weighted import HEADLINE
+from evaluate.metrics.bootstrap import RESAMPLES, Difference, Interval, draw_weights, paired_difference
+from evaluate.metrics.breakdown import Part, parts_of
+from evaluate.metrics.error_types import ErrorAnalysis, ErrorType, analyse_errors
+from evaluate.metrics.video_iou import FloatArray
+from evaluate.metrics.weighted import HEADLINE
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,19 +9,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cache.annotations import load_labels
 from cache.errors import CacheError, ConfigError
 from cache.fingerprint import Fingerprint
-from cache.labels import Labels
+from cache.labels.annotations import load_labels
+from cache.labels.tracks import Labels
 from cache.reader import FeatureCache
 from configs.load import load_settings
 from configs.schema import Settings
 from configs.splits import all_caches
-from evaluate.metrics import VideoEvaluation
+from evaluate.metrics.video_ap import VideoEvaluation
 from evaluate.results import TrackPrediction
 from evaluate.stored import HEAD, load_metrics, load_predictions, require_predictions, stored_methods
 from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint
-from train_head.data import chosen_videos, evaluation_split
+from train_head.data.video_sets import chosen_videos, evaluation_split
 from train_head.run_folder import CONFIG, PROVENANCE
 
 

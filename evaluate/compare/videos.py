@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluate.compare.groups import Group
-from evaluate.metrics import defined
-from evaluate.video_iou import FloatArray
+from evaluate.metrics.video_ap import defined
+from evaluate.metrics.video_iou import FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)

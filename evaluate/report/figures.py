@@ -8,10 +8,10 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from cache.codecs.rate_distortion import Calibration
-from evaluate.charts import drawing, page_svg, panels
+from evaluate.metrics.weighted import THRESHOLDS, FloatArray
+from evaluate.pictures.charts import drawing, page_svg, panels
 from evaluate.report.precision_recall import RECALLS
 from evaluate.report.similarity import SimilarityMatrix
-from evaluate.weighted import THRESHOLDS, FloatArray
 
 Log = Sequence[Mapping[str, float]]
 TERMS = ("class", "mask", "dice", "similarity")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluate.weighted import THRESHOLDS, CategoryMatches, FloatArray
+from evaluate.metrics.weighted import THRESHOLDS, CategoryMatches, FloatArray
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 

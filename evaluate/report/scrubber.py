@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from cache.labels import Video
-from evaluate.overlays import PALETTE, DrawnTrack, jpeg_data_url, overlay_data_url, read_image
-from evaluate.video_iou import TrackMasks, track_ious
+from cache.labels.tracks import Video
+from evaluate.metrics.video_iou import TrackMasks, track_ious
+from evaluate.pictures.overlays import PALETTE, DrawnTrack, jpeg_data_url, overlay_data_url, read_image
 
 MAX_EDGE = 640  # pixels of a picture's longer edge
 MOST_FRAMES = 48  # of a video

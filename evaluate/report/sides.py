@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from cache.errors import CacheError, ConfigError
-from cache.labels import Labels
+from cache.labels.tracks import Labels
 from configs.schema import Settings
-from evaluate.bootstrap import RESAMPLES, Interval, draw_weights
 from evaluate.compare.runs import LabelFiles, read_entries
-from evaluate.metrics import VideoEvaluation
+from evaluate.metrics.bootstrap import RESAMPLES, Interval, draw_weights
+from evaluate.metrics.video_ap import VideoEvaluation
+from evaluate.metrics.weighted import HEADLINE, FloatArray
 from evaluate.results import TrackPrediction
 from evaluate.stored import HEAD, load_predictions, stored_methods
-from evaluate.weighted import HEADLINE, FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,20 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cache.geometry import transform_of
-from cache.labels import Labels, Video
+from cache.labels.tracks import Labels, Video
 from cache.layout import video_group_name
+from cache.media.geometry import transform_of
 from configs.schema import Settings
-from evaluate.predictors import head_predictor
-from evaluate.weighted import FloatArray, IntArray
+from evaluate.metrics.weighted import FloatArray, IntArray
+from evaluate.tracks.predictors import head_predictor
 from train_head.build import build_criterion, point_config
-from train_head.clips import Clip, read_targets
-from train_head.contract import HeadOutputs, TrackHead
-from train_head.data import VideoSet
-from train_head.head import VitaHead
-from train_head.matcher import ClipMatch, match_clips
-from train_head.points import RandomPoints
-from train_head.sources import CachedSource
+from train_head.data.clips import Clip, read_targets
+from train_head.data.sources import CachedSource
+from train_head.data.video_sets import VideoSet
+from train_head.heads.contract import HeadOutputs, TrackHead
+from train_head.heads.vita import VitaHead
+from train_head.losses.matcher import ClipMatch, match_clips
+from train_head.losses.points import RandomPoints
 
 MOST_FRAMES, MOST_OBJECTS = 24, 8
 

@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 from cache.codecs.rate_distortion import read_calibration
 from cache.errors import FrameError
 from cache.fingerprint import Provenance
-from cache.labels import Labels, Video
+from cache.labels.tracks import Labels, Video
 from configs.changes import changed_settings
 from configs.schema import Settings
 from configs.splits import train_split, valid_split
-from evaluate.overlays import DrawnTrack, labelled_tracks, predicted_tracks
-from evaluate.page import read_text, render
+from evaluate.metrics.weighted import HEADLINE
+from evaluate.pictures.overlays import DrawnTrack, labelled_tracks, predicted_tracks
+from evaluate.pictures.page import read_text, render
 from evaluate.report import figures
 from evaluate.report.precision_recall import precision_curves
 from evaluate.report.scrubber import ScrubbedVideo, scrub_video, within_budget
@@ -29,9 +30,8 @@ from evaluate.report.sides import Scored, Side, read_sides, score_sides
 from evaluate.report.similarity import SimilarityMatrix, similarity_matrix, video_of_many_objects
 from evaluate.stored import HEAD
 from evaluate.tables import stage_costs
-from evaluate.weighted import HEADLINE
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.data import VideoSet, open_evaluation_set
+from train_head.data.video_sets import VideoSet, open_evaluation_set
 from train_head.run_folder import PROVENANCE, read_metrics_log
 
 MIN_SCORE = 0.3  # tracks below it are not drawn

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cache.video_writer import VideoWriter
+from cache.media.video_writer import VideoWriter
 from extract.demo.shapes import random_background, render
 from extract.demo.videos import FRAME_SIZES, make_actors
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from tqdm import tqdm
 
-from cache import masks
+from cache.labels import masks
 from extract.demo.shapes import (
     DETECTOR_CATEGORIES,
     VIDEO_CATEGORIES,

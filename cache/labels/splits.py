@@ -1,0 +1,52 @@
+"""A hold-out split by video, for data sets whose validation labels are not public (REFERENCE section 7)."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from cache.errors import AnnotationError, ConfigError
+from cache.labels.tracks import Labels
+
+_RULE = "held out: sha256('{seed}:' + folder of the video) / 2**256 < {fraction}; at least one video on each side"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Video ids to train on and to hold out, in file order, and the rule that drew them."""
+
+    train_ids: tuple[int, ...]
+    holdout_ids: tuple[int, ...]
+    rule: str
+
+    def to_json(self) -> dict[str, object]:
+        """What is written down beside a run."""
+        return {"rule": self.rule, "train_ids": list(self.train_ids), "holdout_ids": list(self.holdout_ids)}
+
+
+def holdout_split(labels: Labels, fraction: float, seed: int) -> Split:
+    """Hold out about `fraction` (0 < fraction < 1) of the videos, decided by each video's folder alone.
+
+    So the split depends on no order, no video moves when others are added, and videos that share a folder
+    stay together. Only where one side would be empty, the folder nearest to the threshold joins it.
+    Raises ConfigError for an impossible fraction, AnnotationError where there are no two folders.
+    """
+    if not 0 < fraction < 1:
+        raise ConfigError("the hold-out fraction is impossible", expected="0 < fraction < 1", got=fraction)
+    draws = {video.name: _draw(video.name, seed) for video in labels.videos}
+    if len(draws) < 2:
+        folders = f"{len(labels.videos)} videos in {len(draws)} folders"
+        raise AnnotationError("nothing to hold out", expected="videos in two folders or more", got=folders)
+    by_draw = sorted(draws, key=draws.__getitem__)
+    num_held_out = sum(draw < fraction for draw in draws.values())
+    held_out = set(by_draw[: min(max(num_held_out, 1), len(draws) - 1)])
+    return Split(
+        train_ids=tuple(video.id for video in labels.videos if video.name not in held_out),
+        holdout_ids=tuple(video.id for video in labels.videos if video.name in held_out),
+        rule=_RULE.format(seed=seed, fraction=fraction),
+    )
+
+
+def _draw(name: str, seed: int) -> float:
+    """A number in [0, 1] that depends on the name and the seed alone."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()) / 2**256

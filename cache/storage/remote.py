@@ -1,0 +1,256 @@
+"""Caches in object stores (`s3://`, `gs://`, `az://`, `https://`), read through obstore (the extra `remote`).
+
+Credentials and endpoints come from the environment, as for every other tool (AWS_ACCESS_KEY_ID, AWS_ENDPOINT, ...).
+A clip is two requests a shard at most: its index, once, and the wanted frames, which obstore fetches at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache.errors import CacheError, CorruptData
+from cache.layout import METADATA, VIDEOS
+from cache.storage.compression import decompress
+from cache.storage.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
+from cache.storage.shards import ShardedFrames, checked_output
+from cache.storage.stores import require_finite
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+SCHEME = re.compile(r"^(s3|gs|az|https?):/+")
+REQUESTS = 16
+"""At a time."""
+RETRY_HINT = "if the object store is at fault, try again; else extract this video anew"
+
+
+def remote_url(path: Path | str) -> str | None:
+    """The address that a path means, None for a local path. A `Path` has lost one slash of `s3://`."""
+    match = SCHEME.match(str(path))
+    return None if match is None else f"{match[1]}://{str(path)[match.end() :].rstrip('/')}"
+
+
+def object_store(url: str) -> ObjectStore:
+    """Open the store at an address. Raises CacheError where obstore is missing or refuses the address."""
+    try:
+        from obstore.store import from_url
+    except ImportError as error:
+        raise CacheError("remote caches need obstore", where=url, hint="pip install '.[remote]'") from error
+    try:
+        store: ObjectStore = from_url(url, client_options={"allow_http": True} if url.startswith("http:") else None)
+    except Exception as error:
+        raise CacheError(f"not a usable address: {_first_line(error)}", where=url) from error
+    return store
+
+
+def _first_line(error: Exception) -> str:
+    """What went wrong; obstore adds a page of internals."""
+    return str(error).strip().partition("\n")[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteStore:
+    """A cache behind an address; every process connects for itself, when it first reads."""
+
+    url: str
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the connection: it does not survive the way into another process."""
+        return {"url": self.url}
+
+    @property
+    def path(self) -> Path:
+        """The address, as far as a path can hold it."""
+        return Path(self.url)
+
+    @cached_property
+    def objects(self) -> ObjectStore:
+        """The connection."""
+        return object_store(self.url)
+
+    def attributes(self, group: str) -> dict[str, Any] | None:
+        """See Store."""
+        document = self.json(f"{group}/{METADATA}".lstrip("/"))
+        return None if document is None else dict(document["attributes"])
+
+    def arrays(self, group: str) -> dict[str, NDArray[Any]]:
+        """See Store."""
+        import zarr
+        from zarr.storage import ObjectStore as ZarrObjectStore
+
+        found = {}
+        for name in self.names(group):
+            store = ZarrObjectStore(self.objects, read_only=True)
+            try:
+                values = np.asarray(zarr.open_array(store, path=f"{group}/{name}", mode="r")[...])
+            except (ValueError, OSError, LookupError) as error:
+                raise CorruptData(f"unreadable: {error}", where=f"{self.url}/{group}/{name}") from error
+            found[name] = require_finite(values, f"{self.url}/{group}/{name}")
+        return found
+
+    def videos(self) -> Iterator[tuple[str, bool]]:
+        """See Store."""
+        names = self.names(VIDEOS)
+        with ThreadPoolExecutor(max_workers=REQUESTS) as pool:
+            yield from zip(names, pool.map(self._is_complete, names), strict=True)
+
+    def _is_complete(self, video: str) -> bool:
+        try:
+            return (self.attributes(f"{VIDEOS}/{video}") or {}).get("complete") is True
+        except CorruptData:
+            return False
+
+    def read_file(self, name: str) -> bytes | None:
+        """See Store."""
+        return self.get(name)
+
+    def frames(self, video: str, field: str) -> RemoteFrames:
+        """See Store. Raises CorruptData for arrays of another layout than FORMAT.md prescribes."""
+        name = f"{VIDEOS}/{video}/{field}"
+        metadata = self.json(f"{name}/{METADATA}")
+        layout = None if metadata is None else ShardedFrames.recognise(Path(name), metadata)
+        if layout is None:
+            hint = "stage the cache locally (cache.stage_to), where any Zarr layout is read"
+            raise CorruptData("missing, or not of the prescribed layout", where=f"{self.url}/{name}", hint=hint)
+        return RemoteFrames(store=self, name=name, layout=layout)
+
+    def size(self, video: str, field: str) -> int:
+        """See Store."""
+        return sum(self.listing(f"{VIDEOS}/{video}/{field}/").values())
+
+    def listing(self, prefix: str | None = None) -> dict[str, int]:
+        """Names and bytes of all objects, or of those below a prefix that ends in `/`."""
+        import obstore
+
+        return {entry["path"]: entry["size"] for entry in obstore.list(self.objects, prefix=prefix).collect()}
+
+    def files(self) -> list[str]:
+        """Names of the objects at the top, sorted."""
+        import obstore
+
+        return sorted(entry["path"] for entry in obstore.list_with_delimiter(self.objects)["objects"])
+
+    def put(self, name: str, file: Path) -> None:
+        """Store a file's bytes. Raises CacheError where the store refuses them."""
+        import obstore
+
+        try:
+            obstore.put(self.objects, name, file)
+        except (obstore.exceptions.BaseError, OSError) as error:
+            raise CacheError(
+                f"cannot be written: {_first_line(error)}", where=f"{self.url}/{name}", hint=RETRY_HINT
+            ) from error
+
+    def names(self, group: str) -> list[str]:
+        """Names of the groups and arrays in a group, sorted."""
+        import obstore
+
+        listing = obstore.list_with_delimiter(self.objects, prefix=f"{group}/")
+        return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in listing["common_prefixes"])
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """A JSON object, None where there is none. Raises CorruptData where it is something else."""
+        content = self.get(name)
+        try:
+            document = None if content is None else json.loads(content)
+            if document is not None and not isinstance(document, dict):
+                raise ValueError("not an object")
+        except ValueError as error:
+            raise CorruptData(f"unreadable metadata: {error!r}", where=f"{self.url}/{name}") from error
+        return document
+
+    def get(self, name: str) -> bytes | None:
+        """An object's bytes, None where there is none. Raises CacheError where the store cannot be reached."""
+        import obstore
+
+        try:
+            return bytes(obstore.get(self.objects, name).bytes())
+        except FileNotFoundError:
+            return None
+        except (obstore.exceptions.BaseError, OSError) as error:
+            raise CacheError(
+                f"cannot be read: {_first_line(error)}", where=f"{self.url}/{name}", hint=RETRY_HINT
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteFrames:
+    """A field of a remote video; see frames.FrameArray."""
+
+    store: RemoteStore
+    name: str
+    layout: ShardedFrames
+    _indexes: dict[int, list[tuple[int, int]]] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(T, ...)."""
+        return self.layout.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of the elements."""
+        return self.layout.dtype
+
+    def read(self, frames: Sequence[int], out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """See FrameArray."""
+        out = checked_output(self.shape, self.dtype, frames, out)
+        rows = out.reshape(len(frames), -1).view(np.uint8) if frames else out
+        for shard in sorted({frame // self.layout.frames_per_shard for frame in frames}):
+            wanted = [row for row, frame in enumerate(frames) if frame // self.layout.frames_per_shard == shard]
+            chunks = self._chunks(shard, [frames[row] for row in wanted])
+            for row, chunk in zip(wanted, chunks, strict=True):
+                content = chunk[:-CRC_BYTES]
+                if crc32c(content) != int.from_bytes(chunk[-CRC_BYTES:], "little"):
+                    raise self._corrupt("checksum mismatch", frames[row])
+                if not (decompress if self.layout.compressed else _copy)(content, rows[row].data):
+                    raise self._corrupt("chunk does not hold a frame", frames[row])
+        return out
+
+    def _chunks(self, shard: int, frames: list[int]) -> list[bytes]:
+        """The chunks of some frames of a shard, checksums included."""
+        import obstore
+
+        file = f"{self.name}/{shard_name(shard, len(self.shape))}"
+        try:
+            if shard not in self._indexes:
+                self._indexes[shard] = self._index(file, frames[0])
+            entries = [self._indexes[shard][frame % self.layout.frames_per_shard] for frame in frames]
+            for frame, entry in zip(frames, entries, strict=True):
+                if entry == (ABSENT, ABSENT):
+                    raise self._corrupt("frame was never written", frame)
+            starts, lengths = [entry[0] for entry in entries], [entry[1] for entry in entries]
+            found = obstore.get_ranges(self.store.objects, file, starts=starts, lengths=lengths)
+        except (obstore.exceptions.BaseError, OSError) as error:
+            raise self._corrupt(f"shard cannot be read: {_first_line(error)}", frames[0]) from error
+        return [bytes(chunk) for chunk in found]
+
+    def _index(self, file: str, frame: int) -> list[tuple[int, int]]:
+        import obstore
+
+        size = index_bytes(self.layout.frames_per_shard)
+        content = bytes(obstore.get(self.store.objects, file, options={"range": {"suffix": size}}).bytes())
+        index = decode_index(content) if len(content) == size else None
+        if index is None:
+            raise self._corrupt("checksum mismatch in the shard's index", frame)
+        return index
+
+    def _corrupt(self, what: str, frame: int) -> CorruptData:
+        return CorruptData(what, where=f"{self.store.url}/{self.name}, frame {frame}", hint=RETRY_HINT)
+
+
+def _copy(content: bytes, row: memoryview) -> bool:
+    """Fill `row` with the content of a plain chunk; False where it has another length."""
+    if len(content) == len(row):
+        row[:] = content
+    return len(content) == len(row)

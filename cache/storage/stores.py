@@ -1,0 +1,140 @@
+"""Where a cache lies: the one interface that reading needs, and its form on disk, a folder.
+
+`open_store` decides by the path alone: `s3://`, `gs://` and other addresses are remote (cache.storage.remote), `x.h5`
+is one HDF5 file (cache.storage.hdf5), and so is `x` where there is no such folder but a file `x.h5`. Everything else is
+a folder. Stores are picklable and open nothing before they are first read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from cache.errors import CorruptData
+from cache.layout import METADATA, VIDEOS, is_complete, read_group_attributes
+from cache.storage.frames import FrameArray, open_frames
+
+HDF5_SUFFIX = ".h5"
+
+
+class Store(Protocol):
+    """A cache's groups, by their names in FORMAT.md: "" is the root, "videos/7" a video."""
+
+    @property
+    def path(self) -> Path:
+        """What errors call it."""
+        ...
+
+    def attributes(self, group: str) -> dict[str, Any] | None:
+        """Attributes of a group, None where there is no such group. Raises CorruptData if unreadable."""
+        ...
+
+    def arrays(self, group: str) -> dict[str, NDArray[Any]]:
+        """All small arrays of a group, whole. Raises CorruptData for damaged or missing bytes."""
+        ...
+
+    def videos(self) -> Iterator[tuple[str, bool]]:
+        """(name, complete) of every video, sorted by name."""
+        ...
+
+    def read_file(self, name: str) -> bytes | None:
+        """The bytes of what lies beside the root, such as the label file; None where there is none."""
+        ...
+
+    def frames(self, video: str, field: str) -> FrameArray:
+        """A field of a video. Raises CorruptData where its metadata are unreadable."""
+        ...
+
+    def size(self, video: str, field: str) -> int:
+        """Stored bytes of a field of a video."""
+        ...
+
+
+def open_store(path: Path | str) -> Store:
+    """The store that a path names; whether there is a cache in it shows when it is read."""
+    from cache.storage.remote import RemoteStore, remote_url
+
+    url = remote_url(path)
+    if url is not None:
+        return RemoteStore(url=url)
+    local = Path(path)
+    beside = local.with_name(local.name + HDF5_SUFFIX)
+    if local.suffix == HDF5_SUFFIX or (not (local / METADATA).exists() and beside.is_file()):
+        from cache.storage.hdf5 import Hdf5Store
+
+        return Hdf5Store(local if local.suffix == HDF5_SUFFIX else beside)
+    return FolderStore(path=local)
+
+
+def extraction_store(path: Path | str) -> Store:
+    """The store that an extraction to `path` begins or continues: an address or a folder, never a file beside it."""
+    from cache.storage.remote import RemoteStore, remote_url
+
+    url = remote_url(path)
+    return FolderStore(path=Path(path)) if url is None else RemoteStore(url=url)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderStore:
+    """A cache in a folder: the form that extraction writes and the fast reader reads."""
+
+    path: Path
+
+    def attributes(self, group: str) -> dict[str, Any] | None:
+        """See Store."""
+        return read_group_attributes(f"{self.path}/{group}")
+
+    def arrays(self, group: str) -> dict[str, NDArray[Any]]:
+        """See Store."""
+        folder = self.path / group
+        names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
+        return {name: self._array(folder / name) for name in names}
+
+    def videos(self) -> Iterator[tuple[str, bool]]:
+        """See Store."""
+        return video_groups(self.path)
+
+    def read_file(self, name: str) -> bytes | None:
+        """See Store."""
+        file = self.path / name
+        return file.read_bytes() if file.exists() else None
+
+    def frames(self, video: str, field: str) -> FrameArray:
+        """See Store."""
+        return open_frames(self.path.joinpath(VIDEOS, video, field))
+
+    def size(self, video: str, field: str) -> int:
+        """See Store."""
+        folder = self.path / VIDEOS / video / field
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    def _array(self, folder: Path) -> NDArray[Any]:
+        try:
+            array = np.asarray(zarr.open_array(str(folder), mode="r")[...])
+        except Exception as error:  # damaged metadata can fail anywhere in their reader
+            raise CorruptData(f"unreadable: {error}", where=folder) from error
+        return require_finite(array, folder)
+
+
+def require_finite(array: NDArray[Any], where: object) -> NDArray[Any]:
+    """The array; raises CorruptData for NaN (Zarr's mark of what was never written) or infinity in it."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise CorruptData("missing or non-finite numbers", where=where)
+    return array
+
+
+def video_groups(path: Path) -> Iterator[tuple[str, bool]]:
+    """(name, complete) of every video folder of the cache in the folder `path`, sorted by name."""
+    folder = path / VIDEOS
+    if folder.is_dir():
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir())
+        for name in names:
+            yield name, is_complete(f"{folder}/{name}")

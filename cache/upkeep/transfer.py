@@ -1,0 +1,131 @@
+"""A cache as one HDF5 file and back, byte for byte."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from tqdm import tqdm
+
+from cache.codecs.rate_distortion import CALIBRATION
+from cache.errors import CacheError
+from cache.layout import (
+    ANNOTATIONS,
+    CODEC,
+    DETECTOR,
+    FRAME_QUERIES,
+    FRAMES_PER_SHARD,
+    MASK_FEATURES,
+    METADATA,
+    VIDEOS,
+    group_metadata,
+    sync_to_disk,
+    write_file_atomically,
+)
+from cache.reader import CachedVideo, FeatureCache
+from cache.storage.hdf5 import ATTRIBUTES, Hdf5Store
+from cache.storage.locks import locked
+from cache.storage.shard_writer import ShardWriter, write_array
+from cache.storage.stores import Store
+from cache.writer import sync_tree
+
+FILES = (ANNOTATIONS, CALIBRATION)
+"""Carried along, where they lie beside the root."""
+AXES = {FRAME_QUERIES: ("T", "L", "Q", "C"), MASK_FEATURES: ("T", "R", "H", "W")}
+
+
+def export_hdf5(feature_cache: FeatureCache, file: Path) -> None:
+    """Write the complete videos and all else of a cache to one HDF5 file, which appears only when it is whole.
+
+    Raises CacheError where the file exists, CorruptData where a stored frame is damaged.
+    """
+    if file.exists():
+        raise CacheError("the file exists already", where=file, hint="delete it, or choose another name")
+    temporary = file.with_name(f".{file.name}.tmp")
+    with ExitStack() as cleanup:
+        cleanup.callback(temporary.unlink, missing_ok=True)
+        with h5py.File(temporary, "w") as target:
+            _export_rest(feature_cache.store, target)
+            for name in tqdm(feature_cache.video_names(), desc="export", unit="video", delay=2):
+                _export_video(feature_cache.video(name), feature_cache, target)
+        sync_to_disk(temporary)
+        temporary.replace(file)
+    sync_to_disk(file.parent)
+
+
+def _export_rest(store: Store, target: h5py.File) -> None:
+    for name in FILES:
+        content = store.read_file(name)
+        if content is not None:
+            target[name] = np.frombuffer(content, np.uint8)
+    for group in ("", DETECTOR, CODEC, VIDEOS):
+        _put_attributes(target, group, store.attributes(group) or {})
+        for name, array in store.arrays(group).items() if group in (DETECTOR, CODEC) else ():
+            target[f"{group}/{name}"] = array
+
+
+def _export_video(video: CachedVideo, feature_cache: FeatureCache, target: h5py.File) -> None:
+    group = f"{VIDEOS}/{video.name}"
+    _put_attributes(target, group, feature_cache.store.attributes(group) or {})
+    for field, array in ((FRAME_QUERIES, video.queries), (MASK_FEATURES, video.maps)):
+        packing: dict[str, Any] = {}
+        if field == MASK_FEATURES and feature_cache.codec.compressed:
+            packing = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+        dataset = target.create_dataset(
+            f"{group}/{field}", array.shape, array.dtype, chunks=(1, *array.shape[1:]), fletcher32=True, **packing
+        )
+        for start in range(0, array.shape[0], FRAMES_PER_SHARD):
+            frames = range(start, min(start + FRAMES_PER_SHARD, array.shape[0]))
+            dataset[frames.start : frames.stop] = array.read(frames)
+
+
+def _put_attributes(target: h5py.File, group: str, attributes: Mapping[str, Any]) -> None:
+    content = json.dumps(attributes, ensure_ascii=False).encode()
+    target[f"{group}/{ATTRIBUTES}"] = np.frombuffer(content, np.uint8)
+
+
+def import_hdf5(file: Path, path: Path) -> None:
+    """Write the cache that an HDF5 file holds to the folder `path`; the root comes last, as at extraction.
+
+    Raises CacheError where the folder is not empty or the file holds no cache, CorruptData for damaged frames.
+    """
+    if path.exists() and any(path.iterdir()):
+        raise CacheError("the folder is not empty", where=path, hint="import into a new folder")
+    feature_cache = FeatureCache.open(file)
+    if not isinstance(feature_cache.store, Hdf5Store):
+        raise CacheError("not an HDF5 file", where=file, expected="a file that ends in .h5")
+    store = feature_cache.store
+    path.mkdir(parents=True, exist_ok=True)
+    with locked(path):
+        for name in FILES:
+            content = store.read_file(name)
+            if content is not None:
+                write_file_atomically(path / name, content)
+        for group in (DETECTOR, CODEC, VIDEOS):
+            (path / group).mkdir()
+            for name, array in store.arrays(group).items() if group != VIDEOS else ():
+                write_array(path / group / name, array)
+            write_file_atomically(path / group / METADATA, group_metadata(store.attributes(group) or {}))
+        for name in tqdm(feature_cache.video_names(), desc="import", unit="video", delay=2):
+            _import_video(feature_cache, name, path / VIDEOS / name)
+        sync_tree(path)
+        write_file_atomically(path / METADATA, group_metadata(store.attributes("") or {}))
+
+
+def _import_video(feature_cache: FeatureCache, name: str, folder: Path) -> None:
+    video = feature_cache.video(name)
+    folder.mkdir()
+    for field, array in ((FRAME_QUERIES, video.queries), (MASK_FEATURES, video.maps)):
+        packed = field == MASK_FEATURES and feature_cache.codec.compressed
+        example = np.empty((0, *array.shape[1:]), array.dtype)
+        writer = ShardWriter(folder / field, array.shape[0], example, AXES[field], compressed=packed)
+        for start in range(0, array.shape[0], FRAMES_PER_SHARD):
+            writer.append(array.read(range(start, min(start + FRAMES_PER_SHARD, array.shape[0]))))
+        writer.finish()
+    content = group_metadata(feature_cache.store.attributes(f"{VIDEOS}/{name}") or {})
+    write_file_atomically(folder / METADATA, content)

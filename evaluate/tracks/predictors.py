@@ -1,0 +1,135 @@
+"""What finds the tracks of a cached video: the head of a run, or the training-free baseline.
+
+Shapes: t frames of a block, Q frame queries, q of them kept, C channels, L detector layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cache.labels.category_map import category_pairs
+from cache.reader import CachedVideo
+from configs.command import device_name
+from configs.schema import CheckpointChoice, EvaluateSettings, Settings
+from evaluate.tracks.baseline import track_without_training
+from evaluate.tracks.inference import VideoTracks, predict_video
+from evaluate.tracks.read_ahead import read_ahead
+from train_head.build import decoding_of, map_channels
+from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
+from train_head.data.video_sets import VideoSet
+from train_head.heads.contract import TrackHead
+from train_head.heads.frame_spill import TokenBlock
+from train_head.losses.detector_predictions import FrozenHeads
+from train_head.losses.frame_matches import label_map
+from train_head.losses.mask_folding import MapDecoding
+
+VideoPredictor = Callable[[CachedVideo], VideoTracks]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadPredictor:
+    """Whole-video inference by a trained head: a VideoPredictor."""
+
+    head: TrackHead
+    frozen: FrozenHeads
+    decoding: MapDecoding
+    choices: EvaluateSettings
+    device: torch.device
+    advance: Callable[[int], object] = lambda _: None
+    """Told the number of frames of every block whose masks are decoded."""
+
+    def __call__(self, cached: CachedVideo) -> VideoTracks:
+        """The tracks of a video; memory does not grow with its length but for the run lengths."""
+        frames = range(cached.attributes.num_frames)
+        return predict_video(
+            self.head,
+            read_ahead(self.tokens(cached, frames)),
+            read_ahead(self.maps(cached, frames)),
+            num_frames=len(frames),
+            decoding=self.decoding,
+            image_hw=cached.attributes.image_hw,
+            original_hw=cached.attributes.original_hw,
+            top_k=self.choices.top_k,
+            repeats=self.choices.repeats,
+        )
+
+    def tokens(self, cached: CachedVideo, frames: Sequence[int]) -> Iterator[TokenBlock]:
+        """The frame queries that the head sees, in blocks of `evaluate.chunk_frames`."""
+        for part in _blocks(frames, self.choices.chunk_frames):
+            stored_tLQC = torch.from_numpy(cached.frame_queries(part)).to(self.device)
+            yield keep_likeliest(self.frozen, self.frozen.normed(stored_tLQC[:, -1]), self.choices.keep_queries)
+
+    def maps(self, cached: CachedVideo, frames: Sequence[int]) -> Iterator[Tensor]:
+        """The stored maps (t, R, H, W), in the same blocks."""
+        for map_tRHW in stored_maps(cached, frames, self.choices.chunk_frames, self.device):
+            yield map_tRHW
+            self.advance(len(map_tRHW))
+
+
+def stored_maps(
+    cached: CachedVideo, frames: Sequence[int], chunk_frames: int, device: torch.device
+) -> Iterator[Tensor]:
+    """A video's stored maps in blocks (t, R, H, W), read when they are needed."""
+    for part in _blocks(frames, chunk_frames):
+        yield torch.from_numpy(cached.mask_features(part)).to(device)
+
+
+def _blocks(frames: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (frames[start : start + size] for start in range(0, len(frames), size))
+
+
+def keep_likeliest(frozen: FrozenHeads, normed_tQC: Tensor, share: float) -> TokenBlock:
+    """Of every frame keep the `share` of queries that the detector is least sure are no object (VITA, Table 6)."""
+    if share >= 1:
+        return TokenBlock.whole_frames(normed_tQC)
+    no_object_tQ = frozen.class_embed(normed_tQC).softmax(dim=-1)[..., -1]
+    count = max(1, round(share * normed_tQC.shape[1]))
+    slots_tq = no_object_tQ.topk(count, dim=1, largest=False).indices.sort(dim=1).values
+    return TokenBlock(tokens_tqC=torch.take_along_dim(normed_tQC, slots_tq[..., None], dim=1), slots_tq=slots_tq)
+
+
+def head_predictor(settings: Settings, videos: VideoSet) -> HeadPredictor:
+    """The head in the run's checkpoint. WeightsError where there is none, FingerprintMismatch for another cache."""
+    device = torch.device(device_name(settings.device))
+    name = BEST if settings.evaluate.checkpoint is CheckpointChoice.best else CHECKPOINT
+    path = Path(settings.runs) / settings.name / name
+    checkpoint = load_checkpoint(path)
+    checkpoint.require_cache(videos.feature_cache, path, any_codec=True)
+    heads = videos.feature_cache.heads
+    return HeadPredictor(
+        head=checkpoint.build_head(device),
+        frozen=FrozenHeads(heads).to(device),
+        decoding=decoding_of(videos.codec, map_channels(heads)).to(device),
+        choices=settings.evaluate,
+        device=device,
+    )
+
+
+def baseline_predictor(settings: Settings, videos: VideoSet) -> VideoPredictor:
+    """Training-free tracking; only categories that the detector knows can be found."""
+    device = torch.device(device_name(settings.device))
+    stored, categories = videos.feature_cache.heads, videos.labels.categories
+    frozen, decoding = FrozenHeads(stored).to(device), decoding_of(videos.codec, map_channels(stored)).to(device)
+    pairs = category_pairs(categories, stored.category_names)
+    label_map_KJ = label_map("category_map", len(categories), stored.num_classes, pairs).to(device)
+
+    def predict(cached: CachedVideo) -> VideoTracks:
+        frames = range(cached.attributes.num_frames)
+        return track_without_training(
+            frozen,
+            frozen.normed(torch.from_numpy(cached.frame_queries())[:, -1].to(device)),
+            read_ahead(stored_maps(cached, frames, settings.evaluate.chunk_frames, device)),
+            decoding=decoding,
+            label_map_KJ=label_map_KJ,
+            image_hw=cached.attributes.image_hw,
+            original_hw=cached.attributes.original_hw,
+            top_k=settings.evaluate.top_k,
+            repeats=settings.evaluate.repeats,
+        )
+
+    return predict

@@ -1,0 +1,49 @@
+"""Which engine runs the detector that a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from cache.errors import WeightsError
+from configs.schema import DetectorEngine, DetectorSettings
+from extract.detector.frozen import FrameDetector, load_detector
+
+
+def open_detector(chosen: DetectorSettings, *, precision: str, device: str) -> FrameDetector:
+    """Load the frozen detector of a config with its engine; errors are those of the engine's loader."""
+    return _ENGINES[chosen.engine](chosen, precision, device)
+
+
+def _transformers(chosen: DetectorSettings, precision: str, device: str) -> FrameDetector:
+    return load_detector(
+        Path(chosen.weights),
+        architecture=chosen.architecture,
+        num_layers=chosen.num_layers,
+        precision=precision,
+        device=device,
+    )
+
+
+def _detectron2(chosen: DetectorSettings, precision: str, device: str) -> FrameDetector:
+    from extract.detector.detectron2_engine import load_detectron2_detector
+
+    assert chosen.config_file is not None  # configs/load.py
+    detector = load_detectron2_detector(
+        Path(chosen.weights),
+        Path(chosen.config_file),
+        num_layers=chosen.num_layers,
+        precision=precision,
+        device=device,
+    )
+    assert detector.report is not None
+    backbone = detector.report.backbone
+    if chosen.architecture not in (None, backbone):
+        raise WeightsError("another backbone", where=chosen.weights, expected=chosen.architecture, got=backbone)
+    return detector
+
+
+_ENGINES: Mapping[DetectorEngine, Callable[[DetectorSettings, str, str], FrameDetector]] = {
+    DetectorEngine.transformers: _transformers,
+    DetectorEngine.detectron2: _detectron2,
+}

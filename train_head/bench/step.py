@@ -1,0 +1,136 @@
+"""`python -m train_head bench`: what a training step costs, against the live detector and against plain losses.
+
+Every side is a process with one thread; they take their steps in turns, so that whatever else the machine does hits
+all alike, and the medians count. One run needs no data and no weights: features are random, of real size.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from cache.bench.reading import machine
+from configs.command import device_name
+from configs.schema import Device
+from train_head.bench.problem import Problem, write_bench_cache
+from train_head.bench.sides import SideName, SideReport, serve
+
+ITERATIONS = 130_000  # of the published training on YouTube-VIS 2019
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All sides at one problem: seconds of every step, and what each side found."""
+
+    problem: Problem
+    seconds: dict[str, list[float]]
+    reports: dict[str, SideReport]
+
+    def median(self, side: SideName) -> float:
+        """Seconds of a typical step."""
+        return statistics.median(self.seconds[side.value])
+
+    def floor(self) -> float:
+        """Seconds that the matrix products of our step take at the measured rate."""
+        return self.reports["ours"].flops / self.rate
+
+    @property
+    def rate(self) -> float:
+        """Operations a second of a large product: the best that any side saw."""
+        return max(report.flops_per_second for report in self.reports.values())
+
+    def largest_difference(self) -> float:
+        """Largest relative difference of a loss term between the dense side and ours, at the same points."""
+        pairs = self.reports["dense"].losses.values()
+        return max(abs(dense - ours) / max(abs(dense), 1e-12) for dense, ours in pairs)
+
+
+def bench(output: Path | None, quick: bool, device: Device) -> int:
+    """Measure, print the tables, and write JSON to `output`; status 1 where the losses differ by more than 1e-4."""
+    name = device_name(device)
+    base = Problem(device=name, clips=8 if name == "cuda" else 1, frames=6 if name == "cuda" else 5)
+    problems = [base] if quick else [base, replace(base, enc_layers=3, dec_layers=6)]
+    turns = 30 if name == "cuda" else 3 if quick else 7
+    facts = {**machine(), "torch": version("torch"), "device": _device_words(name)}
+    print("  ".join(f"{key} {value}" for key, value in facts.items()))
+    found = [compare(problem, turns) for problem in problems]
+    for comparison in found:
+        print(table(comparison))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"machine": facts, "steps": [asdict(one) for one in found]}, indent=2))
+        print(f"written: {output}")
+    return int(max(comparison.largest_difference() for comparison in found) > 1e-4)
+
+
+def _device_words(name: str) -> str:
+    return torch.cuda.get_device_name() if name == "cuda" else "CPU, 1 thread, processor time"
+
+
+def compare(problem: Problem, turns: int) -> Comparison:
+    """Let all sides take their steps in turns."""
+    context = get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="vita-head-bench-") as folder:
+        write_bench_cache(Path(folder), problem)
+        ends, processes = {}, []
+        for name in SideName:
+            ends[name], theirs = context.Pipe()
+            processes.append(context.Process(target=serve, args=(name, problem, Path(folder), theirs)))
+            processes[-1].start()
+            theirs.close()
+            ends[name].recv()
+        seconds: dict[str, list[float]] = {name.value: [] for name in SideName}
+        for _ in range(turns):
+            for name, end in ends.items():
+                end.send(True)
+                seconds[name.value].append(end.recv())
+        reports = {}
+        for name, end in ends.items():
+            end.send(False)
+            reports[name.value] = end.recv()
+        for process in processes:
+            process.join()
+    return Comparison(problem=problem, seconds=seconds, reports=reports)
+
+
+_WORDS = {
+    SideName.live: "(a) live detector + our losses",
+    SideName.dense: "(b) plain losses on cached features",
+    SideName.ours: "(c) ours",
+    SideName.cheap: "(d) ours, cheap options",
+}
+
+
+def table(found: Comparison) -> str:
+    """Seconds, ratios, memory; the parts of our step; the floor."""
+    size, ours = found.problem, found.reports["ours"]
+    pace = ours.pace
+    assert pace is not None
+    head = f"{size.enc_layers} + {size.dec_layers} layers, {size.clips} x {size.frames} frames, {size.points} points"
+    lines = [f"\n{head:38}{'seconds':>9}{'(a)/x':>8}{'(b)/x':>8}{'peak MB':>10}{'(b)/x':>8}"]
+    live, dense = found.median(SideName.live), found.median(SideName.dense)
+    for name, words in _WORDS.items():
+        seconds, peak = found.median(name), found.reports[name.value].peak_bytes
+        memory = found.reports["dense"].peak_bytes / max(1, peak)
+        lines.append(
+            f"{words:38}{seconds:9.3f}{live / seconds:8.1f}{dense / seconds:8.1f}{peak / 1e6:10.0f}{memory:8.1f}"
+        )
+    parts = "  ".join(f"{name} {seconds:.3f}" for name, seconds in ours.parts.items())
+    step, floor = found.median(SideName.ours), found.floor()
+    lines += [
+        f"parts of (c): {parts}",
+        f"floor of (c): {ours.flops / 1e9:.0f} GFLOP of products at {found.rate / 1e9:.0f} GFLOP/s are {floor:.3f} s; "
+        f"the step takes {step / floor:.1f} times that",
+        f"equal points: the loss terms of (b) and (c) differ by at most {found.largest_difference():.1e}",
+        f"steps one after the other: {pace.seconds:.3f} s each, {1 / pace.seconds:.2f} a second, "
+        f"{pace.seconds * ITERATIONS / 3600:.1f} hours for {ITERATIONS}; {pace.waiting:.1%} of that waits for data",
+        pace.largest,
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,102 @@
+"""Clips of images for fine-tuning: read, augmented and labelled, all frames of a clip alike (VITA's augmentations).
+
+Shapes: T frames, H×W input pixels without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cache.labels.tracks import Video
+from cache.media.geometry import Transform, TransformRanges, network_size
+from configs.schema import FinetuneSettings
+from train_head.data.clip_loader import Empty
+from train_head.data.clips import USUAL_OBJECTS, ClipStream, read_targets
+from train_head.losses.targets import ClipTargets
+
+FrameReader = Callable[[Video, int], Image.Image]
+"""The RGB image of one frame of a video, of the size that the labels say."""
+_STREAM = 2  # of random numbers: 0 shuffles videos, 1 draws frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveClip:
+    """T frames of one video as images, transformed alike."""
+
+    index: int
+    name: str  # of the video, for people
+    video_id: int
+    frames: tuple[int, ...]
+    images_T3HW: Tensor  # uint8 RGB, unpadded
+    targets: ClipTargets
+
+
+class LiveClips:
+    """The clips of a stream, from image files; clip i and its augmentation depend on (seed, i) alone."""
+
+    def __init__(
+        self,
+        stream: ClipStream,
+        readers: Sequence[FrameReader],
+        short_edge: int | None,
+        chosen: FinetuneSettings | None,
+    ) -> None:
+        """`readers`: one for each source of the stream; they travel to worker processes.
+
+        `chosen`: the augmentation of the first source, the videos; None resizes to `short_edge`, as extraction does.
+        Other sources are pseudo-videos, whose frames are transformed already.
+        """
+        self.stream, self.readers, self.short_edge, self.chosen = stream, readers, short_edge, chosen
+
+    @property
+    def clip_bytes(self) -> int:
+        """A clip's images and masks, of the largest frames."""
+        short_edge = max(self.chosen.short_edges) if self.chosen and self.chosen.short_edges else self.short_edge
+        sizes = [network_size((v.height, v.width), short_edge) for part in self.stream.labels for v in part.videos]
+        return self.stream.config.num_frames * (3 + USUAL_OBJECTS) * max(height * width for height, width in sizes)
+
+    def __getitem__(self, index: int) -> LiveClip:
+        """Read clip number `index`."""
+        return self.read(index, np.empty)
+
+    def read(self, index: int, empty: Empty) -> LiveClip:
+        """Read, transform and label the frames of clip number `index`; `empty` is of no use to image decoders."""
+        drawn = self.stream.draw(index)
+        labels, video_id, frames = self.stream.labels[drawn.source], drawn.video_id, drawn.frames
+        video = labels.video_by_id[video_id]
+        original_hw = (video.height, video.width)
+        is_pseudo = drawn.source > 0
+        transform = Transform.resize(original_hw, original_hw) if is_pseudo else self.transform(index, original_hw)
+        images = [transform.on_image(self.readers[drawn.source](video, frame)) for frame in frames]
+        return LiveClip(
+            index=index,
+            name=video.name,
+            video_id=video_id,
+            frames=frames,
+            images_T3HW=torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2),
+            targets=read_targets(labels, video_id, frames, [transform] * len(frames)),
+        )
+
+    def transform(self, index: int, original_hw: tuple[int, int]) -> Transform:
+        """One transform for all frames of clip `index`."""
+        chosen = self.chosen
+        if chosen is None:
+            return Transform.resize(original_hw, network_size(original_hw, self.short_edge))
+        rng = np.random.default_rng([self.stream.config.seed, _STREAM, index])
+        if rng.random() < chosen.crop_share:
+            ranges = TransformRanges(
+                resize_edges=tuple(chosen.resize_edges),
+                crop_sides=(chosen.crop_sides[0], chosen.crop_sides[1]),
+                short_edges=tuple(chosen.short_edges),
+                flip=chosen.flip,
+            )
+            return ranges.draw(rng, original_hw, 1)[0]
+        short_edge = int(rng.choice(chosen.short_edges)) if chosen.short_edges else self.short_edge
+        size = network_size(original_hw, short_edge)
+        return Transform(crop=(0, 0, *original_hw), size=size, flip=chosen.flip and bool(rng.random() < 0.5))

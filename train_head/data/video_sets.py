@@ -1,0 +1,145 @@
+"""From a config to caches, labels and video ids: what stage two trains on and what it is evaluated on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cache.codecs import Codec
+from cache.errors import AnnotationError, ConfigError, FingerprintMismatch
+from cache.labels.splits import Split, holdout_split
+from cache.labels.tracks import Labels
+from cache.layout import video_group_name
+from cache.reader import FeatureCache
+from cache.upkeep.staging import local_copy
+from configs.schema import CodecName, Settings
+from configs.schema import Split as SplitName
+from configs.splits import SplitPaths, pseudo_split, train_split, valid_split
+from configs.views import train_views
+from train_head.data.clips import ClipSource
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSet:
+    """Some videos of one cache, with the labels that the cache carries."""
+
+    split: str
+    feature_cache: FeatureCache
+    labels: Labels  # of these videos only
+    holdout: Split | None  # how the train videos were divided, where they were
+    sources: tuple[ClipSource, ...] = ()  # what clips of the training set are drawn from; these videos come first
+
+    @property
+    def video_ids(self) -> tuple[int, ...]:
+        """Ids in file order."""
+        return tuple(video.id for video in self.labels.videos)
+
+    @property
+    def codec(self) -> Codec:
+        """The codec of the cache."""
+        return self.feature_cache.codec
+
+
+def open_training_set(settings: Settings) -> VideoSet:
+    """Open the train cache without the videos held out, and what is mixed in; refuses caches that lack anything."""
+    videos = _open(settings, train_split(settings), "train")
+    views = {video.id: train_views(settings, video) for video in videos.labels.videos}
+    mixed = [(Path(mix.cache), mix.ratio) for mix in settings.train.mix]
+    pseudo = pseudo_split(settings)
+    mixed += [] if pseudo is None else [(pseudo.features, settings.pseudo.ratio)]
+    own = ClipSource(feature_cache=videos.feature_cache, labels=videos.labels, views=views)
+    return replace(videos, sources=(own, *(_open_mixed(settings, videos, path, ratio) for path, ratio in mixed)))
+
+
+def open_evaluation_set(settings: Settings) -> VideoSet:
+    """Open the videos that `evaluate.split` names.
+
+    Raises ConfigError where there are none, FingerprintMismatch where the cache holds other features than the
+    settings ask for.
+    """
+    split, paths = evaluation_split(settings)
+    return _open(settings, paths, split)
+
+
+def evaluation_split(settings: Settings) -> tuple[str, SplitPaths]:
+    """Which videos `evaluate.split` names, and where they lie.
+
+    `auto` is the validation set where the config names one, or else the hold-out. Raises ConfigError where
+    there is neither.
+    """
+    wanted = settings.evaluate.split
+    valid = valid_split(settings)
+    if wanted is SplitName.auto:
+        wanted = SplitName.holdout if valid is None else SplitName.valid
+    if wanted is SplitName.valid:
+        if valid is None:
+            raise ConfigError("evaluate.split is valid, but data.valid_labels is null", hint="use holdout")
+        return "valid", valid
+    if wanted is SplitName.holdout and settings.data.holdout == 0:
+        raise ConfigError(
+            "nothing to evaluate on: no validation labels, and no train videos held out",
+            where="settings data.valid_labels, data.holdout",
+            hint="set data.holdout=0.1 before training",
+        )
+    return wanted.value, train_split(settings)
+
+
+def chosen_videos(settings: Settings, split: str, labels: Labels) -> tuple[Labels, Split | None]:
+    """The videos of a split among those of its label file, and how they were drawn where some are held out."""
+    if split == "valid" or settings.data.holdout == 0:
+        return labels, None
+    holdout = holdout_split(labels, settings.data.holdout, settings.data.holdout_seed)
+    return labels.subset(holdout.train_ids if split == "train" else holdout.holdout_ids), holdout
+
+
+def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
+    feature_cache = FeatureCache.open(
+        local_copy(paths.features, settings.cache.stage_to), preload=settings.cache.preload
+    )
+    _require_settings(feature_cache, settings)
+    labels, holdout = chosen_videos(settings, split, feature_cache.labels())
+    if split == "train" and not labels.has_tracks:
+        raise AnnotationError("the train split has no annotations", where=feature_cache.path)
+    for video in labels.videos:
+        feature_cache.video(video_group_name(video.id))
+    return VideoSet(split=split, feature_cache=feature_cache, labels=labels, holdout=holdout)
+
+
+def _open_mixed(settings: Settings, videos: VideoSet, path: Path, ratio: float) -> ClipSource:
+    """Open another cache to train on; its frames may have other sizes, and all else is as in the train cache."""
+    other = FeatureCache.open(local_copy(path, settings.cache.stage_to), preload=settings.cache.preload)
+    wanted = replace(videos.feature_cache.fingerprint, short_edge=other.fingerprint.short_edge)
+    hint = (
+        "extract both with the same detector and codec: `make extract` with the detector.* and cache.* of this config"
+    )
+    other.fingerprint.require(wanted, where=path, hint=hint)
+    labels = other.labels()
+    here, there = ({(c.id, c.name) for c in held.categories} for held in (videos.labels, labels))
+    if here != there:
+        raise AnnotationError(
+            "the labels of mixed caches have other categories: only in the train cache "
+            f"{sorted(here - there)[:3]}, only there {sorted(there - here)[:3]}",
+            where=path,
+            hint="give both label files the same ids and names",
+        )
+    return ClipSource(feature_cache=other, labels=labels, ratio=ratio)
+
+
+def _require_settings(feature_cache: FeatureCache, settings: Settings) -> None:
+    """Check what the settings say about features against what the cache holds; the weights may be elsewhere."""
+    stored, detector = feature_cache.fingerprint, settings.detector
+    codec = feature_cache.root.codec_name
+    wanted = {
+        "detector.num_layers": (stored.num_layers, detector.num_layers),
+        "detector.short_edge": (stored.short_edge or None, detector.short_edge),
+        "cache.codec": (codec, codec if settings.cache.codec is CodecName.auto else settings.cache.codec.value),
+    }
+    for key, (held, asked) in wanted.items():
+        if held != asked:
+            raise FingerprintMismatch(
+                f"the cache was extracted with another {key}",
+                where=feature_cache.path,
+                expected=asked,
+                got=held,
+                hint=f"set {key}={held}, or extract into another cache.path with `make extract`",
+            )

@@ -1,0 +1,102 @@
+"""Which of the frozen detector's queries belongs to which object of a frame (REFERENCE §4).
+
+The detector never changes, so a frame's matches never change: they can be computed once and remembered.
+
+Shapes: T frames, L detector layers, Q frame queries, N objects, P points, R stored channels,
+K categories of the labels, J categories of the detector.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.errors import ConfigError
+from train_head.losses.detector_predictions import FramePredictions
+from train_head.losses.matcher import CostWeights, assign, point_costs
+from train_head.losses.points import sample_map, sample_masks
+from train_head.losses.targets import ClipTargets
+
+MatchingMode = Literal["category_map", "mask_only", "release"]
+
+
+def label_map(
+    mode: MatchingMode, num_labels: int, num_detector_classes: int, pairs: Iterable[tuple[int, int]] = ()
+) -> Tensor:
+    """Build the (K, J) map of 0 and 1 that says which detector classes count as which label.
+
+    `category_map` takes `pairs` of (label, detector class) and leaves other labels without a class cost;
+    `mask_only` has none; `release` needs a detector with the data set's own classes and is the identity.
+    VITA: the release knows the last only, and freezes a re-initialised class layer if the classes differ.
+    """
+    result_KJ = torch.zeros(num_labels, num_detector_classes)
+    if mode == "category_map":
+        for label, detector_class in pairs:
+            result_KJ[label, detector_class] = 1.0
+    elif mode == "release":
+        if num_labels != num_detector_classes:
+            raise ConfigError(
+                "loss.frame_matching=release needs a detector with the classes of the data set",
+                expected=f"{num_labels} detector classes",
+                got=num_detector_classes,
+                hint="set loss.frame_matching=category_map or mask_only",
+            )
+        result_KJ.fill_diagonal_(1.0)
+    return result_KJ
+
+
+def frame_points(video: str, frames: Sequence[int], num_points: int, seed: int = 0) -> Tensor:
+    """Points (T, P, 2) in [0, 1] that depend on the video's name and the frame's number only."""
+    digest = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "little")
+    points_TP2 = [
+        np.random.default_rng([seed, digest, frame]).random((num_points, 2), dtype=np.float32) for frame in frames
+    ]
+    return torch.from_numpy(np.stack(points_TP2))
+
+
+@torch.no_grad()
+def match_frames(
+    predictions_TLQ: FramePredictions,
+    map_TRHW: Tensor,
+    targets: ClipTargets,
+    label_map_KJ: Tensor,
+    points_TP2: Tensor,
+    cost_weights: CostWeights = CostWeights(),  # noqa: B008 (frozen)
+) -> Tensor:
+    """Detector queries of every layer, frame and object: (L, T, N) int64, -1 where absent or unmatched.
+
+    Every (layer, frame) is one assignment problem between the Q queries and the objects present in the frame;
+    costs as in the clip matching, on one frame's points, for all layers in one product.
+    """
+    T, L, Q, _ = predictions_TLQ.class_logits.shape
+    N = targets.num_objects
+    matches_LTN = torch.full((L, T, N), -1, dtype=torch.int64, device=map_TRHW.device)
+    if N == 0:
+        return matches_LTN
+    area_hw = targets.image_hw
+    channels_TPR = sample_map(map_TRHW, points_TP2, area_hw)
+    every_NT = torch.arange(N * T, device=map_TRHW.device).view(N, T)
+    labels_GP = sample_masks(
+        targets.masks_NThw.flatten(0, 1),
+        every_NT.t().flatten(),
+        points_TP2.repeat_interleave(N, dim=0),
+        area_hw,
+    )
+    labels_TNP = labels_GP.view(T, N, -1)
+    stacked_TGR = predictions_TLQ.mask_weights.stacked().flatten(1, 2)
+    problems = zip(stacked_TGR, channels_TPR, labels_TNP, strict=True)
+    cost_TLQN = torch.stack(
+        [point_costs(weights, [channels], labels[:, None], cost_weights) for weights, channels, labels in problems]
+    ).view(T, L, Q, N)
+    probability_TLQJ = predictions_TLQ.class_logits.float().softmax(dim=-1)[..., :-1]
+    cost_TLQN = cost_TLQN - cost_weights.label * (probability_TLQJ @ label_map_KJ[targets.labels_N].t())
+    objects_T = [present_N.nonzero().flatten() for present_N in targets.present_NT.t()]
+    solved = assign([cost_LQN[..., objects] for cost_LQN, objects in zip(cost_TLQN, objects_T, strict=True)])
+    for frame, (objects, (query_LM, column_LM)) in enumerate(zip(objects_T, solved, strict=True)):
+        matches_LTN[:, frame].scatter_(1, objects[column_LM], query_LM)
+    return matches_LTN

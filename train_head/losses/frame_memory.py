@@ -1,0 +1,106 @@
+"""Frame-level matches of a run: computed when a frame is first seen, then remembered, since nothing can change them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cache.heads import DetectorHeads
+from cache.labels.category_map import category_pairs
+from configs.schema import FrameMatching, Settings
+from train_head.data.clips import Clip
+from train_head.data.video_sets import VideoSet
+from train_head.losses.detector_predictions import FrozenHeads
+from train_head.losses.frame_matches import frame_points, label_map, match_frames
+from train_head.losses.mask_folding import MapDecoding
+from train_head.losses.matcher import CostWeights
+from train_head.losses.targets import ClipTargets
+
+
+class FrameMemory:
+    """Adds to a clip's targets which detector query is which object in each frame.
+
+    Shapes: T frames, L detector layers, N objects of the clip, A tracks of the video.
+    """
+
+    def __init__(
+        self,
+        heads: FrozenHeads,
+        decoding: MapDecoding,
+        label_map_KJ: Tensor,
+        num_points: int,
+        cost_weights: CostWeights,
+    ) -> None:
+        self.heads, self.decoding, self.label_map_KJ = heads, decoding, label_map_KJ
+        self.num_points, self.cost_weights = num_points, cost_weights
+        self._known: dict[tuple[str, int], Tensor] = {}  # (clip's key, frame) -> (L, A), -1 where not matched
+
+    def with_matches(self, clip: Clip, targets: ClipTargets) -> ClipTargets:
+        """Return `targets`, the clip's on the computing device, with their `frame_queries_LTN`."""
+        unknown = [f for f in dict.fromkeys(clip.frames) if (clip.key, f) not in self._known]
+        if unknown:
+            self._compute(clip, targets, unknown)
+        matches_TLA = torch.stack([self._known[clip.key, frame] for frame in clip.frames])
+        matches_LTN = matches_TLA.transpose(0, 1)[..., targets.identities_N]
+        return replace(targets, frame_queries_LTN=matches_LTN)
+
+    def _compute(self, clip: Clip, targets: ClipTargets, frames: list[int]) -> None:
+        device = targets.labels_N.device
+        rows = torch.tensor([clip.frames.index(frame) for frame in frames])
+        chosen = replace(targets, present_NT=targets.present_NT[:, rows], masks_NThw=targets.masks_NThw[:, rows])
+        normed_TLQC = self.heads.normed(clip.frame_queries_TLQC[rows].to(device))
+        points_TP2 = frame_points(clip.name, frames, self.num_points)
+        matches_LTN = match_frames(
+            self.heads.predict(normed_TLQC, self.decoding),
+            clip.map_TRHW[rows].to(device),
+            chosen,
+            self.label_map_KJ,
+            points_TP2.to(device),
+            self.cost_weights,
+        )
+        for column, frame in enumerate(frames):
+            matches_LA = matches_LTN.new_full((len(matches_LTN), clip.num_tracks), -1)
+            matches_LA[:, targets.identities_N] = matches_LTN[:, column]
+            self._known[clip.key, frame] = matches_LA
+
+
+def build_frame_memory(settings: Settings, videos: VideoSet, heads: FrozenHeads, decoding: MapDecoding) -> FrameMemory:
+    """Build the memory that `loss.frame_matching` asks for."""
+    device = heads.decoder_norm.weight.device
+    stored, labels, loss = videos.feature_cache.heads, videos.labels, settings.loss
+    num_labels = len(labels.categories)
+    if loss.frame_matching is FrameMatching.release and stored.num_classes != num_labels:
+        print("loss.frame_matching=release: the detector has other classes; its class layer is drawn anew and frozen")
+        stored = redrawn_classes(stored, num_labels, settings.seed)
+        heads = FrozenHeads(stored).to(device)
+    names = {
+        FrameMatching.category_map: "category_map",
+        FrameMatching.mask_only: "mask_only",
+        FrameMatching.release: "release",
+    }
+    pairs = category_pairs(labels.categories, stored.category_names)
+    return FrameMemory(
+        heads,
+        decoding,
+        label_map(names[loss.frame_matching], num_labels, stored.num_classes, pairs).to(device),  # type: ignore[arg-type]
+        loss.num_points,
+        CostWeights(label=loss.class_weight, mask=loss.mask_weight, dice=loss.dice_weight),
+    )
+
+
+def redrawn_classes(stored: DetectorHeads, num_classes: int, seed: int) -> DetectorHeads:
+    """Give a detector a random class layer for other classes.
+
+    VITA: its release does so, and freezes the layer, for a frozen detector whose classes are not the data set's; the
+    class costs of the frame-level matching are then noise.
+    """
+    rng = np.random.default_rng([seed, num_classes])
+    bound = stored.hidden_dim**-0.5
+    drawn = {
+        "class_embed.weight": rng.uniform(-bound, bound, (num_classes + 1, stored.hidden_dim)).astype(np.float32),
+        "class_embed.bias": rng.uniform(-bound, bound, num_classes + 1).astype(np.float32),
+    }
+    return DetectorHeads(arrays={**stored.arrays, **drawn}, category_names=())
