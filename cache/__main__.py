@@ -16,7 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cache.bench.reading import bench
-from cache.errors import CacheError, VitaCacheError
+from cache.command import add_verbose, run_command
+from cache.errors import CacheError
 from cache.reader import FeatureCache
 from cache.upkeep.inspection import summarise, verify_root, verify_video
 from cache.upkeep.maintenance import differences, is_folder, prunable, prune, upgrade
@@ -26,16 +27,9 @@ from cache.upkeep.upload import upload
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns 0 where all is well, 1 where `verify` or `diff` found something, 2 for input errors."""
+    """Run one verb. Returns 0 where all is well, 1 where `verify` or `diff` found something, else see run_command."""
     chosen = _parser().parse_args(arguments)
-    try:
-        return _run(chosen)
-    except VitaCacheError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-        return 2
+    return run_command(lambda: _run(chosen), verbose=chosen.verbose)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--scale", type=float, default=1.0, help="share of the frames and videos")
     command = verb("doctor", "check machine, libraries, disk, data and weights (`python -m extract doctor`)")
     command.add_argument("arguments", nargs="*", default=["demo"], help="a config, and key=value settings")
+    add_verbose(verbs)
     return parser
 
 
@@ -92,9 +87,9 @@ def _run(chosen: argparse.Namespace) -> int:
         case "bench":
             return bench(chosen.folder, chosen.json, chosen.scale)
         case "doctor":  # it loads detectors, which this package knows nothing of
-            return subprocess.run(
-                [sys.executable, "-m", "extract", "doctor", *chosen.arguments], check=False
-            ).returncode
+            verbose = ["-v"] if chosen.verbose else []
+            command = [sys.executable, "-m", "extract", "doctor", *chosen.arguments, *verbose]
+            return subprocess.run(command, check=False).returncode
     return 0
 
 

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from configs.command import add_verbose, announced_settings, device_name, run_command
+from cache.command import add_verbose, run_command
+from configs.command import announced_settings, device_name
 from configs.load import load_settings
 from configs.schema import Device
 from evaluate import score

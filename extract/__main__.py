@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from configs.command import add_verbose, announced_settings, run_command
+from cache.command import add_verbose, run_command
+from configs.command import announced_settings
 from configs.load import load_settings
 
 

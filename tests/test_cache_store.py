@@ -470,4 +470,7 @@ def test_verify_finds_every_defect(
 
 def test_the_command_line_reports_bad_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path)]) == 2
-    assert "no feature cache here" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "no feature cache here" in said and "Traceback" not in said
+    assert main(["verify", str(tmp_path), "-v"]) == 2
+    assert "Traceback" in capsys.readouterr().err

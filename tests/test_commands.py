@@ -12,9 +12,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cache.command import INTERRUPTED, run_command
 from cache.errors import ConfigError
 from configs.changes import changed_settings, in_words
-from configs.command import INTERRUPTED, run_command
 from configs.load import load_settings
 from configs.schema import Settings
 from tests.conftest import tiny_settings

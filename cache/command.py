@@ -1,0 +1,66 @@
+"""What every command line shares: `-v`, errors as one line and a hint, Ctrl-C answered with how to go on."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable
+
+from cache.errors import VitaCacheError
+
+INTERRUPTED = 130
+
+
+def add_verbose(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Give every verb `-v`."""
+    for verb in verbs.choices.values():
+        verb.add_argument("-v", "--verbose", action="store_true", help="say more; errors with their traceback")
+
+
+def run_command(command: Callable[[], int], *, verbose: bool = False) -> int:
+    """Run a command and return its exit status: 2 for what users can mend, 1 for a bug, 130 where it was stopped.
+
+    Errors are one line and a hint; `verbose` adds the traceback, and what is logged below the level of a warning.
+    """
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    try:
+        return command()
+    except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
+        return 0
+    except KeyboardInterrupt:
+        if is_main():
+            print(f"stopped; to go on: {_own_command()}", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"{_red('error:')} {_in_words(error)}", file=sys.stderr)
+        return 2 if isinstance(error, VitaCacheError | OSError) else 1
+
+
+def is_main() -> bool:
+    """Whether this is the one process that speaks, where torchrun has started several."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _own_command() -> str:
+    return "the same torchrun command" if "TORCHELASTIC_RUN_ID" in os.environ else shlex.join(sys.orig_argv)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, VitaCacheError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'system'}: {error.strerror or error}"
+    reason = " ".join(str(error).split("\n", 1)[0].split())
+    hint = "not a mistake of yours: the same command with -v shows where, for a bug report"
+    return f"{type(error).__name__}: {reason}\n  hint: {hint}"
+
+
+def _red(text: str) -> str:
+    plain = not sys.stderr.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\033[31m{text}\033[0m"
