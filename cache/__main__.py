@@ -13,11 +13,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cache.bench.reading import bench
 from cache.command import add_verbose, run_command
 from cache.errors import CacheError
+from cache.progress import with_progress
 from cache.reader import FeatureCache
 from cache.upkeep.inspection import summarise, verify_root, verify_video
 from cache.upkeep.maintenance import differences, is_folder, prunable, prune, upgrade
@@ -121,7 +120,7 @@ def verify(path: str, as_json: bool) -> int:
     feature_cache = FeatureCache.open(path)
     findings = list(verify_root(feature_cache))
     names = feature_cache.video_names()
-    for name in tqdm(names, desc="verify", unit="video", delay=2):
+    for name in with_progress(names, "verify", unit="video"):
         findings += verify_video(feature_cache, name)
     if as_json:
         print(json.dumps({"videos": len(names), "findings": [asdict(finding) for finding in findings]}, indent=2))

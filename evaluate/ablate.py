@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cache.errors import ConfigError
 from cache.layout import video_group_name
+from cache.progress import with_progress
 from configs.schema import Settings
 from evaluate.metrics.video_ap import evaluate_tracks
 from evaluate.results import TrackPrediction
@@ -113,7 +112,7 @@ def _association(found: _Run) -> Iterator[Row]:
     for length in CLIP_LENGTHS:
         predictions: dict[Matching, list[TrackPrediction]] = {matching: [] for matching in Matching}
         started = time.perf_counter()
-        for video in tqdm(found.videos.labels.videos, desc=f"clips of {length}", unit="video"):
+        for video in with_progress(found.videos.labels.videos, f"clips of {length}", unit="video"):
             cached = found.videos.feature_cache.video(video_group_name(video.id))
             clips = list(predict_clips(found.predictor, cached, length))
             for matching, tracks in predictions.items():

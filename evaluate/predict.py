@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from cache.labels.tracks import Category, Labels, Video
 from cache.layout import video_group_name
 from cache.media.footage import Footage, read_record
 from cache.media.video_writer import VideoWriter
+from cache.progress import StageProgress, with_progress
 from cache.reader import FeatureCache
 from configs.schema import Settings
 from evaluate.pictures.labelled_frames import contact_sheet, draw_labelled, enlargement
@@ -57,8 +57,8 @@ def predict(settings: Settings, run: Path, features: Path, output: Path, min_sco
         folder = output / (f"{piece.name}-{video.id}" if piece.name in taken else piece.name)
         folder.mkdir(parents=True, exist_ok=True)
         cached = videos.feature_cache.video(video_group_name(video.id))
-        with tqdm(total=video.length, desc=f"predict {piece.name}", unit="frame") as progress:
-            found = replace(predictor, advance=progress.update)(cached)
+        with StageProgress(f"predict {piece.name}", unit="frame", total=video.length) as progress:
+            found = replace(predictor, advance=progress.advance)(cached)
         tracks = list(submitted(videos.labels, video, found))
         _write_tracks(folder / TRACKS, videos.labels, piece, tracks)
         drawn = _draw(folder, predicted_tracks(videos.labels, tracks, video.id, min_score), piece)
@@ -105,8 +105,8 @@ def _draw(folder: Path, tracks: Sequence[DrawnTrack], piece: Footage) -> int:
     sampled = set(np.linspace(0, count - 1, min(_SHEET_FRAMES, count)).round().astype(int).tolist())
     pictures: list[tuple[float, NDArray[np.uint8]]] = []
     with VideoWriter(folder / OVERLAY, (piece.height * scale, piece.width * scale)) as writer:
-        frames = tqdm(piece.frames(), desc=f"draw {piece.name}", total=count, unit="frame")
-        for index, (image, seconds) in enumerate(zip(frames, piece.seconds, strict=True)):
+        moments = with_progress(piece.seconds, f"draw {piece.name}", unit="frame")
+        for index, (image, seconds) in enumerate(zip(piece.frames(), moments, strict=True)):
             picture = draw_labelled(image, tracks, index)
             writer.add(picture, seconds)
             if index in sampled:

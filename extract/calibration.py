@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from cache.codecs import Codec
 from cache.codecs.fit import Statistics, StatisticsAccumulator
@@ -27,6 +26,7 @@ from cache.errors import FingerprintMismatch, FrameError
 from cache.labels.annotations import Video, load_labels
 from cache.layout import Size, crop_map
 from cache.media.geometry import Transform, network_size
+from cache.progress import with_progress
 from cache.reader import FeatureCache
 from cache.storage.stores import extraction_store
 from configs.schema import CacheSettings, CodecName, Settings
@@ -136,7 +136,7 @@ def draw_frames(videos: Sequence[Video], num_frames: int) -> list[tuple[Video, i
 def _run(
     settings: Settings, detector: FrameDetector, folder: Path, frames: Sequence[tuple[Video, int]], title: str
 ) -> Iterator[SampleFrame]:
-    for video, index in tqdm(frames, desc=title, unit="frame"):
+    for video, index in with_progress(frames, title, unit="frame"):
         original_hw = (video.height, video.width)
         image_hw = network_size(original_hw, settings.detector.short_edge)
         transform = Transform.resize(original_hw, image_hw)

@@ -8,9 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-from tqdm import tqdm
-
 from cache.errors import ConfigError
+from cache.progress import StageProgress
 from cache.storage.remote import remote_url
 from cache.writer import CacheWriter
 from configs.command import device_name
@@ -73,8 +72,8 @@ def fill(writer: CacheWriter, asked: SplitJobs, engine: Engine, title: str) -> O
     if not jobs:
         print(f"{title}: all {len(asked.jobs)} videos are in {writer.path} already")
     try:
-        with tqdm(total=frames, desc=title, unit="frame", disable=not jobs) as progress:
-            outcome = _extract_missing(writer, jobs, engine, progress.update)
+        with StageProgress(title, unit="frame", total=frames) as progress:
+            outcome = _extract_missing(writer, jobs, engine, progress.advance)
     finally:
         missing = _missing(writer, jobs)
         if missing:

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from cache.codecs.float16 import Float16
 from cache.errors import CacheError, FrameError, WeightsError
 from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint, Provenance
 from cache.layout import VideoAttributes, video_group_name
 from cache.media.footage import RECORD, Footage, look_through, read_record, write_record
+from cache.progress import StageProgress
 from cache.storage.background import BackgroundWriter
 from cache.writer import CacheWriter
 from configs.cards import write_cache_card
@@ -116,7 +116,7 @@ def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, f
     runner = BatchRunner(detector, settings.detector.batch_frames)
     with (
         ThreadPoolExecutor(max_workers=1) as decoder,
-        tqdm(total=total, desc="extract", unit="frame", disable=not work) as progress,
+        StageProgress("extract", unit="frame", total=total) as progress,
         BackgroundWriter(writer) as background,
     ):
         for name, piece in work.items():
@@ -128,7 +128,7 @@ def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, f
                     # Halved on the device: that is what the cache holds.
                     queries, maps = features.frame_queries_BLQC.half(), features.mask_features_BCHW.half()
                     sink.append(queries.cpu().numpy(), maps.cpu().numpy())
-                    progress.update(len(images))
+                    progress.advance(len(images))
 
 
 def _require_room(settings: Settings, detector: FrameDetector, path: Path, work: Sequence[Footage]) -> None:

@@ -6,7 +6,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
-from tqdm import tqdm
+from cache.progress import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -33,7 +33,7 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        tqdm.write("stopping after this step, with a checkpoint; once more to stop at once")
+        say("stopping after this step, with a checkpoint; once more to stop at once")
 
 
 def ignore_interrupts(_: int) -> None:

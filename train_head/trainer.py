@@ -15,9 +15,9 @@ from typing import Generic
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cache.errors import ConfigError, VitaCacheError
+from cache.progress import StageProgress, say
 from configs.command import device_name, precision_name
 from configs.schema import Settings
 from train_head.build import build_optimizer, head_config, learning_rate, trained_parameters
@@ -132,19 +132,19 @@ class Trainer(Generic[AnyClip]):
         log = MetricsLog(self.folder, done.step) if self.group.is_main else None
         pace = Pace(done.seconds)
         batches = self._batches()
-        shape = {"total": train.iterations, "initial": done.step, "disable": not self.group.is_main}
-        with StopRequest() as stop, tqdm(desc="train", unit="step", **shape) as bar:
+        bar = StageProgress("train", unit="step", total=train.iterations, done=done.step, shown=self.group.is_main)
+        with StopRequest() as stop, bar:
             while done.step < train.iterations and not self._any(stop.requested or pace.spent(train.time_budget)):
                 losses = pace.step(batches, self.training_step)
                 done.seconds = pace.seconds
-                bar.update()
+                bar.advance()
                 if self.group.is_main and (complaint := pace.complaint()) is not None:
-                    tqdm.write(complaint)
+                    say(complaint)
                 if log is not None and (done.step % train.log_every == 0 or done.step == train.iterations):
                     times = pace.times()
                     log.write(done.step, {**self._logged(losses), **times, "learning_rate": self._rate(-1)})
                     shown = {name: f"{1e3 * times[name]:.0f} ms" for name in ("data_time", "step_time")}
-                    bar.set_postfix(loss=f"{losses.loss:.2f}", **shown)
+                    bar.show(loss=f"{losses.loss:.2f}", **shown)
                 if done.step % train.checkpoint_every == 0:
                     self.save()
                 if train.evaluate_every and done.step % train.evaluate_every == 0:

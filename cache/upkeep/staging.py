@@ -5,10 +5,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cache.errors import CacheError
 from cache.layout import CODEC, DETECTOR, METADATA, VIDEOS, is_complete, write_file_atomically
+from cache.progress import with_progress
 from cache.reader import FeatureCache
 from cache.storage.locks import locked
 from cache.storage.remote import REQUESTS, RemoteStore, remote_url
@@ -33,7 +32,7 @@ def stage(address: Path | str, folder: Path) -> Path:
             there.require(feature_cache.fingerprint, where=folder, hint=hint)
         fetch_all_but_videos(store, folder)
         names = [name for name in feature_cache.video_names() if not is_complete(folder / VIDEOS / name)]
-        for name in tqdm(names, desc=f"stage to {folder}", unit="video", delay=1):
+        for name in with_progress(names, f"stage to {folder}", unit="video"):
             _fetch_video(store, f"{VIDEOS}/{name}", folder)
     return folder
 

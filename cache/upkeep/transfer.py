@@ -10,7 +10,6 @@ from typing import Any
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
 from cache.codecs.rate_distortion import CALIBRATION
 from cache.errors import CacheError
@@ -27,6 +26,7 @@ from cache.layout import (
     sync_to_disk,
     write_file_atomically,
 )
+from cache.progress import with_progress
 from cache.reader import CachedVideo, FeatureCache
 from cache.storage.hdf5 import ATTRIBUTES, Hdf5Store
 from cache.storage.locks import locked
@@ -51,7 +51,7 @@ def export_hdf5(feature_cache: FeatureCache, file: Path) -> None:
         cleanup.callback(temporary.unlink, missing_ok=True)
         with h5py.File(temporary, "w") as target:
             _export_rest(feature_cache.store, target)
-            for name in tqdm(feature_cache.video_names(), desc="export", unit="video", delay=2):
+            for name in with_progress(feature_cache.video_names(), "export", unit="video"):
                 _export_video(feature_cache.video(name), feature_cache, target)
         sync_to_disk(temporary)
         temporary.replace(file)
@@ -111,7 +111,7 @@ def import_hdf5(file: Path, path: Path) -> None:
             for name, array in store.arrays(group).items() if group != VIDEOS else ():
                 write_array(path / group / name, array)
             write_file_atomically(path / group / METADATA, group_metadata(store.attributes(group) or {}))
-        for name in tqdm(feature_cache.video_names(), desc="import", unit="video", delay=2):
+        for name in with_progress(feature_cache.video_names(), "import", unit="video"):
             _import_video(feature_cache, name, path / VIDEOS / name)
         sync_tree(path)
         write_file_atomically(path / METADATA, group_metadata(store.attributes("") or {}))

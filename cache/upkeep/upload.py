@@ -9,14 +9,13 @@ from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
 
-from tqdm import tqdm
-
 from cache.codecs import Codec
 from cache.codecs.rate_distortion import Calibration
 from cache.errors import CacheError
 from cache.fingerprint import Fingerprint, Provenance
 from cache.heads import DetectorHeads
 from cache.layout import ANNOTATIONS, CODEC, DETECTOR, METADATA, VIDEOS, VideoAttributes
+from cache.progress import with_progress
 from cache.reader import FeatureCache
 from cache.sink import VideoSink
 from cache.storage.remote import REQUESTS, RemoteStore, remote_url
@@ -158,7 +157,7 @@ def upload(folder: Path, address: str) -> None:
         there = check_continuation(target, feature_cache.fingerprint, sources)
     _put_all_but_videos(target, folder)
     names = [name for name in feature_cache.video_names() if name not in there]
-    for name in tqdm(names, desc=f"upload to {address}", unit="video", delay=1):
+    for name in with_progress(names, f"upload to {address}", unit="video"):
         _put_video(target, folder, name)
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from tqdm import tqdm
-
 from cache.labels.tracks import Labels, Video
 from cache.layout import video_group_name
+from cache.progress import StageProgress
 from evaluate.results import TrackPrediction
 from evaluate.tracks.inference import VideoTracks
 from evaluate.tracks.predictors import VideoPredictor
@@ -26,13 +25,13 @@ def predict_videos(videos: VideoSet, predictor: VideoPredictor, title: str) -> l
     predictions: list[TrackPrediction] = []
     total = sum(video.length for video in videos.labels.videos)
     with (
-        tqdm(total=total, desc=title, unit="frame") as progress,
+        StageProgress(title, unit="frame", total=total) as progress,
         ThreadPoolExecutor(max_workers=VIDEOS_AT_ONCE) as pool,
     ):
         cached = (videos.feature_cache.video(video_group_name(video.id)) for video in videos.labels.videos)
         for video, tracks in zip(videos.labels.videos, pool.map(predictor, cached), strict=True):
             predictions.extend(submitted(videos.labels, video, tracks))
-            progress.update(video.length)
+            progress.advance(video.length)
     return predictions
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from tqdm import tqdm
 
 from cache.labels import masks
+from cache.progress import with_progress
 from extract.demo.shapes import (
     DETECTOR_CATEGORIES,
     VIDEO_CATEGORIES,
@@ -50,7 +50,7 @@ def write_stills(root: Path, count: int) -> None:
     height, width = LABELLED_SIZE
     images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
-    for number in tqdm(range(1, count + 1), desc="demo data, stills", unit="image"):
+    for number in with_progress(range(1, count + 1), "demo data, stills", unit="image"):
         still = _draw_still(np.random.default_rng([_LABELLED, number]), LABELLED_SIZE, LABELLED_CATEGORIES)
         name = f"{number:05d}.jpg"
         Image.fromarray(still.image).save(folder / name, quality=92)

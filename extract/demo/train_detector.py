@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
+from cache.progress import StageProgress
 from extract.demo.pretrain import DensePretraining
 from extract.demo.shapes import DETECTOR_CATEGORIES
 from extract.demo.stills import make_still
@@ -152,24 +152,25 @@ def _run_phase(
     first_still = seed * _STILLS_PER_SEED + step * phase.batch_size
     stream = StillBatches(phase.iterations - step, phase.batch_size, first_still)
     loader = DataLoader(stream, batch_size=None, num_workers=1, prefetch_factor=8)
-    progress = tqdm(loader, desc=phase.name, mininterval=5, disable=step == phase.iterations)
-    for batch in progress:
-        torch.manual_seed(seed + step)  # Mask2Former's loss draws its points from the global generator
-        loss = loss_of(batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        step += 1
-        progress.set_postfix(loss=f"{loss.item():.2f}", refresh=False)
-        if step % 500 == 0 or step == phase.iterations:
-            _save_checkpoint(checkpoint, trained, optimizer, schedule, step)
-            print(
-                json.dumps({"phase": phase.name, "step": step, "loss": loss.item(), **held_out_quality(model)}),
-                flush=True,
-            )
-            trained.train()
+    with StageProgress(phase.name, unit="step", total=phase.iterations, done=step) as progress:
+        for batch in loader:
+            torch.manual_seed(seed + step)  # Mask2Former's loss draws its points from the global generator
+            loss = loss_of(batch)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            progress.show(loss=f"{loss.item():.2f}")
+            progress.advance()
+            if step % 500 == 0 or step == phase.iterations:
+                _save_checkpoint(checkpoint, trained, optimizer, schedule, step)
+                print(
+                    json.dumps({"phase": phase.name, "step": step, "loss": loss.item(), **held_out_quality(model)}),
+                    flush=True,
+                )
+                trained.train()
 
 
 def _save_checkpoint(path: Path, model: nn.Module, optimizer: Any, schedule: Any, step: int) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tqdm import tqdm
 
+from cache.progress import with_progress
 from extract.demo.motion import crossing, drift, excursion
 from extract.demo.shapes import VIDEO_CATEGORIES, Floats, Sprite, random_background, random_texture, render
 from extract.demo.stills import write_stills
@@ -158,7 +158,7 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
     shutil.rmtree(folder, ignore_errors=True)
     with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
         jobs = [pool.submit(write_video, split, i, folder, num_frames) for i in range(1, num_videos + 1)]
-        entries = [job.result() for job in tqdm(jobs, desc=f"demo data, {split}", unit="video")]
+        entries = [job.result() for job in with_progress(jobs, f"demo data, {split}", unit="video")]
     annotations = [annotation for entry in entries for annotation in entry["annotations"]]
     labels = {
         "info": {"description": "vita-cache moving shapes, generated", "version": "1"},
