@@ -40,7 +40,7 @@ class ClipMatch:
     object_DLM: Tensor  # int64, ascending
 
 
-_CHUNK_LOGITS = 1 << 18  # logits alive at once: small enough for a CPU's cache, large enough for its matmul
+_CHUNK_LOGITS = 1 << 17  # logits alive at once: small enough for a CPU's cache, large enough for its matmul
 _CHUNK_LOGITS_CUDA = 1 << 27
 _FACTORS = 64  # of numbers in [0.5, 1], whose product float32 can hold
 

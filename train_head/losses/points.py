@@ -37,9 +37,11 @@ def sampling_area(image_hw: tuple[int, int], map_hw: tuple[int, int], padded: Pa
 
 
 def _grid(points: Tensor, area_hw: tuple[int, int], extent_hw: tuple[int, int]) -> Tensor:
-    """Turn points (..., 2) of the area into `grid_sample` coordinates of what covers `extent_hw` pixels."""
+    """Turn points (..., P, 2) of the area into `grid_sample` coordinates of what covers `extent_hw` pixels."""
     scale = points.new_tensor((2.0 * area_hw[1] / extent_hw[1], 2.0 * area_hw[0] / extent_hw[0]))
-    return points * scale - 1.0
+    # A row of all P pairs: broadcasting along two elements at a time cannot use vectors.
+    scaled = points.flatten(-2) * scale.repeat(points.shape[-2])
+    return scaled.sub_(1.0).view(points.shape)
 
 
 def _map_grid(points: Tensor, area_hw: tuple[int, int], map_hw: tuple[int, int]) -> Tensor:
@@ -55,7 +57,8 @@ def sample_map(map_TRHW: Tensor, points_TP2: Tensor, area_hw: tuple[int, int]) -
     """
     T, R, H, W = map_TRHW.shape
     index_TP4, share_TP4 = (part.expand(T, -1, -1) for part in _neighbours(points_TP2, area_hw, (H, W)))
-    pixels_SR = torch.ones(H * W, R + 1, device=map_TRHW.device)
+    pixels_SR = torch.empty(H * W, R + 1, device=map_TRHW.device)
+    pixels_SR[:, R] = 1.0
     for map_RHW, index_P4, share_P4 in zip(map_TRHW, index_TP4, share_TP4, strict=True):
         pixels_SR[:, :R] = map_RHW.flatten(1).t()
         yield F.embedding_bag(index_P4, pixels_SR, per_sample_weights=share_P4, mode="sum")
@@ -96,7 +99,7 @@ def sample_masks(masks_Ghw: Tensor, index_S: Tensor, points_SP2: Tensor, area_hw
     values = [grid_SP2.new_empty(0, points_SP2.shape[1])]
     group = max(1, _MASK_PIXELS_AT_ONCE // (h * w))
     for index, grid in zip(torch.split(index_S, group), torch.split(grid_SP2, group), strict=True):
-        masks = masks_Ghw[index][:, None].to(grid.dtype)
+        masks = masks_Ghw.index_select(0, index)[:, None].to(grid.dtype)
         values.append(F.grid_sample(masks, grid[:, None], align_corners=False)[:, 0, 0])
     return torch.cat(values)
 

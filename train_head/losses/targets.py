@@ -71,10 +71,11 @@ def clip_targets(labels_N: Tensor, identities_N: Tensor, masks_NThw: Tensor) -> 
     clip and stay as the label file has them.
     """
     present_NT = masks_NThw.flatten(2).any(dim=2).bool()
-    kept = present_NT.any(dim=1)
+    kept = present_NT.any(dim=1).nonzero().flatten()
+    # index_select copies whole masks; indexing by booleans copies pixel by pixel.
     return ClipTargets(
         labels_N=labels_N[kept].long(),
         identities_N=identities_N[kept].long(),
         present_NT=present_NT[kept],
-        masks_NThw=masks_NThw[kept],
+        masks_NThw=masks_NThw.index_select(0, kept),
     )
