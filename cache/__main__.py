@@ -15,11 +15,10 @@ from pathlib import Path
 
 from cache.bench.reading import bench
 from cache.command import add_verbose, run_command
-from cache.errors import CacheError
 from cache.progress import with_progress
 from cache.reader import FeatureCache
 from cache.upkeep.inspection import summarise, verify_root, verify_video
-from cache.upkeep.maintenance import differences, is_folder, prunable, prune, upgrade
+from cache.upkeep.maintenance import differences, prunable, prune, upgrade
 from cache.upkeep.staging import stage
 from cache.upkeep.transfer import export_hdf5, import_hdf5
 from cache.upkeep.upload import upload
@@ -133,10 +132,7 @@ def verify(path: str, as_json: bool) -> int:
 
 def prune_videos(path: str, delete: bool) -> int:
     """List what may go and, if asked to, delete it."""
-    feature_cache = FeatureCache.open(path)
-    if not is_folder(feature_cache):
-        raise CacheError("only a cache in a folder can be pruned", where=path)
-    found = prunable(feature_cache)
+    found = prunable(FeatureCache.open(path))
     for entry in found:
         print(f"{entry.folder}: {entry.reason}, {entry.bytes / 1e6:.2f} MB")
     if delete:

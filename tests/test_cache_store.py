@@ -325,6 +325,8 @@ def test_impossible_sizes_are_refused() -> None:
 def test_folders_that_are_no_cache_are_refused(path: Path) -> None:
     with pytest.raises(CacheError, match=r"no feature cache here[\s\S]*make extract"):
         FeatureCache.open(path)
+    with pytest.raises(CacheError, match="no feature cache here"):
+        FeatureCache.open(".")
     path.mkdir()
     (path / "thesis.tex").write_text("")
     with pytest.raises(CacheError, match=r"thesis\.tex"):

@@ -62,9 +62,9 @@ def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:
 
 
 def test_folders_are_read_in_the_order_of_their_numbers(tmp_path: Path) -> None:
-    for name in ("f10.png", "f9.png", "f009b.png", ".hidden.png", "notes.md"):
+    for name in ("f10.png", "f9.png", "f009b.png", "²1.png", ".hidden.png", "notes.md"):
         Image.new("L", (4, 4)).save(tmp_path / name, format="png")
-    assert [path.name for path in images_in(tmp_path)] == ["f9.png", "f009b.png", "f10.png"]
+    assert [path.name for path in images_in(tmp_path)] == ["f9.png", "f009b.png", "f10.png", "²1.png"]
     (footage,) = look_through(tmp_path, 2)
     assert [Path(image).name for image in footage.images] == ["f9.png", "f10.png"]
     assert footage.seconds == (0, 0.2)

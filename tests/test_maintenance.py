@@ -14,6 +14,7 @@ from cache.__main__ import main
 from cache.codecs.float16 import Float16
 from cache.errors import FormatVersionError
 from cache.reader import FeatureCache
+from cache.upkeep.maintenance import prunable, prune
 from tests.cache_samples import (
     FINGERPRINT,
     attributes_of,
@@ -64,6 +65,14 @@ def test_prune_leaves_a_video_alone_that_is_being_written(tmp_path: Path, capsys
         assert "another process is writing" in capsys.readouterr().err
         sink.append(*random_features(5))
     assert FeatureCache.open(path).video_names() == ["1"]
+
+
+def test_a_video_that_was_finished_meanwhile_is_not_pruned(tmp_path: Path) -> None:
+    begun_and_left(tmp_path / "a", "1")
+    found = prunable(FeatureCache.open(tmp_path / "a"))
+    write_video(open_writer(tmp_path / "a"), "1", 5)
+    prune(found)
+    assert FeatureCache.open(tmp_path / "a").video_names() == ["1"]
 
 
 def test_only_folders_are_pruned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,4 +105,4 @@ def is_image(path: Path) -> bool:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A key that puts frame10 behind frame9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -65,7 +65,7 @@ def open_store(path: Path | str) -> Store:
     if url is not None:
         return RemoteStore(url=url)
     local = Path(path)
-    beside = local.with_name(local.name + HDF5_SUFFIX)
+    beside = Path(f"{local}{HDF5_SUFFIX}")
     if local.suffix == HDF5_SUFFIX or (not (local / METADATA).exists() and beside.is_file()):
         from cache.storage.hdf5 import Hdf5Store
 

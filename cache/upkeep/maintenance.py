@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.layout import ANNOTATIONS, FORMAT_VERSION, VIDEOS
+from cache.errors import CacheError
+from cache.layout import ANNOTATIONS, FORMAT_VERSION, VIDEOS, is_complete
 from cache.reader import FeatureCache, Root
 from cache.storage.locks import VideoLocks
 from cache.storage.stores import FolderStore, open_store
 from cache.writer import video_sources
+
+
+ORPHANED, UNFINISHED = f"not in {ANNOTATIONS}", "extraction did not finish"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +31,10 @@ class Prunable:
 def prunable(feature_cache: FeatureCache) -> list[Prunable]:
     """Videos whose extraction did not finish, and those that the labels no longer name (views included).
 
-    A video that another process is writing just now is left out. Without labels in the cache nothing is orphaned.
+    Without labels in the cache nothing is orphaned. Raises CacheError for a cache that is not in a folder.
     """
+    if not isinstance(feature_cache.store, FolderStore):
+        raise CacheError("only a cache in a folder can be pruned", where=feature_cache.path)
     labels = feature_cache.store.read_file(ANNOTATIONS)
     known = None if labels is None else video_sources(labels)
     found = []
@@ -38,16 +44,19 @@ def prunable(feature_cache: FeatureCache) -> list[Prunable]:
             continue
         folder = feature_cache.path / VIDEOS / name
         size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        reason = f"not in {ANNOTATIONS}" if orphaned else "extraction did not finish"
-        found.append(Prunable(folder=folder, reason=reason, bytes=size))
+        found.append(Prunable(folder=folder, reason=ORPHANED if orphaned else UNFINISHED, bytes=size))
     return found
 
 
 def prune(found: list[Prunable]) -> None:
-    """Delete the folders, each under its lock. Raises VideoBusy where another process writes one of them."""
+    """Delete the folders, each under its lock, but for videos that have been finished meanwhile.
+
+    Raises VideoBusy where another process writes one of them.
+    """
     for entry in found:
         with VideoLocks(entry.folder.parent.parent).held(entry.folder.name):
-            shutil.rmtree(entry.folder)
+            if entry.reason == ORPHANED or not is_complete(entry.folder):
+                shutil.rmtree(entry.folder)
 
 
 def upgrade(path: Path | str) -> str:
@@ -58,11 +67,6 @@ def upgrade(path: Path | str) -> str:
     """
     Root.read(open_store(path))
     return f"{path}: is format {FORMAT_VERSION} already: nothing to do"
-
-
-def is_folder(feature_cache: FeatureCache) -> bool:
-    """Whether the cache is one that can be changed in place."""
-    return isinstance(feature_cache.store, FolderStore)
 
 
 def differences(first: FeatureCache, second: FeatureCache) -> Iterator[str]:
