@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,8 +46,17 @@ class Problem:
         """Network input with its padding, in pixels."""
         return -(-self.image_hw[0] // 32) * 32, -(-self.image_hw[1] // 32) * 32
 
-    def settings(self, folder: Path, cheap: bool) -> Settings:
-        """Settings of the step; `cheap` takes all options that change the losses, by hope not the AP."""
+    def cheap_options(self) -> list[str]:
+        """All options that change the losses and cost no AP on the demo (LOG.md)."""
+        return [
+            f"loss.num_points={self.points // 3}",
+            f"loss.matching_points={self.points // 6}",
+            "loss.oversample=1.5",
+            "train.num_layers=1",
+        ]
+
+    def settings(self, folder: Path, options: Sequence[str] = ()) -> Settings:
+        """Settings of the step, the published losses but for `options`."""
         overrides = [
             f"cache.path={folder}",
             "cache.codec=float16",
@@ -67,8 +77,7 @@ class Problem:
             f"train.num_frames={self.frames}",
             f"train.workers={4 if self.device == 'cuda' else 0}",
         ]
-        options = [f"loss.matching_points={min(2048, self.points)}", "loss.oversample=1.5", "train.num_layers=1"]
-        return load_settings("ytvis2019_r50", overrides + (options if cheap else []))
+        return load_settings("ytvis2019_r50", [*overrides, *options])
 
 
 def write_bench_cache(folder: Path, problem: Problem) -> None:

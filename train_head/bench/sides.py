@@ -39,6 +39,7 @@ class SideName(Enum):
     dense = "dense"  # cached features, the published losses done the plain way
     ours = "ours"
     cheap = "cheap"  # ours with every option that changes the losses
+    bfloat16 = "bfloat16"  # cheap, on a CPU in bfloat16 too: on CUDA every side is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +104,8 @@ class Side(Protocol):
 class Ours:
     """The trainer as it is."""
 
-    def __init__(self, problem: Problem, folder: Path, cheap: bool = False) -> None:
-        settings = problem.settings(folder, cheap)
+    def __init__(self, problem: Problem, folder: Path, options: Sequence[str] = ()) -> None:
+        settings = problem.settings(folder, options)
         self.problem, self.videos = problem, open_training_set(settings)
         source = CachedSource(settings, self.videos, torch.device(problem.device))
         self.trainer = Trainer(settings, source, folder / "none")
@@ -248,7 +249,8 @@ def build(name: SideName, problem: Problem, folder: Path) -> Ours:
         return Live(problem, folder)
     if name is SideName.dense:
         return Dense(problem, folder)
-    return Ours(problem, folder, cheap=name is SideName.cheap)
+    options = {SideName.cheap: [], SideName.bfloat16: ["train.precision=bfloat16"]}
+    return Ours(problem, folder, [*problem.cheap_options(), *options[name]] if name in options else ())
 
 
 def serve(name: SideName, problem: Problem, folder: Path, parent: Connection) -> None:
