@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -25,6 +25,7 @@ METADATA = "zarr.json"
 DETECTOR, CODEC, VIDEOS, ANNOTATIONS = "detector", "codec", "videos", "annotations.json"
 CARD = "README.md"  # for people; no reader looks at it
 FRAME_QUERIES, MASK_FEATURES = "frame_queries", "mask_features"
+AXES = {FRAME_QUERIES: ("T", "L", "Q", "C"), MASK_FEATURES: ("T", "R", "H", "W")}
 FRAMES_PER_SHARD = 64
 STRIDE = 4
 
@@ -120,21 +121,19 @@ def _map_hw(hw: Size) -> Size:
     return -(-hw[0] // STRIDE), -(-hw[1] // STRIDE)
 
 
-def cropped_map_hw(map_hw: Size, image_hw: Size, stride: int = STRIDE) -> Size:
+def cropped_map_hw(map_hw: Size, image_hw: Size) -> Size:
     """(H, W) of what crop_map keeps of a map of size `map_hw`."""
-    height, width = (min(-(-image_hw[i] // stride) + 1, map_hw[i]) for i in (0, 1))
+    height, width = (min(-(-image_hw[i] // STRIDE) + 1, map_hw[i]) for i in (0, 1))
     return height, width
 
 
-def crop_map(
-    mask_features: NDArray[np.floating[Any]], image_hw: Size, stride: int = STRIDE
-) -> NDArray[np.floating[Any]]:
+def crop_map(mask_features: NDArray[np.floating[Any]], image_hw: Size) -> NDArray[np.floating[Any]]:
     """Cut the padding of a map (..., H, W): keep the image rounded up, plus one row and column of padding.
 
     The additional row and column are what bilinear up-sampling reads at the image's last pixels, so that the
     up-sampled image area equals that of the whole padded map exactly.
     """
-    height, width = cropped_map_hw((mask_features.shape[-2], mask_features.shape[-1]), image_hw, stride)
+    height, width = cropped_map_hw((mask_features.shape[-2], mask_features.shape[-1]), image_hw)
     return mask_features[..., :height, :width]
 
 
@@ -157,6 +156,12 @@ def checked_name(name: str) -> str:
     if len(name.encode()) > 200:
         raise CacheError("video name too long", where=f"video {name[:40]!r}...", expected="at most 200 bytes")
     return name
+
+
+def shard_ranges(num_frames: int) -> Iterator[range]:
+    """The frames of a video, shard by shard."""
+    for start in range(0, num_frames, FRAMES_PER_SHARD):
+        yield range(start, min(start + FRAMES_PER_SHARD, num_frames))
 
 
 def fill_value(dtype: np.dtype[Any]) -> float | int:
@@ -196,14 +201,6 @@ def read_group_attributes(folder: Path | str) -> dict[str, Any] | None:
     if not isinstance(attributes, dict):
         raise CorruptData("group attributes are not a mapping", where=f"{folder}/{METADATA}")
     return attributes
-
-
-def is_complete(folder: Path | str) -> bool:
-    """Whether a video's folder carries the commit marker; metadata that cannot be read carry none."""
-    try:
-        return (read_group_attributes(folder) or {}).get("complete") is True
-    except CorruptData:
-        return False
 
 
 def write_file_atomically(path: Path, content: bytes) -> None:

@@ -204,11 +204,11 @@ class FeatureCache:
 
     def video_names(self) -> list[str]:
         """Names of the complete videos (`<video id>[@<view>]`), sorted."""
-        return [name for name, complete in self.store.videos() if complete]
+        return [name for name, attributes in self.store.videos() if attributes]
 
     def incomplete(self) -> list[str]:
         """Names of videos whose extraction has begun but not finished, sorted."""
-        return [name for name, complete in self.store.videos() if not complete]
+        return [name for name, attributes in self.store.videos() if not attributes]
 
     def video(self, name: str) -> CachedVideo:
         """Raises IncompleteVideo where the video is not there as a whole."""

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from cache.codecs import Codec
 from cache.errors import CacheError, FeatureError
-from cache.layout import FRAME_QUERIES, MASK_FEATURES, VideoAttributes, crop_map
+from cache.layout import AXES, FRAME_QUERIES, MASK_FEATURES, VideoAttributes, crop_map
 from cache.storage.shard_writer import ShardWriter
 
 _EXPONENT_16 = np.uint16(0x7C00)
@@ -44,8 +44,8 @@ class VideoSink:
         if self._writers is None:
             total, packed = self._attributes.num_frames, self._codec.compressed
             self._writers = (
-                ShardWriter(self._folder / FRAME_QUERIES, total, queries, ("T", "L", "Q", "C")),
-                ShardWriter(self._folder / MASK_FEATURES, total, maps, ("T", "R", "H", "W"), compressed=packed),
+                ShardWriter(self._folder / FRAME_QUERIES, total, queries, AXES[FRAME_QUERIES]),
+                ShardWriter(self._folder / MASK_FEATURES, total, maps, AXES[MASK_FEATURES], compressed=packed),
             )
         for writer, frames in zip(self._writers, (queries, maps), strict=True):
             writer.append(frames)

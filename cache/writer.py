@@ -27,7 +27,6 @@ from cache.layout import (
     VideoAttributes,
     checked_name,
     group_metadata,
-    is_complete,
     sync_to_disk,
     write_file_atomically,
 )
@@ -35,7 +34,7 @@ from cache.reader import FeatureCache, Root
 from cache.sink import VideoSink
 from cache.storage.locks import LOCKS, ROOT_LOCK, VideoLocks, locked, sweep_locks
 from cache.storage.shard_writer import write_array
-from cache.storage.stores import FolderStore, Store, video_groups
+from cache.storage.stores import FolderStore, Store, committed
 
 
 class CacheWriter:
@@ -51,7 +50,7 @@ class CacheWriter:
     ) -> None:
         self.path, self.fingerprint, self.codec = path, fingerprint, codec
         self.sources, self.provenance, self._recorded = sources, provenance, False
-        self._locks = VideoLocks(path)
+        self._store, self._locks = FolderStore(path=path), VideoLocks(path)
 
     @classmethod
     def open(
@@ -81,20 +80,21 @@ class CacheWriter:
             raise CacheError(what, expected=fingerprint.codec, got=codec_identity(codec))
         sources = {} if labels_json is None else video_sources(labels_json)
         path.mkdir(parents=True, exist_ok=True)
+        store = FolderStore(path=path)
         with locked(path):
             _sweep(path)
             if (path / METADATA).exists():
-                check_continuation(FolderStore(path=path), fingerprint, sources)
+                check_continuation(store, fingerprint, sources)
                 codec = FeatureCache.open(path).codec
             else:
-                _create(path, fingerprint, heads, codec, calibration)
-            if labels_json is not None and _read(path / ANNOTATIONS) != labels_json:
+                _create(store, fingerprint, heads, codec, calibration)
+            if labels_json is not None and store.read_file(ANNOTATIONS) != labels_json:
                 write_file_atomically(path / ANNOTATIONS, labels_json)
         return cls(path, fingerprint, codec, sources, provenance or Provenance.gather())
 
     def pending(self, names: Iterable[str]) -> list[str]:
         """Those of the video group names that are not complete in the cache, in the order given."""
-        complete = {name for name, is_complete in video_groups(self.path) if is_complete}
+        complete = {name for name, attributes in self._store.videos() if attributes}
         return [name for name in names if checked_name(name) not in complete]
 
     def claim(self, name: str) -> bool:
@@ -103,7 +103,7 @@ class CacheWriter:
         Returns False where it is complete already. Raises VideoBusy where another process writes it.
         """
         self._locks.claim(checked_name(name))
-        if is_complete(self.path / VIDEOS / name):
+        if committed(self._store, name):
             self._locks.release(name)
             return False
         return True
@@ -129,7 +129,7 @@ class CacheWriter:
             raise CacheError("name and view differ", where=f"video {name!r}", expected=f"@{attributes.view.name}")
         with self._locks.held(name):
             folder.mkdir(exist_ok=True)
-            _remove_leftover(folder)
+            self._remove_leftover(name)
             self.record_session()
             stored = {**attributes.to_json(), "source": self.sources.get(name.partition("@")[0])}
             write_file_atomically(folder / METADATA, group_metadata({"complete": False, **stored}))
@@ -148,8 +148,19 @@ class CacheWriter:
         folder = self.path / VIDEOS / checked_name(name)
         with self._locks.held(name):
             if folder.exists():
-                _remove_leftover(folder)
+                self._remove_leftover(name)
                 folder.rmdir()
+
+    def _remove_leftover(self, name: str) -> None:
+        """Empty the folder of an incomplete video."""
+        folder = self.path / VIDEOS / name
+        if committed(self._store, name):
+            raise CacheError("the video is complete already", where=folder, hint="write only what `pending` names")
+        for entry in folder.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     def total_bytes(self) -> int:
         """Of all the cache's files; those that another process removes meanwhile do not count."""
@@ -164,7 +175,7 @@ class CacheWriter:
         if self._recorded:
             return
         with locked(self.path):
-            root = Root.read(FolderStore(path=self.path))
+            root = Root.read(self._store)
             _write_root(self.path, self.fingerprint, self.codec, [*root.sessions, asdict(self.provenance)])
         self._recorded = True
 
@@ -186,11 +197,9 @@ def check_continuation(store: Store, fingerprint: Fingerprint, sources: Mapping[
     """
     hint = "extract into another path, set the old values again, or delete this cache"
     Root.read(store).fingerprint.require(fingerprint, where=store.path, hint=hint)
-    complete = [name for name, is_complete in store.videos() if is_complete]
-    with ThreadPoolExecutor(max_workers=16) as pool:  # Requests, where the cache is remote.
-        attributes = list(pool.map(store.attributes, [f"{VIDEOS}/{name}" for name in complete]))
-    for name, stored in zip(complete, attributes, strict=True):
-        source = (stored or {}).get("source")
+    complete = {name: attributes for name, attributes in store.videos() if attributes}
+    for name, attributes in complete.items():
+        source = attributes.get("source")
         if source is not None and source != sources.get(name.partition("@")[0], source):
             raise FingerprintMismatch(
                 "the label file lists other frames (names, order, size) than were extracted under this name",
@@ -201,16 +210,17 @@ def check_continuation(store: Store, fingerprint: Fingerprint, sources: Mapping[
 
 
 def _create(
-    path: Path, fingerprint: Fingerprint, heads: DetectorHeads, codec: Codec, calibration: Calibration | None
+    store: FolderStore, fingerprint: Fingerprint, heads: DetectorHeads, codec: Codec, calibration: Calibration | None
 ) -> None:
     """Write all but the videos. The root's zarr.json comes last: without it there is no cache yet."""
+    path = store.path
     own = {DETECTOR, CODEC, VIDEOS, ANNOTATIONS, LOCKS, ROOT_LOCK, CARD, CALIBRATION}
     names = [entry.name for entry in path.iterdir()]
     foreign = [name for name in names if name not in own and not name.endswith(".tmp")]
     if foreign:
         what = f"the folder is no cache and holds other things, such as {foreign[0]!r}"
         raise CacheError(what, where=path, hint="choose a new folder")
-    if any(complete for _, complete in video_groups(path)):
+    if any(attributes for _, attributes in store.videos()):
         what = "the folder holds videos but no root metadata, so what they were made with is unknown"
         raise CacheError(what, where=path / METADATA, hint="restore the file, or choose a new folder")
     for group, arrays in ((DETECTOR, heads.arrays), (CODEC, codec.arrays), (VIDEOS, {})):
@@ -244,23 +254,8 @@ def _sweep(path: Path) -> None:
     sweep_locks(path)
 
 
-def _remove_leftover(folder: Path) -> None:
-    """Empty the folder of an incomplete video."""
-    if is_complete(folder):
-        raise CacheError("the video is complete already", where=folder, hint="write only what `pending` names")
-    for entry in folder.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
 def sync_tree(folder: Path) -> None:
     """Bring all files and folders below `folder` to disk."""
     # At the same time, so that the file system can put them into one journal commit: several times faster.
     with ThreadPoolExecutor(max_workers=16) as pool:
         list(pool.map(sync_to_disk, [folder, *folder.rglob("*")]))
-
-
-def _read(path: Path) -> bytes | None:
-    return path.read_bytes() if path.exists() else None

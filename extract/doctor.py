@@ -204,8 +204,8 @@ def _weights(settings: Settings) -> Finding:
 
 def _features(split: SplitPaths) -> Finding:
     feature_cache = FeatureCache.open(split.features)
-    states = [done for _, done in feature_cache.store.videos()]
+    states = [attributes for _, attributes in feature_cache.store.videos()]
     if not all(states):
-        message = f"{states.count(False)} of {len(states)} videos are incomplete"
+        message = f"{states.count(None)} of {len(states)} videos are incomplete"
         return Finding(name=f"cache {split.name}", message=message, remedy="run the same `make extract` again")
     return Finding(name=f"cache {split.name}", message=f"{split.features}: {len(states)} videos, complete")

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.bench.readers import COMPARED, LIMIT, UNPACKED, Reader, Sample, standard_samples, store_fields
-from cache.layout import VIDEOS, VideoAttributes, group_metadata, write_file_atomically
+from cache.layout import METADATA, VIDEOS, VideoAttributes, group_metadata, write_file_atomically
 from cache.reader import CachedVideo
 from cache.storage.shard_writer import ShardWriter
 from cache.storage.stores import FolderStore
@@ -166,7 +166,7 @@ def open_many(folder: Path, num_videos: int) -> dict[str, float]:
         writer = ShardWriter(first / name, 1, np.ones(shape, "<f2"), tuple("TLQC"))
         writer.append(np.ones(shape, "<f2"))
         writer.finish()
-    write_file_atomically(first / "zarr.json", group_metadata({"complete": True, **attributes.to_json()}))
+    write_file_atomically(first / METADATA, group_metadata({"complete": True, **attributes.to_json()}))
     for number in range(1, num_videos):
         shutil.copytree(first, folder / VIDEOS / str(number))
     seconds, processor_seconds = np.median([_opening_seconds(FolderStore(path=folder)) for _ in range(3)], axis=0)

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from cache.errors import CorruptData
 
-FLOAT16_MAX = 65504.0
-
 
 @dataclass(frozen=True, kw_only=True)
 class Float16:

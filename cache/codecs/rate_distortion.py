@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from cache.errors import CorruptData
 from cache.layout import write_file_atomically
@@ -56,10 +55,6 @@ class Calibration:
     fitted_frames: int
     held_out_frames: int
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 def smallest_faithful(rows: Sequence[Distortion], min_mask_iou: float) -> int:
     """Index of the smallest row whose mean IoU suffices; of the most faithful one where none does."""
@@ -71,7 +66,7 @@ def smallest_faithful(rows: Sequence[Distortion], min_mask_iou: float) -> int:
 
 def write_calibration(path: Path, calibration: Calibration) -> None:
     """Store the table beside the cache's root metadata."""
-    write_file_atomically(path / CALIBRATION, json.dumps(calibration.to_json(), indent=1).encode())
+    write_file_atomically(path / CALIBRATION, json.dumps(asdict(calibration), indent=1).encode())
 
 
 def read_calibration(path: Path | str) -> Calibration | None:

@@ -69,19 +69,24 @@ class BackgroundWriter:
             raise self._error
 
     @contextmanager
-    def video(self, name: str, attributes: VideoAttributes) -> Iterator[BackgroundSink]:
+    def video(self, name: str, attributes: VideoAttributes) -> Iterator[BackgroundWriter]:
         """As CacheWriter.video, but the commit happens some time after the block is left."""
         self._put(_Begin(name=name, attributes=attributes))
         committed = False
         try:
-            yield BackgroundSink(self)
+            yield self
             committed = True
         finally:
             self._queue.put(_End(committed=committed))
 
-    def append(self, frame_queries: NDArray[np.floating[Any]], mask_features: NDArray[np.floating[Any]]) -> None:
-        """Queue frames of the video that was begun last."""
-        self._put(_Batch(frame_queries=frame_queries, mask_features=mask_features))
+    def append(
+        self, frame_queries_TLQC: NDArray[np.floating[Any]], mask_features_TCHW: NDArray[np.floating[Any]]
+    ) -> None:
+        """Queue the next frames of the video; see VideoSink.append. Arrays must not be changed afterwards.
+
+        Raises what an earlier batch or video met.
+        """
+        self._put(_Batch(frame_queries=frame_queries_TLQC, mask_features=mask_features_TCHW))
 
     def _put(self, message: _Begin | _Batch) -> None:
         if self._error is not None:
@@ -112,16 +117,3 @@ class BackgroundWriter:
             error.add_note(f"while writing video {begin.name!r} of {self._writer.path}")
             return error
         return None
-
-
-@dataclass(frozen=True)
-class BackgroundSink:
-    """Takes the frames of one video; see VideoSink.append. Arrays must not be changed afterwards."""
-
-    writer: BackgroundWriter
-
-    def append(
-        self, frame_queries_TLQC: NDArray[np.floating[Any]], mask_features_TCHW: NDArray[np.floating[Any]]
-    ) -> None:
-        """Queue the next frames. Raises what an earlier batch or video met."""
-        self.writer.append(frame_queries_TLQC, mask_features_TCHW)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from cache.errors import CorruptData
 from cache.layout import VIDEOS
 from cache.storage.shards import checked_output
-from cache.storage.stores import require_finite
+from cache.storage.stores import committed, require_finite
 
 ATTRIBUTES = "attributes.json"
 
@@ -69,11 +69,11 @@ class Hdf5Store:
         except (OSError, KeyError, RuntimeError) as error:
             raise CorruptData(f"unreadable: {error}", where=f"{self.path}: {group}") from error
 
-    def videos(self) -> Iterator[tuple[str, bool]]:
+    def videos(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """See Store."""
         for name in sorted(self.file.get(VIDEOS, {})):
             if name != ATTRIBUTES:
-                yield name, (self.attributes(f"{VIDEOS}/{name}") or {}).get("complete") is True
+                yield name, committed(self, name)
 
     def read_file(self, name: str) -> bytes | None:
         """See Store."""

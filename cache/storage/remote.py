@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from cache.layout import METADATA, VIDEOS
 from cache.storage.compression import decompress
 from cache.storage.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
 from cache.storage.shards import ShardedFrames, checked_output
-from cache.storage.stores import require_finite
+from cache.storage.stores import committed, require_finite
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -98,17 +98,11 @@ class RemoteStore:
             found[name] = require_finite(values, f"{self.url}/{group}/{name}")
         return found
 
-    def videos(self) -> Iterator[tuple[str, bool]]:
+    def videos(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """See Store."""
         names = self.names(VIDEOS)
         with ThreadPoolExecutor(max_workers=REQUESTS) as pool:
-            yield from zip(names, pool.map(self._is_complete, names), strict=True)
-
-    def _is_complete(self, video: str) -> bool:
-        try:
-            return (self.attributes(f"{VIDEOS}/{video}") or {}).get("complete") is True
-        except CorruptData:
-            return False
+            yield from zip(names, pool.map(partial(committed, self), names), strict=True)
 
     def read_file(self, name: str) -> bytes | None:
         """See Store."""

@@ -18,7 +18,7 @@ import zarr
 from numpy.typing import NDArray
 
 from cache.errors import CorruptData
-from cache.layout import METADATA, VIDEOS, is_complete, read_group_attributes
+from cache.layout import METADATA, VIDEOS, read_group_attributes
 from cache.storage.frames import FrameArray, open_frames
 
 HDF5_SUFFIX = ".h5"
@@ -40,8 +40,8 @@ class Store(Protocol):
         """All small arrays of a group, whole. Raises CorruptData for damaged or missing bytes."""
         ...
 
-    def videos(self) -> Iterator[tuple[str, bool]]:
-        """(name, complete) of every video, sorted by name."""
+    def videos(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
+        """(name, see `committed`) of every video, sorted by name."""
         ...
 
     def read_file(self, name: str) -> bytes | None:
@@ -55,6 +55,15 @@ class Store(Protocol):
     def size(self, video: str, field: str) -> int:
         """Stored bytes of a field of a video."""
         ...
+
+
+def committed(store: Store, video: str) -> dict[str, Any] | None:
+    """The attributes of a complete video, None for any other; metadata that cannot be read carry no commit marker."""
+    try:
+        attributes = store.attributes(f"{VIDEOS}/{video}") or {}
+    except CorruptData:
+        return None
+    return attributes if attributes.get("complete") is True else None
 
 
 def open_store(path: Path | str) -> Store:
@@ -97,9 +106,14 @@ class FolderStore:
         names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir()) if folder.is_dir() else []
         return {name: self._array(folder / name) for name in names}
 
-    def videos(self) -> Iterator[tuple[str, bool]]:
+    def videos(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """See Store."""
-        return video_groups(self.path)
+        folder = self.path / VIDEOS
+        if folder.is_dir():
+            with os.scandir(folder) as entries:
+                names = sorted(entry.name for entry in entries if entry.is_dir())
+            for name in names:
+                yield name, committed(self, name)
 
     def read_file(self, name: str) -> bytes | None:
         """See Store."""
@@ -128,13 +142,3 @@ def require_finite(array: NDArray[Any], where: object) -> NDArray[Any]:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise CorruptData("missing or non-finite numbers", where=where)
     return array
-
-
-def video_groups(path: Path) -> Iterator[tuple[str, bool]]:
-    """(name, complete) of every video folder of the cache in the folder `path`, sorted by name."""
-    folder = path / VIDEOS
-    if folder.is_dir():
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if entry.is_dir())
-        for name in names:
-            yield name, is_complete(f"{folder}/{name}")

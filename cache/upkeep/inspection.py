@@ -13,7 +13,8 @@ import numpy as np
 from cache.codecs import Codec, codec_identity
 from cache.errors import CorruptData, VitaCacheError
 from cache.fingerprint import Fingerprint
-from cache.layout import ANNOTATIONS, FRAME_QUERIES, FRAMES_PER_SHARD, MASK_FEATURES
+from cache.labels.annotations import parse_labels
+from cache.layout import ANNOTATIONS, FRAME_QUERIES, MASK_FEATURES, shard_ranges
 from cache.reader import CachedVideo, FeatureCache
 from cache.writer import video_sources
 
@@ -108,13 +109,13 @@ def _verify_labels(feature_cache: FeatureCache) -> Iterator[Finding]:
     if content is None:
         return
     try:
-        sources = video_sources(content)
-        if json.loads(content).get("categories"):  # Videos without any object may come without categories.
-            feature_cache.labels()
+        sources, document = video_sources(content), json.loads(content)
+        if document.get("categories"):  # Videos without any object may come without categories.
+            parse_labels(document, str(labels))
     except VitaCacheError as error:
         yield Finding(where=str(labels), rule="labels", message=str(error))
         return
-    lengths = {str(video["id"]): len(video["file_names"]) for video in json.loads(content)["videos"]}
+    lengths = {str(video["id"]): len(video["file_names"]) for video in document["videos"]}
     for name in feature_cache.video_names():
         message = _misalignment(feature_cache, name, sources, lengths)
         if message is not None:
@@ -157,8 +158,7 @@ def verify_video(feature_cache: FeatureCache, name: str) -> Iterator[Finding]:
 
 def _defect(feature_cache: FeatureCache, video: CachedVideo, field: str) -> str | None:
     dtype = np.dtype("<f2") if field == FRAME_QUERIES else feature_cache.codec.dtype
-    for start in range(0, video.attributes.num_frames, FRAMES_PER_SHARD):
-        frames = range(start, min(start + FRAMES_PER_SHARD, video.attributes.num_frames))
+    for frames in shard_ranges(video.attributes.num_frames):
         block = video.frame_queries(frames) if field == FRAME_QUERIES else video.mask_features(frames)
         if block.dtype != dtype:
             return f"dtype {block.dtype} instead of {dtype}"
@@ -166,5 +166,5 @@ def _defect(feature_cache: FeatureCache, video: CachedVideo, field: str) -> str 
             return f"{block.shape[1]} detector layers instead of {feature_cache.fingerprint.num_layers}"
         finite = np.isfinite(block).all(axis=(1, 2, 3))
         if not finite.all():
-            return f"frame {start + int(np.argmin(finite))} is not finite"
+            return f"frame {frames[int(np.argmin(finite))]} is not finite"
     return None

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import CacheError
-from cache.layout import ANNOTATIONS, FORMAT_VERSION, VIDEOS, is_complete
+from cache.layout import ANNOTATIONS, FORMAT_VERSION, VIDEOS
 from cache.reader import FeatureCache, Root
 from cache.storage.locks import VideoLocks
-from cache.storage.stores import FolderStore, open_store
+from cache.storage.stores import FolderStore, committed, open_store
 from cache.writer import video_sources
-
 
 ORPHANED, UNFINISHED = f"not in {ANNOTATIONS}", "extraction did not finish"
 
@@ -54,8 +53,9 @@ def prune(found: list[Prunable]) -> None:
     Raises VideoBusy where another process writes one of them.
     """
     for entry in found:
-        with VideoLocks(entry.folder.parent.parent).held(entry.folder.name):
-            if entry.reason == ORPHANED or not is_complete(entry.folder):
+        path, name = entry.folder.parent.parent, entry.folder.name
+        with VideoLocks(path).held(name):
+            if entry.reason == ORPHANED or not committed(FolderStore(path=path), name):
                 shutil.rmtree(entry.folder)
 
 

@@ -6,11 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cache.errors import CacheError
-from cache.layout import CODEC, DETECTOR, METADATA, VIDEOS, is_complete, write_file_atomically
+from cache.layout import CODEC, DETECTOR, METADATA, VIDEOS, write_file_atomically
 from cache.progress import with_progress
 from cache.reader import FeatureCache
 from cache.storage.locks import locked
 from cache.storage.remote import REQUESTS, RemoteStore, remote_url
+from cache.storage.stores import FolderStore, committed
 from cache.writer import sync_tree
 
 
@@ -31,7 +32,8 @@ def stage(address: Path | str, folder: Path) -> Path:
             hint = "stage into another folder, or delete this one"
             there.require(feature_cache.fingerprint, where=folder, hint=hint)
         fetch_all_but_videos(store, folder)
-        names = [name for name in feature_cache.video_names() if not is_complete(folder / VIDEOS / name)]
+        local = FolderStore(path=folder)
+        names = [name for name in feature_cache.video_names() if not committed(local, name)]
         for name in with_progress(names, f"stage to {folder}", unit="video"):
             _fetch_video(store, f"{VIDEOS}/{name}", folder)
     return folder

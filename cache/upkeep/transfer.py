@@ -15,14 +15,15 @@ from cache.codecs.rate_distortion import CALIBRATION
 from cache.errors import CacheError
 from cache.layout import (
     ANNOTATIONS,
+    AXES,
     CODEC,
     DETECTOR,
     FRAME_QUERIES,
-    FRAMES_PER_SHARD,
     MASK_FEATURES,
     METADATA,
     VIDEOS,
     group_metadata,
+    shard_ranges,
     sync_to_disk,
     write_file_atomically,
 )
@@ -36,7 +37,6 @@ from cache.writer import sync_tree
 
 FILES = (ANNOTATIONS, CALIBRATION)
 """Carried along, where they lie beside the root."""
-AXES = {FRAME_QUERIES: ("T", "L", "Q", "C"), MASK_FEATURES: ("T", "R", "H", "W")}
 
 
 def export_hdf5(feature_cache: FeatureCache, file: Path) -> None:
@@ -79,8 +79,7 @@ def _export_video(video: CachedVideo, feature_cache: FeatureCache, target: h5py.
         dataset = target.create_dataset(
             f"{group}/{field}", array.shape, array.dtype, chunks=(1, *array.shape[1:]), fletcher32=True, **packing
         )
-        for start in range(0, array.shape[0], FRAMES_PER_SHARD):
-            frames = range(start, min(start + FRAMES_PER_SHARD, array.shape[0]))
+        for frames in shard_ranges(array.shape[0]):
             dataset[frames.start : frames.stop] = array.read(frames)
 
 
@@ -124,8 +123,8 @@ def _import_video(feature_cache: FeatureCache, name: str, folder: Path) -> None:
         packed = field == MASK_FEATURES and feature_cache.codec.compressed
         example = np.empty((0, *array.shape[1:]), array.dtype)
         writer = ShardWriter(folder / field, array.shape[0], example, AXES[field], compressed=packed)
-        for start in range(0, array.shape[0], FRAMES_PER_SHARD):
-            writer.append(array.read(range(start, min(start + FRAMES_PER_SHARD, array.shape[0]))))
+        for frames in shard_ranges(array.shape[0]):
+            writer.append(array.read(frames))
         writer.finish()
     content = group_metadata(feature_cache.store.attributes(f"{VIDEOS}/{name}") or {})
     write_file_atomically(folder / METADATA, content)
