@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +20,13 @@ from configs.schema import Settings
 from evaluate.compare.runs import LabelFiles, read_entries
 from evaluate.stage import evaluate
 from extract.demo.stills import write_stills
+from extract.detector.checkpoints import weights_sha256
 from extract.detector.frozen import load_detector, normalise_and_pad
 from extract.detector.loading import load_model
 from extract.detector.trainable import with_classes
 from extract.stage import extract
 from tests.conftest import tiny_settings
+from tests.train_until import interrupt, on_two_processes
 from train_head.__main__ import main
 from train_head.build import trained_parameters
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
@@ -37,7 +35,7 @@ from train_head.data.live_clips import LiveClip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
 from train_head.joint import DETECTOR, FrameFolder, LiveSource, finetune
-from train_head.run_folder import open_run
+from train_head.run_folder import open_run, read_metrics_log
 from train_head.trainer import Trainer, train
 
 CPU = torch.device("cpu")
@@ -176,6 +174,17 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_data: Path, tiny_cache: 
         train(whole)
 
 
+def test_a_run_killed_while_it_exports_exports_later(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = small(tiny_data, tiny_cache, tmp_path, "name=killed", "train.checkpoint_every=1")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LiveSource, "finish", lambda *_: interrupt())
+        finetune(settings)
+    run = finetune(settings)
+    assert load_checkpoint(run / CHECKPOINT).fingerprint.weights_sha256 == weights_sha256(run / DETECTOR)
+
+
 def features_of(weights: Path, images: Tensor) -> tuple[Tensor, Tensor]:
     features = load_detector(weights).features(images)
     return features.frame_queries_BLQC, features.mask_features_BCHW
@@ -258,16 +267,7 @@ def test_impossible_settings_are_refused(tiny_data: Path, tiny_cache: Path, tmp_
 def test_two_processes_fine_tune_as_one(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
     settings = small(tiny_data, tiny_cache, tmp_path, "name=one", "train.batch_clips=2", "train.log_every=1")
     run = finetune(settings)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        command.append(f"--master-port={free.getsockname()[1]}")
-    command += ["-m", "train_head", "finetune", str(run / "config.yaml"), "name=two"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    ended = on_two_processes("train_head", "finetune", run / "config.yaml", "name=two")
     assert ended.returncode == 0, ended.stderr[-2000:]
-    alone, together = (
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (run, tmp_path / "two")
-    )
+    alone, together = ([entry["loss"] for entry in read_metrics_log(folder)] for folder in (run, tmp_path / "two"))
     assert together == pytest.approx(alone, rel=1e-5)

@@ -16,8 +16,8 @@ from evaluate.compare.groups import read_groups
 from evaluate.compare.result import compare
 from evaluate.stage import evaluate
 from tests.conftest import tiny_settings
+from tests.train_until import before_step, interrupt
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.data.clips import Clip
 from train_head.heads.contract import HeadConfig, HeadOutputs, TrackHead
 from train_head.heads.example_head import GruHead
 from train_head.heads.frame_spill import TokenBlock
@@ -26,7 +26,7 @@ from train_head.heads.layers import MultiheadAttention
 from train_head.losses.mask_folding import MapDecoding
 from train_head.parameter_table import head_parameters
 from train_head.release import export_file
-from train_head.trainer import Trainer, train
+from train_head.trainer import train
 
 KINDS = pytest.mark.parametrize("kind", list(HeadKind))
 L, B, T, Q, V, K = 2, 3, 4, 6, 5, 3
@@ -125,20 +125,12 @@ def test_frames_may_have_fewer_tokens_in_any_order(kind: HeadKind) -> None:
 
 @KINDS
 def test_the_whole_way_from_cache_to_comparison(
-    kind: HeadKind, tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: HeadKind, tiny_data: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
     short = (f"head.kind={kind}", "train.iterations=3", "train.decay_steps=[]", "train.checkpoint_every=2")
     whole, broken = (tiny_settings(tiny_data, tiny_cache, tmp_path, f"name={n}", *short) for n in ("whole", "broken"))
     train(whole)
-    step = Trainer.training_step
-
-    def interrupted(trainer: Trainer[Clip], clips: list[Clip]) -> object:
-        if trainer.progress.step == 2:
-            raise KeyboardInterrupt
-        return step(trainer, clips)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Trainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt), before_step(2, interrupt):
         train(broken)
     train(broken)
     expected, resumed = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("whole", "broken"))

@@ -26,8 +26,8 @@ from evaluate.tables import run_summary
 from extract.__main__ import main as extract_main
 from extract.stage import extract
 from tests.conftest import tiny_settings
+from tests.train_until import before_step, interrupt
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.data.clips import Clip
 from train_head.run_folder import read_metrics_log
 from train_head.trainer import train
 
@@ -91,22 +91,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny_data: Path, tiny_cache: 
     whole = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=whole")
     train(whole)
     broken = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=broken")
-    from train_head import trainer
-
-    stop_at = 5  # two steps after the checkpoint of step 3
-    original = trainer.Trainer.training_step
-
-    def interrupted(self: trainer.Trainer[Clip], clips: list[Clip]) -> object:
-        if self.progress.step == stop_at:
-            raise KeyboardInterrupt
-        return original(self, clips)
-
-    trainer.Trainer.training_step = interrupted  # type: ignore[method-assign,assignment]
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(broken)
-    finally:
-        trainer.Trainer.training_step = original  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt), before_step(5, interrupt):  # two steps after the checkpoint of step 3
+        train(broken)
     assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 3
     train(broken)
     expected = load_checkpoint(tmp_path / "whole" / CHECKPOINT)

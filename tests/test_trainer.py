@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,15 +13,14 @@ from cache.errors import ConfigError
 from configs.schema import Settings
 from evaluate.stage import evaluate, score_head
 from tests.conftest import tiny_settings
+from tests.train_until import before_step, interrupt, on_two_processes
 from train_head.build import TrainedPart, build_optimizer, learning_rate
 from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
 from train_head.data.clips import Clip
 from train_head.distributed import Group
 from train_head.heads.vita import VitaHead
 from train_head.run_folder import read_metrics_log
-from train_head.trainer import Trainer, _ShareOfBatches, train
-
-ROOT = Path(__file__).parent.parent
+from train_head.trainer import Trainer, share_of_batches, train
 
 
 def test_learning_rate_warms_up_then_steps_down(tiny_run: Settings) -> None:
@@ -46,7 +41,7 @@ def test_norms_and_embeddings_are_not_decayed(tiny_run: Settings) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_processes_share_each_batch_without_gaps_or_duplicates(size: int) -> None:
-    shares = [list(_ShareOfBatches(3, 6, 4, Group(rank=rank, size=size))) for rank in range(size)]
+    shares = [list(share_of_batches(range(3, 6), 4, Group(rank=rank, size=size))) for rank in range(size)]
     own = 4 // size
     batches = [[clip for share in shares for clip in share[i * own : (i + 1) * own]] for i in range(3)]
     assert batches == [[12, 13, 14, 15], [16, 17, 18, 19], [20, 21, 22, 23]]
@@ -75,66 +70,43 @@ def test_accumulated_micro_batches_train_like_one_batch(tiny_data: Path, tiny_ca
         train(tiny_settings(tiny_data, tiny_cache, tmp_path, "train.accumulate=3", "name=odd"))
 
 
-def on_two_processes(settings: Settings, folder: Path, stop: int) -> str:
-    """Train with torchrun; both processes are killed when they come to step `stop`. Returns what they said."""
-    OmegaConf.save(OmegaConf.structured(settings), folder / "settings.yaml")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
-    command += [f"--master-port={port}", "-m", "tests.train_until", str(stop), str(folder / "settings.yaml")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200).stderr
-
-
 def test_runs_killed_on_any_number_of_processes_go_on_with_any_other(
-    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
     """Steps 1 and 2 on two processes, 3 and 4 on one, 5 and 6 on two; each is killed a step after its checkpoint."""
     words = ("train.batch_clips=4", "train.checkpoint_every=2", "train.workers=0")
     train(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=whole", *words))
     broken = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=broken", *words)
-    said = on_two_processes(broken, tmp_path, stop=3)
+    config = tmp_path / "broken.yaml"
+    OmegaConf.save(OmegaConf.structured(broken), config)
+    said = on_two_processes("tests.train_until", 3, config).stderr
     assert (tmp_path / "broken" / CHECKPOINT).exists(), said[-4000:]
     assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 2
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        original = Trainer.training_step
-
-        def interrupted(self: Trainer[Clip], clips: list[Clip]) -> object:
-            if self.progress.step == 5:
-                raise KeyboardInterrupt
-            return original(self, clips)
-
-        patch.setattr(Trainer, "training_step", interrupted)
+    with pytest.raises(KeyboardInterrupt), before_step(5, interrupt):
         train(broken)
     assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 4
-    said = on_two_processes(broken, tmp_path, stop=7)
+    said = on_two_processes("tests.train_until", 7, config).stderr
     assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 6, said[-4000:]
     assert_same_training(tmp_path, "whole", "broken")
     assert [entry["step"] for entry in read_metrics_log(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_moving_average_of_the_weights_is_kept_and_evaluated(
-    tiny_data: Path, tiny_cache: Path, tmp_path: Path
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=ema", "train.ema=0.5", "train.iterations=3")
-    from train_head import trainer
-
     seen: list[dict[str, torch.Tensor]] = []
-    original = trainer.Trainer.training_step
+    original = Trainer.training_step
 
-    def watched(self: trainer.Trainer[Clip], clips: list[Clip]) -> object:
+    def watched(self: Trainer[Clip], clips: list[Clip]) -> object:
         if not seen:
             seen.append({key: value.clone() for key, value in self.head.state_dict().items()})
         result = original(self, clips)
         seen.append({key: value.clone() for key, value in self.head.state_dict().items()})
         return result
 
-    trainer.Trainer.training_step = watched  # type: ignore[method-assign,assignment]
-    try:
-        train(settings)
-    finally:
-        trainer.Trainer.training_step = original  # type: ignore[method-assign]
+    monkeypatch.setattr(Trainer, "training_step", watched)
+    train(settings)
     checkpoint = load_checkpoint(tmp_path / "ema" / CHECKPOINT)
     built = checkpoint.build_head("cpu").state_dict()
     for key in checkpoint.head:
@@ -157,6 +129,18 @@ def test_early_evaluation_logs_ap_and_keeps_the_best(tiny_data: Path, tiny_cache
     assert written is not None and real == written.AP
     evaluate(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=early", "evaluate.checkpoint=best"))
     assert json.loads((run / "metrics.json").read_text())["num_videos"] == 2
+
+
+def test_a_worse_head_never_replaces_the_best_of_before_a_kill(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=killed", "train.evaluate_every=2")
+    scores = iter([0.5, 0.2, 0.1])
+    with pytest.raises(KeyboardInterrupt), before_step(3, interrupt):
+        train(settings, lambda: next(scores))
+    train(settings, lambda: next(scores))
+    best = load_checkpoint(tmp_path / "killed" / BEST)
+    assert (best.step, best.best_ap) == (2, 0.5)
 
 
 def test_a_time_budget_stops_with_a_checkpoint_and_can_be_raised(

@@ -6,7 +6,6 @@ never interrupted, bit for bit on CPU, and any number of processes sees the same
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -145,20 +144,20 @@ class Trainer(Generic[AnyClip]):
                     log.write(done.step, {**self._logged(losses), **times, "learning_rate": self._rate(-1)})
                     shown = {name: f"{1e3 * times[name]:.0f} ms" for name in ("data_time", "step_time")}
                     bar.show(loss=f"{losses.loss:.2f}", **shown)
-                if done.step % train.checkpoint_every == 0:
-                    self.save()
                 if train.evaluate_every and done.step % train.evaluate_every == 0:
                     self._evaluate(log)
+                elif done.step % train.checkpoint_every == 0 and done.step < train.iterations:
+                    self.save()
         if log is not None:
             log.close()
         if done.step < train.iterations and self._any(stop.requested):
             self.save()
             raise KeyboardInterrupt
-        if done.step < train.iterations:
-            print(f"train: the time budget of {train.time_budget:.0f} s is spent at step {done.step}")
         if self.group.is_main:
+            if done.step < train.iterations:
+                print(f"train: the time budget of {train.time_budget:.0f} s is spent at step {done.step}")
             print(self.source.finish(self.folder), end="")
-        self.save()
+        self.save()  # of the last step only now: a run that is killed in `finish` has to come here again
 
     def _any(self, flag: bool) -> bool:
         """Whether any process says so: all must stop at the same step, or they would wait for ever."""
@@ -169,9 +168,10 @@ class Trainer(Generic[AnyClip]):
     def _batches(self) -> Iterator[list[AnyClip]]:
         train = self.settings.train
         own = train.batch_clips // self.group.size
-        numbers = _ShareOfBatches(self.progress.step, train.iterations, train.batch_clips, self.group)
+        steps = range(self.progress.step, train.iterations)
+        numbers = share_of_batches(steps, train.batch_clips, self.group)
         clips = load_clips(self.source.clips(), numbers, workers=train.workers, held=own, device=self.device)
-        for _ in numbers.steps:
+        for _ in steps:
             yield list(islice(clips, own))
 
     def training_step(self, clips: Sequence[AnyClip]) -> StepLosses:
@@ -210,20 +210,18 @@ class Trainer(Generic[AnyClip]):
         )
 
     def _evaluate(self, log: MetricsLog | None) -> None:
-        """Log the AP of the current head and keep the best checkpoint; the main process does it for all."""
-        if log is not None and self.evaluator is not None:
-            self.save()
-            ap = self.evaluator()
-            if ap is not None:
-                log.write(self.progress.step, {"AP": ap})
-                if ap > self.progress.best_ap:
-                    self.progress.best_ap = ap
-                    shutil.copyfile(self.folder / CHECKPOINT, self.folder / f"{BEST}.tmp")
-                    (self.folder / f"{BEST}.tmp").replace(self.folder / BEST)
+        """Save, log the AP of the current head and keep the best checkpoint; the main process does it for all."""
+        self.save()
+        if log is not None and self.evaluator is not None and (ap := self.evaluator()) is not None:
+            log.write(self.progress.step, {"AP": ap})
+            if ap > self.progress.best_ap:
+                self.progress.best_ap = ap
+                self.save(BEST)
+                self.save()
         self.group.wait()
 
-    def save(self) -> None:
-        """Write the checkpoint of the current step."""
+    def save(self, name: str = CHECKPOINT) -> None:
+        """Write a checkpoint of the current step."""
         if not self.group.is_main:
             return
         checkpoint = Checkpoint(
@@ -236,20 +234,12 @@ class Trainer(Generic[AnyClip]):
             fingerprint=self.source.fingerprint,
             category_names=tuple(category.name for category in self.source.labels.categories),
         )
-        save_checkpoint(self.folder / CHECKPOINT, checkpoint)
+        save_checkpoint(self.folder / name, checkpoint)
 
 
-class _ShareOfBatches:
-    """This process's clip numbers: its part of batch 0, its part of batch 1, ..."""
-
-    def __init__(self, first_step: int, iterations: int, batch_clips: int, group: Group) -> None:
-        self.steps, self.batch_clips, self.group = range(first_step, iterations), batch_clips, group
-
-    def __iter__(self) -> Iterator[int]:
-        own = self.batch_clips // self.group.size
-        for step in self.steps:
-            first = step * self.batch_clips + self.group.rank * own
-            yield from range(first, first + own)
-
-    def __len__(self) -> int:
-        return len(self.steps) * self.batch_clips // self.group.size
+def share_of_batches(steps: range, batch_clips: int, group: Group) -> Iterator[int]:
+    """This process's clip numbers: its part of the batch of each step."""
+    own = batch_clips // group.size
+    for step in steps:
+        first = step * batch_clips + group.rank * own
+        yield from range(first, first + own)
