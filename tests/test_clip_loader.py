@@ -42,7 +42,7 @@ class Numbers:
         )
 
 
-def require_right(clip: SmallClip, index: int) -> None:
+def assert_right(clip: SmallClip, index: int) -> None:
     expected = Numbers().read(index, np.empty)
     assert clip.index == index
     for name in ("read_into_slot", "copied", "transposed", "nothing"):
@@ -56,7 +56,7 @@ def test_clips_arrive_in_order_whether_they_fit_or_not(workers: int) -> None:
     numbers = [5, 3, 8, *range(20)]
     clips = load_clips(Numbers(), numbers, workers=workers, held=3, device=CPU)
     for clip, number in zip(clips, numbers, strict=True):
-        require_right(clip, number)
+        assert_right(clip, number)
 
 
 def test_memory_is_used_again_but_not_while_anything_refers_to_it() -> None:
@@ -72,9 +72,9 @@ def test_memory_is_used_again_but_not_while_anything_refers_to_it() -> None:
 def test_clips_all_kept_are_all_right() -> None:
     clips = list(load_clips(Numbers(), range(40), workers=0, held=2, device=CPU))
     for index, clip in enumerate(clips):
-        require_right(clip, index)
+        assert_right(clip, index)
 
 
 def test_slots_too_small_for_any_clip_serve_too() -> None:
     for index, clip in enumerate(load_clips(Numbers(clip_bytes=1), range(5), workers=0, held=1, device=CPU)):
-        require_right(clip, index)
+        assert_right(clip, index)

@@ -40,8 +40,10 @@ from train_head.trainer import Trainer, train
 
 CPU = torch.device("cpu")
 DEMO_DETECTOR = Path(__file__).parent.parent / "extract" / "demo" / "detector"
-SMALL = ("train.num_frames=2", "train.iterations=2", "finetune.short_edges=[64,72]", "finetune.resize_edges=[90]")
-SMALL = (*SMALL, "finetune.crop_sides=[64,90]", "train.checkpoint_every=2", "train.learning_rate=1e-4")
+SMALL = (
+    *("train.num_frames=2", "train.iterations=2", "train.checkpoint_every=2", "train.learning_rate=1e-4"),
+    *("finetune.short_edges=[64,72]", "finetune.resize_edges=[90]", "finetune.crop_sides=[64,90]"),
+)
 
 
 def small(data: Path, features: Path, runs: Path, *overrides: str) -> Settings:

@@ -49,7 +49,7 @@ def tokens(*shape: int) -> Tensor:
     return torch.randn(*shape, 7, generator=torch.Generator().manual_seed(1))
 
 
-def near(actual: Tensor, expected: Tensor) -> None:
+def assert_near(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -76,8 +76,8 @@ def test_passes_are_independent_and_every_parameter_learns(kind: HeadKind) -> No
     head, queries_LBTQC = small_head(kind), tokens(L, B, T, Q)
     outputs: HeadOutputs = head(queries_LBTQC)
     alone: HeadOutputs = head(queries_LBTQC[1:, 2:])
-    near(alone.class_logits_DLBVK, outputs.class_logits_DLBVK[:, 1:, 2:])
-    near(alone.mask_embed_DLBVC, outputs.mask_embed_DLBVC[:, 1:, 2:])
+    assert_near(alone.class_logits_DLBVK, outputs.class_logits_DLBVK[:, 1:, 2:])
+    assert_near(alone.mask_embed_DLBVC, outputs.mask_embed_DLBVC[:, 1:, 2:])
     assert outputs.clip_similarity_LBVC is not None and outputs.frame_similarity_LBTQC is not None
     weights = head.fold_masks(outputs.mask_embed_DLBVC, decoding=MapDecoding())
     said = (outputs.class_logits_DLBVK, weights.weights_R, weights.const, outputs.clip_similarity_LBVC)
@@ -93,7 +93,7 @@ def test_folded_masks_are_those_of_the_convolved_map(kind: HeadKind) -> None:
     map_THWC = torch.randn(T, 3, 5, 9, generator=torch.Generator().manual_seed(3))
     map_TCHW = map_THWC.permute(0, 3, 1, 2).contiguous()
     expected_TVHW = torch.einsum("vc,tchw->tvhw", embed_VC, head.vita_mask_features(map_TCHW))
-    near(head.fold_masks(embed_VC, MapDecoding()).logits(map_TCHW), expected_TVHW)
+    assert_near(head.fold_masks(embed_VC, MapDecoding()).logits(map_TCHW), expected_TVHW)
 
 
 @KINDS
@@ -103,8 +103,8 @@ def test_a_video_in_blocks_says_what_the_clip_says(kind: HeadKind, sizes: list[i
     head, queries_TQC = small_head(kind).eval(), tokens(T, Q)
     outputs: HeadOutputs = head(queries_TQC[None, None])
     video = head.predict_stream((TokenBlock.whole_frames(part) for part in queries_TQC.split(sizes)), T)
-    near(video.class_logits_VK, outputs.class_logits_DLBVK[-1, 0, 0])
-    near(video.mask_embed_VC, outputs.mask_embed_DLBVC[-1, 0, 0])
+    assert_near(video.class_logits_VK, outputs.class_logits_DLBVK[-1, 0, 0])
+    assert_near(video.mask_embed_VC, outputs.mask_embed_DLBVC[-1, 0, 0])
 
 
 @KINDS
@@ -120,7 +120,7 @@ def test_frames_may_have_fewer_tokens_in_any_order(kind: HeadKind) -> None:
         for slots in (slots_Tq, shuffled_Tq)
     )
     assert first.class_logits_VK.shape == (V, K + 1) and first.mask_embed_VC.shape == (V, 4)
-    near(first.class_logits_VK, second.class_logits_VK)
+    assert_near(first.class_logits_VK, second.class_logits_VK)
 
 
 @KINDS
@@ -209,5 +209,5 @@ def test_the_example_against_a_naive_loop() -> None:
         states.append(state.numpy())
     expected_VC = head.norm(torch.from_numpy(np.mean(states, axis=0)))
     outputs: HeadOutputs = head(queries_TQC[None, None])
-    near(outputs.video_queries_DLBVC[0, 0, 0], expected_VC)
-    near(outputs.class_logits_DLBVK[0, 0, 0], expected_VC @ head.class_embed.weight.T + head.class_embed.bias)
+    assert_near(outputs.video_queries_DLBVC[0, 0, 0], expected_VC)
+    assert_near(outputs.class_logits_DLBVK[0, 0, 0], expected_VC @ head.class_embed.weight.T + head.class_embed.bias)
