@@ -24,7 +24,7 @@ DETECTRON2 := git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e
 
 # The demo needs nothing but itself, so each of its stages makes sure of the one before.
 ifneq ($(filter demo configs/demo.yaml,$(CONFIG)),)
-extract: demo-data
+extract bench: demo-data
 train: extract
 evaluate: train
 report: evaluate
