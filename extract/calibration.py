@@ -23,7 +23,8 @@ from cache.codecs.rate_distortion import (
 )
 from cache.detector_masks import predict_queries
 from cache.errors import FingerprintMismatch, FrameError
-from cache.labels.annotations import Video, load_labels
+from cache.labels.annotations import load_labels
+from cache.labels.tracks import Video
 from cache.layout import Size, crop_map
 from cache.media.geometry import Transform, network_size
 from cache.progress import with_progress
@@ -50,8 +51,8 @@ class ChosenCodec:
 
     def location_bytes(self, channels: int) -> float:
         """Stored bytes a position of a map of so many channels: as measured, or else without compression."""
-        rows = () if self.calibration is None else (self.calibration.rows[self.calibration.chosen],)
-        measured = sum(row.bytes_per_location for row in rows)
+        table = self.calibration
+        measured = 0.0 if table is None else table.rows[table.chosen].bytes_per_location
         return measured or self.codec.stored_channels(channels) * self.codec.dtype.itemsize
 
 

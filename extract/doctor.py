@@ -24,7 +24,7 @@ from configs.schema import DetectorEngine, Settings
 from configs.splits import SplitPaths, all_splits
 from extract.detector.loading import load_model
 from extract.frames import read_frame, require_frames
-from extract.room import free_bytes
+from extract.room import existing_folder, free_bytes
 
 LIBRARIES = ("zarr", "numcodecs", "h5py", "scipy", "pycocotools", "transformers", "av", "fastcrc")
 PYTHONS = ((3, 11), (3, 13))
@@ -138,9 +138,7 @@ def _cache_path(settings: Settings) -> Finding:
 
 def _folder(name: str, path: Path) -> Finding:
     """Whether the folder, or the one that will hold it, can be written to, how fast, and how much fits."""
-    existing = path.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    existing = existing_folder(path)
     probe, free = existing / f".doctor-{uuid.uuid4().hex}", free_bytes(existing)
     if not existing.is_dir():
         return Finding(name=name, message=f"{existing} is not a folder", remedy="name another path")

@@ -16,12 +16,11 @@ from cache.fingerprint import Fingerprint, Provenance
 from cache.storage.locks import sweep_locks
 from cache.upkeep.upload import opened_writer
 from configs.cards import write_cache_card
-from configs.command import device_name, precision_name
 from configs.schema import CodecName, Settings
 from extract import room
 from extract.calibration import ChosenCodec, calibrate, choose_codec
 from extract.detector.checkpoints import weights_sha256
-from extract.detector.engines import open_detector
+from extract.detector.engines import configured_detector
 from extract.detector.frozen import PADDING_DIVISOR, FrameDetector
 from extract.fill import Engine, fill, opened_engine, require_workers
 from extract.jobs import SplitJobs, open_jobs
@@ -81,9 +80,7 @@ def print_rate_distortion(settings: Settings) -> None:
 
 
 def _open_detector(settings: Settings) -> FrameDetector:
-    device = device_name(settings.device)
-    precision = precision_name(settings.detector.precision, device)
-    detector = open_detector(settings.detector, precision=precision, device=device)
+    detector = configured_detector(settings)
     print(detector.report)
     return detector
 

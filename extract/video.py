@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from cache.codecs.float16 import Float16
-from cache.errors import CacheError, FrameError, WeightsError
+from cache.errors import FrameError, WeightsError
 from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint, Provenance
 from cache.layout import VideoAttributes, video_group_name
 from cache.media.footage import RECORD, Footage, look_through, read_record, write_record
@@ -25,15 +24,14 @@ from cache.progress import StageProgress
 from cache.storage.background import BackgroundWriter
 from cache.writer import CacheWriter
 from configs.cards import write_cache_card
-from configs.command import device_name, precision_name
 from configs.load import load_settings
 from configs.schema import Precision, Settings
 from extract.batches import BatchRunner
 from extract.detector.checkpoints import weights_sha256
-from extract.detector.engines import open_detector
+from extract.detector.engines import configured_detector
 from extract.detector.frozen import FrameDetector
 from extract.jobs import attributes_of
-from extract.room import free_bytes
+from extract.room import FLOAT16_BYTES, frame_cost, require_bytes, stored_bytes
 from extract.stage import fingerprint
 
 FOLDER = "video"
@@ -51,13 +49,13 @@ def extract_footage(config: str, words: Sequence[str], *, head: Path | None = No
     """
     paths = [Path(word) for word in words if not _is_setting(word)]
     settings, wanted = _settings(config, [word for word in words if _is_setting(word)], head)
-    detector = _detector(settings)
+    if stride < 1 or not paths:
+        raise FrameError("nothing to extract", expected="at least one file, --stride 1 or more")
+    detector = configured_detector(settings)
     held = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), Float16())
     if wanted is not None:
         hint = "set detector.* to those of the head's own extraction"
         replace(wanted, codec=held.codec).require(held, where=head, hint=hint)
-    if stride < 1 or not paths:
-        raise FrameError("nothing to extract", expected="at least one file, --stride 1 or more")
     footage = [piece for path in paths for piece in look_through(path, stride)]
     for piece in footage:
         if piece.problem is not None:
@@ -102,17 +100,15 @@ def _settings(config: str, overrides: Sequence[str], head: Path | None) -> tuple
     return settings, wanted
 
 
-def _detector(settings: Settings) -> FrameDetector:
-    device = device_name(settings.device)
-    precision = precision_name(settings.detector.precision, device)
-    return open_detector(settings.detector, precision=precision, device=device)
-
-
 def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, footage: Sequence[Footage]) -> None:
     pending = writer.pending([video_group_name(number) for number in range(1, len(footage) + 1)])
     work = {name: footage[int(name) - 1] for name in pending}
-    _require_room(settings, detector, writer.path, list(work.values()))
-    total = sum(len(piece.seconds) for piece in work.values())
+    attributes = {name: _attributes(settings, piece) for name, piece in work.items()}
+    total = sum(video.num_frames for video in attributes.values())
+    if work and not settings.cache.ignore_space:
+        cost = frame_cost(detector, attributes[pending[0]].image_hw)
+        needed = stored_bytes(attributes.values(), cost.channels * FLOAT16_BYTES, cost)
+        require_bytes(needed, writer.path, total, hint="take fewer frames (--stride), another cache.path")
     runner = BatchRunner(detector, settings.detector.batch_frames)
     with (
         ThreadPoolExecutor(max_workers=1) as decoder,
@@ -120,35 +116,14 @@ def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, f
         BackgroundWriter(writer) as background,
     ):
         for name, piece in work.items():
-            attributes = _attributes(settings, piece)
-            batches = _batches(piece, attributes.image_hw, settings.detector.batch_frames)
-            with background.video(name, attributes) as sink:
+            batches = _batches(piece, attributes[name].image_hw, settings.detector.batch_frames)
+            with background.video(name, attributes[name]) as sink:
                 for images in _ahead(batches, decoder):
                     features = runner.features(images)
                     # Halved on the device: that is what the cache holds.
                     queries, maps = features.frame_queries_BLQC.half(), features.mask_features_BCHW.half()
                     sink.append(queries.cpu().numpy(), maps.cpu().numpy())
                     progress.advance(len(images))
-
-
-def _require_room(settings: Settings, detector: FrameDetector, path: Path, work: Sequence[Footage]) -> None:
-    """Refuse what the disk cannot hold; a black frame tells the sizes that the detector gives."""
-    needed = 0
-    for piece in work if not settings.cache.ignore_space else ():
-        attributes = _attributes(settings, piece)
-        features = detector.features(torch.zeros((1, 3, *attributes.image_hw), dtype=torch.uint8))
-        values = features.frame_queries_BLQC.numel() + features.mask_features_BCHW.shape[1] * math.prod(
-            attributes.map_hw
-        )
-        needed += 2 * values * len(piece.seconds)
-    if needed > free_bytes(path):
-        raise CacheError(
-            "the features of the videos do not fit on the disk",
-            where=path,
-            expected=f"{needed / 1e9:.2f} GB",
-            got=f"{free_bytes(path) / 1e9:.2f} GB free",
-            hint="take fewer frames (--stride), another cache.path, or set cache.ignore_space=true",
-        )
 
 
 def _attributes(settings: Settings, piece: Footage) -> VideoAttributes:

@@ -44,8 +44,9 @@ def test_bytes_and_seconds_by_hand(tmp_path: Path) -> None:
     """Frames of 48 x 80 without resizing, padded to 64 x 96, so maps of 13 x 21 are kept of 16 x 24."""
     cost = FrameCost(query_bytes=3 * 4 * 6 * 2, channels=6, seconds_per_pixel=1e-6)
     work = workload(tmp_path, {1: 5, 2: 7})
-    assert stored_bytes(work.jobs, 6 * 2, cost) == 12 * (144 + 13 * 21 * 6 * 2)
-    assert room.seconds(work.jobs, cost) == pytest.approx(12 * 64 * 96 * 1e-6)
+    videos = [job.attributes for job in work.jobs]
+    assert stored_bytes(videos, 6 * 2, cost) == 12 * (144 + 13 * 21 * 6 * 2)
+    assert room.seconds(videos, cost) == pytest.approx(12 * 64 * 96 * 1e-6)
 
 
 def test_videos_in_the_cache_are_not_counted(tmp_path: Path) -> None:

@@ -31,8 +31,9 @@ from cache.upkeep.inspection import verify_root, verify_video
 from cache.upkeep.transfer import export_hdf5, import_hdf5
 from configs.schema import Settings
 from extract.demo.videos import write_split
+from extract.detector.engines import configured_detector
 from extract.record import EXTRACTION_RECORD
-from extract.stage import _open_detector, extract
+from extract.stage import extract
 from tests.cache_samples import FILE_EVENTS
 from tests.conftest import tiny_settings
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
@@ -240,7 +241,7 @@ def main() -> None:
         write_split(data, "train", 3, num_frames=4)
         write_split(data, "valid", 1, num_frames=4)
         torture = Torture(folder=Path(folder), rng=random.Random(chosen.seed))
-        _open_detector(tiny_settings(data, data, data))  # imports what children then need not
+        configured_detector(tiny_settings(data, data, data))  # imports what children then need not
         torture_extraction(torture, data, chosen.kills - few, "float16")
         torture_extraction(torture, data, few, "logit")
         features = Path(folder) / "features_float16"

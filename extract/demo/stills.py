@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from cache.labels import masks
+from cache.layout import write_file_atomically
 from cache.progress import with_progress
 from extract.demo.shapes import (
     DETECTOR_CATEGORIES,
@@ -60,9 +61,8 @@ def write_stills(root: Path, count: int) -> None:
             annotation = {"image_id": number, "category_id": label + 1, "iscrowd": 0, "segmentation": rle}
             annotations.append({"id": len(annotations) + 1, **annotation})
     categories = [{"id": index, "name": name} for index, name in enumerate(LABELLED_CATEGORIES, start=1)]
-    temporary = root / "stills.json.tmp"
-    temporary.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
-    temporary.replace(root / "stills.json")
+    labels = {"images": images, "annotations": annotations, "categories": categories}
+    write_file_atomically(root / "stills.json", json.dumps(labels).encode())
 
 
 def _draw_still(rng: np.random.Generator, image_hw: tuple[int, int], categories: tuple[str, ...]) -> Still:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, ResNetConfig
 
@@ -23,11 +24,11 @@ from cache.progress import StageProgress
 from extract.demo.pretrain import DensePretraining
 from extract.demo.shapes import DETECTOR_CATEGORIES
 from extract.demo.stills import make_still
+from extract.demo.videos import FRAME_SIZES
+from extract.detector.frozen import PADDING_DIVISOR, normalise_and_pad
+from extract.detector.loading import quiet_transformers
 
 DEMO_DETECTOR = Path(__file__).parent / "detector"
-PIXEL_MEAN = torch.tensor([123.675, 116.280, 103.530]).view(3, 1, 1)
-PIXEL_STD = torch.tensor([58.395, 57.120, 57.375]).view(3, 1, 1)
-IMAGE_SIZES = ((90, 160), (96, 120))  # the two aspect ratios of the demo's videos
 NUM_HELD_OUT = 64
 _STILLS_PER_SEED = 1_000_000
 _HELD_OUT_OFFSET = 900_000_000
@@ -75,20 +76,16 @@ class StillBatches(Dataset[Batch]):
         return self.num_batches
 
     def __getitem__(self, index: int) -> Batch:
-        size = IMAGE_SIZES[index % len(IMAGE_SIZES)]
+        size = FRAME_SIZES[index % len(FRAME_SIZES)]
         seeds = range(self.first_seed + index * self.batch_size, self.first_seed + (index + 1) * self.batch_size)
         stills = [make_still(seed, size) for seed in seeds]
+        padding = (0, -size[1] % PADDING_DIVISOR, 0, -size[0] % PADDING_DIVISOR)
         pixels = torch.from_numpy(np.stack([s.image for s in stills])).permute(0, 3, 1, 2).float()
         return {
-            "pixel_values": _pad((pixels - PIXEL_MEAN) / PIXEL_STD),
-            "mask_labels": [_pad(torch.from_numpy(s.masks).float()) for s in stills],
+            "pixel_values": normalise_and_pad(pixels),
+            "mask_labels": [functional.pad(torch.from_numpy(s.masks).float(), padding) for s in stills],
             "class_labels": [torch.from_numpy(s.classes) for s in stills],
         }
-
-
-def _pad(images: Tensor, divisor: int = 32) -> Tensor:
-    height, width = images.shape[-2:]
-    return nn.functional.pad(images, (0, -width % divisor, 0, -height % divisor))
 
 
 def train(output: Path, pretraining: int, iterations: int, batch_size: int, learning_rate: float, seed: int) -> None:
@@ -112,7 +109,8 @@ def train(output: Path, pretraining: int, iterations: int, batch_size: int, lear
     checkpoints = [output / f"{phase.name}.pt" for phase in (first, second)]
     _run_phase(first, dense, model, dense_loss, checkpoints[0], seed)
     _run_phase(second, model, model, set_loss, checkpoints[1], seed + 1)
-    model.half().save_pretrained(output, safe_serialization=True)
+    with quiet_transformers():
+        model.half().save_pretrained(output, safe_serialization=True)
     for checkpoint in checkpoints:
         checkpoint.unlink()
 
@@ -198,7 +196,7 @@ def held_out_quality(model: nn.Module) -> dict[str, float]:
     for batch in (held_out[index] for index in range(len(held_out))):
         output = model(pixel_values=batch["pixel_values"])
         size = batch["pixel_values"].shape[-2:]
-        predicted = nn.functional.interpolate(output.masks_queries_logits, size, mode="bilinear") > 0
+        predicted = functional.interpolate(output.masks_queries_logits, size, mode="bilinear") > 0
         classes = output.class_queries_logits[..., :-1].argmax(-1)
         for masks, truth, labels, row in zip(
             predicted, batch["mask_labels"], batch["class_labels"], classes, strict=True
@@ -224,15 +222,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    train(
-        arguments.output,
-        arguments.pretraining,
-        arguments.iterations,
-        arguments.batch_size,
-        arguments.learning_rate,
-        arguments.seed,
-    )
+    train(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

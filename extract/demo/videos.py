@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from cache.layout import write_file_atomically
 from cache.progress import with_progress
 from extract.demo.motion import crossing, drift, excursion
 from extract.demo.shapes import VIDEO_CATEGORIES, Floats, Sprite, random_background, random_texture, render
@@ -166,9 +167,7 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
         "categories": [{"id": i, "name": name} for i, name in enumerate(VIDEO_CATEGORIES, start=1)],
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)],
     }
-    temporary = root / f"{split}.json.tmp"
-    temporary.write_text(json.dumps(labels))
-    temporary.replace(root / f"{split}.json")
+    write_file_atomically(root / f"{split}.json", json.dumps(labels).encode())
 
 
 def write_demo_data(

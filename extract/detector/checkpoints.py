@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cache.archives import require_sound_archive
 from cache.errors import WeightsError
+from cache.fingerprint import sha256_file
 from extract.detector.safe_pickle import load_plain_pickle
 
 _HEAD_PREFIX = "vita_module."
@@ -121,11 +122,8 @@ def weights_sha256(path: Path) -> str:
     One file: its plain SHA-256 in hex. A folder: the SHA-256 over the digests of its files (config.json, then
     weights by name). Raises WeightsError when there are no weights.
     """
-    digests: list[bytes] = []
-    for file in weight_files(path):
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").digest())
-    return digests[0].hex() if path.is_file() else hashlib.sha256(b"".join(digests)).hexdigest()
+    digests = [sha256_file(file) for file in weight_files(path)]
+    return digests[0] if path.is_file() else hashlib.sha256(bytes.fromhex("".join(digests))).hexdigest()
 
 
 def _model_dict(path: Path) -> dict[str, object]:

@@ -26,6 +26,7 @@ from extract.detector.frozen import (
     normalise_and_pad,
     official_heads,
     require_frame_batch,
+    require_possible,
 )
 from extract.detector.loading import check_shapes
 
@@ -102,13 +103,7 @@ def load_detectron2_detector(
     unexpected or of the wrong shape.
     """
     config = read_config(config_file, torch.device(device))
-    num_decoder_layers = config.MODEL.MASK_FORMER.DEC_LAYERS - 1
-    if not 1 <= num_layers <= num_decoder_layers:
-        raise ConfigError(
-            "impossible number of cached decoder layers", expected=f"1 to {num_decoder_layers}", got=num_layers
-        )
-    if precision not in PRECISIONS:
-        raise ConfigError("unknown precision", expected=f"one of {', '.join(PRECISIONS)}", got=precision)
+    require_possible(num_layers, config.MODEL.MASK_FORMER.DEC_LAYERS - 1, precision)
     model = _build(config, config_file)
     report = _load_weights(model, weights, config)
     return Detectron2Detector(

@@ -6,8 +6,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from cache.errors import WeightsError
-from configs.schema import DetectorEngine, DetectorSettings
+from configs.command import device_name, precision_name
+from configs.schema import DetectorEngine, DetectorSettings, Settings
 from extract.detector.frozen import FrameDetector, load_detector
+
+
+def configured_detector(settings: Settings) -> FrameDetector:
+    """Load the frozen detector of a config on its device; errors as below, ConfigError where the device is missing."""
+    device = device_name(settings.device)
+    precision = precision_name(settings.detector.precision, device)
+    return open_detector(settings.detector, precision=precision, device=device)
 
 
 def open_detector(chosen: DetectorSettings, *, precision: str, device: str) -> FrameDetector:

@@ -51,23 +51,19 @@ class FrameFeatures:
 class FrameDetector(Protocol):
     """A frozen image detector that extraction can run; engines differ, features do not.
 
+    architecture: what, beside the weights, decides the features; part of the cache's fingerprint. num_layers: L, how
+    many of the last decoder layers `features` returns.
     precision: what the forward pass really uses. pixel_mean, pixel_std: RGB, in 0..255, applied by `features`.
     category_names: of the classes, in order, or empty. report: how the weights were matched, if they were loaded.
     """
 
+    architecture: str
+    num_layers: int
     precision: str
     pixel_mean: tuple[float, ...]
     pixel_std: tuple[float, ...]
     category_names: tuple[str, ...]
     report: LoadReport | None
-
-    @property
-    def num_layers(self) -> int:
-        """L, how many of the last decoder layers `features` returns."""
-
-    @property
-    def architecture(self) -> str:
-        """What, beside the weights, decides the features; part of the cache's fingerprint."""
 
     def features(self, images_BCHW: Tensor) -> FrameFeatures:
         """Features of RGB images of one size, values 0..255, already resized by the caller."""
@@ -99,15 +95,7 @@ class TransformersDetector:
         category_names: tuple[str, ...] = (),
         report: LoadReport | None = None,
     ) -> None:
-        num_decoder_layers = model.config.decoder_layers - 1
-        if not 1 <= num_layers <= num_decoder_layers:
-            raise ConfigError(
-                "impossible number of cached decoder layers",
-                expected=f"1 to {num_decoder_layers}",
-                got=num_layers,
-            )
-        if precision not in PRECISIONS:
-            raise ConfigError("unknown precision", expected=f"one of {', '.join(PRECISIONS)}", got=precision)
+        require_possible(num_layers, model.config.decoder_layers - 1, precision)
         if model.config.common_stride != 4:
             raise WeightsError("FPN map of another stride", expected=4, got=model.config.common_stride)
         self.device = torch.device(device)
@@ -117,19 +105,8 @@ class TransformersDetector:
         self.model = model
         self.pixel_mean: tuple[float, ...] = PIXEL_MEAN
         self.pixel_std: tuple[float, ...] = PIXEL_STD
-        self.category_names = category_names
-        self.report = report
-        self._num_layers = num_layers
-
-    @property
-    def num_layers(self) -> int:
-        """L, how many of the last decoder layers `features` returns."""
-        return self._num_layers
-
-    @property
-    def architecture(self) -> str:
-        """r50, r101, swin-l, or the kind and sizes of the backbone."""
-        return describe_backbone(self.model.config)
+        self.architecture = describe_backbone(model.config)
+        self.num_layers, self.category_names, self.report = num_layers, category_names, report
 
     def features(self, images_BCHW: Tensor) -> FrameFeatures:
         """Normalise, zero-pad and run the detector.
@@ -153,6 +130,16 @@ class TransformersDetector:
     def prediction_heads(self) -> DetectorHeads:
         """The frozen heads as float32 numpy arrays under their official names."""
         return official_heads(to_official(key_table(self.model.config), self.model.state_dict()), self.category_names)
+
+
+def require_possible(num_layers: int, num_decoder_layers: int, precision: str) -> None:
+    """Raise ConfigError for a number of cached layers that a detector has not, or a precision that none has."""
+    if not 1 <= num_layers <= num_decoder_layers:
+        raise ConfigError(
+            "impossible number of cached decoder layers", expected=f"1 to {num_decoder_layers}", got=num_layers
+        )
+    if precision not in PRECISIONS:
+        raise ConfigError("unknown precision", expected=f"one of {', '.join(PRECISIONS)}", got=precision)
 
 
 def official_heads(state: Mapping[str, Tensor], category_names: tuple[str, ...]) -> DetectorHeads:
