@@ -112,7 +112,7 @@ class PseudoSettings:
     labels: str | None = None  # COCO instances JSON; as `images`, relative to data.root
     images: str | None = None
     num_images: int | None = None  # drawn from those that show known categories; null takes all
-    num_frames: int = 6  # crops of an image
+    num_frames: int = 6  # crops of an image in the cache; fine-tuning draws them anew for every clip
     seed: int = 0  # of choice and crops
     resize_edges: list[int] = field(default_factory=lambda: [400, 500, 600])  # shorter edge, pixels
     crop_sides: list[int] = field(default_factory=lambda: [384, 600])  # least and largest, pixels

@@ -46,13 +46,7 @@ def draw_pseudo_videos(chosen: PseudoSettings, file: Path, categories: Sequence[
         hint = "objects are matched by the names of their categories (cache/labels/category_map.py)"
         raise AnnotationError("no image shows a category of the train labels", where=file, got=names, hint=hint)
     order = np.random.default_rng([chosen.seed, 0]).permutation(len(usable))[: chosen.num_images]
-    ranges = TransformRanges(
-        resize_edges=tuple(chosen.resize_edges),
-        crop_sides=(chosen.crop_sides[0], chosen.crop_sides[1]),
-        short_edges=tuple(chosen.short_edges),
-        rotation=chosen.rotation,
-        flip=chosen.flip,
-    )
+    ranges = transform_ranges(chosen)
     return [
         PseudoVideo(
             still=still,
@@ -65,17 +59,32 @@ def draw_pseudo_videos(chosen: PseudoSettings, file: Path, categories: Sequence[
     ]
 
 
+def transform_ranges(chosen: PseudoSettings) -> TransformRanges:
+    """What the transforms of an image are drawn from."""
+    return TransformRanges(
+        resize_edges=tuple(chosen.resize_edges),
+        crop_sides=(chosen.crop_sides[0], chosen.crop_sides[1]),
+        short_edges=tuple(chosen.short_edges),
+        rotation=chosen.rotation,
+        flip=chosen.flip,
+    )
+
+
 def labels_json(videos: Sequence[PseudoVideo], categories: Sequence[Category]) -> bytes:
-    """The label file (YTVIS JSON) of pseudo-videos: every mask transformed as its frame is."""
+    """The label file (YTVIS JSON) of pseudo-videos."""
+    return json.dumps(pseudo_labels(videos, categories).to_json()).encode()
+
+
+def pseudo_labels(videos: Sequence[PseudoVideo], categories: Sequence[Category]) -> Labels:
+    """The labels of pseudo-videos: every mask transformed as its frame is."""
     tracks: list[Track] = []
     for pseudo in videos:
         for found in pseudo.still.objects:
             if found.category_id in pseudo.categories:
                 tracks += _track(pseudo, found, len(tracks) + 1)
-    labels = Labels(
+    return Labels(
         categories=tuple(categories), videos=tuple(map(_video, videos)), tracks=tuple(tracks), has_tracks=True
     )
-    return json.dumps(labels.to_json()).encode()
 
 
 def _video(pseudo: PseudoVideo) -> Video:

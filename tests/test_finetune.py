@@ -10,11 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
 from cache.errors import ConfigError, FingerprintMismatch, WeightsError
+from cache.labels import masks
 from cache.labels.annotations import Video
+from cache.labels.stills import load_stills
 from cache.media.geometry import Transform
 from configs.schema import Settings
 from evaluate.compare.runs import LabelFiles, read_entries
@@ -245,13 +248,18 @@ def test_classes_of_the_data_set_start_from_the_detector_s_own() -> None:
     assert not torch.equal(after.weight[0], before.weight[0])
 
 
-def test_pseudo_videos_are_mixed_in(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+def with_stills(data: Path, features: Path, tmp_path: Path) -> Settings:
+    """Settings that mix pseudo-videos of six images with the tiny data."""
     root = tmp_path / "data"
-    shutil.copytree(tiny_data, root)
+    shutil.copytree(data, root)
     write_stills(root, 6)
     words = ["pseudo.ratio=1", "pseudo.labels=stills.json", "pseudo.images=stills", "pseudo.resize_edges=[90]"]
-    words += ["pseudo.crop_sides=[64,90]", "pseudo.short_edges=[64]", "pseudo.num_frames=4"]
-    source = LiveSource(small(root, tiny_cache, tmp_path, *words), CPU)
+    words += ["pseudo.crop_sides=[64,90]", "pseudo.short_edges=[64]"]
+    return small(root, features, tmp_path, *words)
+
+
+def test_pseudo_videos_are_mixed_in(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    source = LiveSource(with_stills(tiny_data, tiny_cache, tmp_path), CPU)
     clips = source.clips()
     drawn = [clips.stream.draw(index) for index in range(10)]
     assert [found.source for found in drawn].count(1) == 5
@@ -259,6 +267,36 @@ def test_pseudo_videos_are_mixed_in(tiny_data: Path, tiny_cache: Path, tmp_path:
     assert min(clip.images_T3HW.shape[-2:]) == 64 and clip.targets.image_hw == tuple(clip.images_T3HW.shape[-2:])
     trainer = Trainer(source.settings, source, tmp_path)
     assert trainer.compute.gradients(trainer.head, [clip]).frames > 0
+
+
+def test_every_clip_cuts_its_image_out_anew_and_the_labels_follow(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    """Images that are white where a labelled object is, black elsewhere, say themselves what their labels are."""
+    source = LiveSource(with_stills(tiny_data, tiny_cache, tmp_path), CPU)
+    stills = load_stills(tmp_path / "data" / "stills.json")
+    known = {category.name for category in source.labels.categories}
+    shown = {category.id for category in stills.categories if category.name in known}
+    for still in stills.stills:
+        hw = (still.height, still.width)
+        found = [masks.mask(o.mask(*hw)) for o in still.objects if o.category_id in shown]
+        white = 255 * np.max([np.zeros(hw, np.uint8), *found], axis=0)
+        Image.fromarray(white).save(tmp_path / "data" / "stills" / still.file_name)
+    clips = source.clips()
+    drawn = [(i, found) for i in range(60) if (found := clips.stream.draw(i)).source == 1]
+    first, video_id = drawn[0][0], drawn[0][1].video_id
+    later = next(i for i, found in drawn[1:] if found.video_id == video_id)  # of another epoch
+    one, again, other = clips[first], source.clips()[first], clips[later]
+    assert torch.equal(one.images_T3HW, again.images_T3HW) and torch.equal(
+        one.targets.masks_NThw, again.targets.masks_NThw
+    )
+    assert not torch.equal(one.images_T3HW[0], one.images_T3HW[1])
+    assert one.images_T3HW.shape != other.images_T3HW.shape or not torch.equal(one.images_T3HW, other.images_T3HW)
+    for clip in (one, other):
+        labelled_Thw = clip.targets.masks_NThw.amax(dim=0) > 0
+        white_Thw = clip.images_T3HW[:, 0] > 127
+        assert labelled_Thw.any() and not labelled_Thw.all()
+        assert float((labelled_Thw == white_Thw).float().mean()) > 0.97
 
 
 def test_impossible_settings_are_refused(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:

@@ -7,9 +7,8 @@ Shapes: D prediction layers, L of them that the head takes, B clips, T frames, F
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,18 +20,19 @@ from torch import Tensor
 
 from cache.errors import AnnotationError, ConfigError
 from cache.fingerprint import Fingerprint
-from cache.labels.annotations import load_labels, parse_labels
+from cache.labels.annotations import load_labels
 from cache.labels.category_map import category_pairs
-from cache.labels.splits import Split, holdout_split
-from cache.labels.tracks import Labels, Video
-from cache.layout import cropped_map_hw, video_group_name
+from cache.labels.tracks import Category, Labels, Video
+from cache.layout import cropped_map_hw
+from cache.media.geometry import Transform
 from configs.command import precision_name
 from configs.schema import DetectorEngine, Settings
-from configs.splits import pseudo_split, train_split
+from configs.splits import SplitPaths, pseudo_split, train_split
 from train_head.build import FeatureSizes, TrainedPart, build_criterion, point_config
 from train_head.checkpoint import Checkpoint
-from train_head.data.live_clips import FrameReader, LiveClip, LiveClips
+from train_head.data.live_clips import LiveClip, LiveClips
 from train_head.data.sources import ClipFeatures, clip_stream
+from train_head.data.video_sets import chosen_videos
 from train_head.heads.contract import HeadOutputs
 from train_head.losses.criterion import LossNormalisers, VitaLosses
 from train_head.losses.frame_losses import expected_matches, frame_losses, frame_points, with_frame_matches
@@ -42,10 +42,8 @@ from train_head.trainer import run_training
 
 if TYPE_CHECKING:
     from extract.detector.trainable import LayerPredictions, TrainableDetector  # noqa: TID251
-    from extract.frames import FrameFile  # noqa: TID251
 
 DETECTOR = "detector"  # the folder of a run that `extract` reads as detector.weights
-_NOT_EXPORTED = "not exported yet"
 _STREAM = 3  # of random numbers
 
 
@@ -77,20 +75,6 @@ class FrameFolder:
         return read_frame(self.path / video.file_names[frame], (video.height, video.width))
 
 
-@dataclass(frozen=True, kw_only=True)
-class PseudoFrames:
-    """Makes the frames of pseudo-videos from their images; an object that travels to worker processes."""
-
-    files: Mapping[int, Sequence[FrameFile]]  # by video
-
-    def __call__(self, video: Video, frame: int) -> Image.Image:
-        """Decode and transform the image; raises FrameError."""
-        from extract.frames import read_frame  # noqa: TID251
-
-        file = self.files[video.id][frame]
-        return file.transform.on_image(read_frame(file.path, file.original_hw))
-
-
 class LiveSource:
     """Features of a detector that is trained along, with its own losses on single frames."""
 
@@ -104,11 +88,7 @@ class LiveSource:
         self.settings, self.device, self.augment = settings, device, augment
         self.trains_head = not settings.finetune.frames_only
         paths = train_split(settings)
-        self.labels = load_labels(paths.labels)
-        self.holdout: Split | None = None
-        if settings.data.holdout > 0:
-            self.holdout = holdout_split(self.labels, settings.data.holdout, settings.data.holdout_seed)
-            self.labels = self.labels.subset(self.holdout.train_ids)
+        self.labels, self.holdout = chosen_videos(settings, "train", load_labels(paths.labels))
         require_frames(self.labels.videos, paths.frames)
         self.frames = paths.frames
         self.decoding = MapDecoding()
@@ -117,20 +97,23 @@ class LiveSource:
         self.sizes = _sizes(self.detector, self.labels)
         self.criterion, self.points = build_criterion(settings.loss), point_config(settings.loss)
         self.num_layers = settings.train.num_layers or settings.detector.num_layers
-        self.fingerprint = _fingerprint(settings, self.detector, device, _NOT_EXPORTED)
+        self.fingerprint = _fingerprint(settings, self.detector, device)
 
     def clips(self) -> LiveClips:
         """Clips of the training videos and of pseudo-videos; single frames where the detector is trained alone."""
-        settings = self.settings
-        labels: list[Labels] = [self.labels]
-        readers: list[FrameReader] = [FrameFolder(path=self.frames)]
-        ratios = [1.0]
-        if pseudo_split(settings) is not None:
-            pseudo_labels, reader = _pseudo_videos(settings)
-            labels, readers, ratios = [*labels, pseudo_labels], [*readers, reader], [*ratios, settings.pseudo.ratio]
+        settings, split = self.settings, pseudo_split(self.settings)
+        labels, readers, ratios = [self.labels], [FrameFolder(path=self.frames)], [1.0]
+        stills = None
+        if split is not None:
+            from extract.pseudo import transform_ranges  # noqa: TID251
+
+            labels.append(_still_labels(settings, split, self.labels.categories))
+            readers.append(FrameFolder(path=split.frames))
+            ratios.append(settings.pseudo.ratio)
+            stills = transform_ranges(settings.pseudo)
         stream = clip_stream(settings, labels, ratios, num_frames=None if self.trains_head else 1)
         chosen = settings.finetune if self.augment else None
-        return LiveClips(stream, readers, settings.detector.short_edge, chosen)
+        return LiveClips(stream, readers, settings.detector.short_edge, chosen, stills)
 
     def targets(self, clip: LiveClip) -> ClipTargets:
         """Move the clip's targets to the device; of the frame matches only the number is known yet."""
@@ -211,14 +194,21 @@ class LiveSource:
         return f"the detector: `make extract detector.weights={folder / DETECTOR} cache.path=...` reads it\n"
 
 
-def _pseudo_videos(settings: Settings) -> tuple[Labels, PseudoFrames]:
-    """Labels and frames of the pseudo-videos that extraction would store."""
-    from extract.jobs import open_jobs  # noqa: TID251
+def _still_labels(settings: Settings, split: SplitPaths, categories: Sequence[Category]) -> Labels:
+    """Labelled images as videos of one frame, of which clips make pseudo-videos. Raises as `extract` does for them."""
+    from extract.frames import require_files  # noqa: TID251
+    from extract.pseudo import draw_pseudo_videos, pseudo_labels  # noqa: TID251
 
-    (asked,) = open_jobs(settings, only=["pseudo"])
-    labels = parse_labels(json.loads(asked.labels_json), "pseudo-videos")
-    files = {job.name: job.files for job in asked.jobs}
-    return labels, PseudoFrames(files={video.id: files[video_group_name(video.id)] for video in labels.videos})
+    drawn = draw_pseudo_videos(settings.pseudo, split.labels, categories)
+    require_files((pseudo.still.file_name for pseudo in drawn), split.frames)
+    whole = [replace(pseudo, transforms=(_unchanged(pseudo.still.height, pseudo.still.width),)) for pseudo in drawn]
+    labels = pseudo_labels(whole, categories)
+    pairs = zip(labels.videos, drawn, strict=True)
+    return replace(labels, videos=tuple(replace(video, file_names=(p.still.file_name,)) for video, p in pairs))
+
+
+def _unchanged(height: int, width: int) -> Transform:
+    return Transform.resize((height, width), (height, width))
 
 
 def _load(settings: Settings, labels: Labels, device: torch.device) -> TrainableDetector:
@@ -257,13 +247,13 @@ def _sizes(detector: TrainableDetector, labels: Labels) -> FeatureSizes:
     )
 
 
-def _fingerprint(settings: Settings, detector: TrainableDetector, device: torch.device, weights: str) -> Fingerprint:
-    """What `extract` will compose for a cache of this detector on this device, with a float16 codec."""
+def _fingerprint(settings: Settings, detector: TrainableDetector, device: torch.device) -> Fingerprint:
+    """What `extract` will compose on this device for a float16 cache of the detector, once that is exported."""
     from extract.detector.frozen import PADDING_DIVISOR, PIXEL_MEAN, PIXEL_STD  # noqa: TID251
 
     precision = precision_name(settings.detector.precision, device.type)
     return Fingerprint(
-        weights_sha256=weights,
+        weights_sha256="not exported yet",
         architecture=detector.architecture,
         num_layers=settings.detector.num_layers,
         short_edge=settings.detector.short_edge or 0,

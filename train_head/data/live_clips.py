@@ -1,4 +1,4 @@
-"""Clips of images for fine-tuning: read, augmented and labelled, all frames of a clip alike (VITA's augmentations).
+"""Clips of images for fine-tuning: read, augmented and labelled (VITA's augmentations).
 
 Shapes: T frames, H×W input pixels without padding.
 """
@@ -27,7 +27,7 @@ _STREAM = 2  # of random numbers: 0 shuffles videos, 1 draws frames
 
 @dataclass(frozen=True, kw_only=True)
 class LiveClip:
-    """T frames of one video as images, transformed alike."""
+    """T frames of one video as images, transformed to one size."""
 
     index: int
     name: str  # of the video, for people
@@ -46,13 +46,15 @@ class LiveClips:
         readers: Sequence[FrameReader],
         short_edge: int | None,
         chosen: FinetuneSettings | None,
+        stills: TransformRanges | None = None,
     ) -> None:
         """`readers`: one for each source of the stream; they travel to worker processes.
 
         `chosen`: the augmentation of the first source, the videos; None resizes to `short_edge`, as extraction does.
-        Other sources are pseudo-videos, whose frames are transformed already.
+        `stills`: that of a second one, images of which every clip makes another pseudo-video.
         """
         self.stream, self.readers, self.short_edge, self.chosen = stream, readers, short_edge, chosen
+        self.stills = stills
 
     @property
     def clip_bytes(self) -> int:
@@ -70,25 +72,31 @@ class LiveClips:
         drawn = self.stream.draw(index)
         labels, video_id, frames = self.stream.labels[drawn.source], drawn.video_id, drawn.frames
         video = labels.video_by_id[video_id]
-        original_hw = (video.height, video.width)
-        is_pseudo = drawn.source > 0
-        transform = Transform.resize(original_hw, original_hw) if is_pseudo else self.transform(index, original_hw)
-        images = [transform.on_image(self.readers[drawn.source](video, frame)) for frame in frames]
+        transforms = self.transforms(index, video, len(frames), from_still=drawn.source > 0)
+        decoded = {frame: self.readers[drawn.source](video, frame) for frame in set(frames)}
+        images = [transform.on_image(decoded[frame]) for frame, transform in zip(frames, transforms, strict=True)]
         return LiveClip(
             index=index,
             name=video.name,
             video_id=video_id,
             frames=frames,
             images_T3HW=torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2),
-            targets=read_targets(labels, video_id, frames, [transform] * len(frames)),
+            targets=read_targets(labels, video_id, frames, transforms),
         )
 
-    def transform(self, index: int, original_hw: tuple[int, int]) -> Transform:
-        """One transform for all frames of clip `index`."""
+    def transforms(self, index: int, video: Video, num_frames: int, *, from_still: bool) -> tuple[Transform, ...]:
+        """Those of clip `index`: one for all frames of a video, each frame's own where an image plays the video."""
+        original_hw = (video.height, video.width)
+        rng = np.random.default_rng([self.stream.config.seed, _STREAM, index])
+        if from_still:
+            assert self.stills is not None
+            return self.stills.draw(rng, original_hw, num_frames)
+        return (self._transform(rng, original_hw),) * num_frames
+
+    def _transform(self, rng: np.random.Generator, original_hw: tuple[int, int]) -> Transform:
         chosen = self.chosen
         if chosen is None:
             return Transform.resize(original_hw, network_size(original_hw, self.short_edge))
-        rng = np.random.default_rng([self.stream.config.seed, _STREAM, index])
         if rng.random() < chosen.crop_share:
             ranges = TransformRanges(
                 resize_edges=tuple(chosen.resize_edges),
