@@ -13,9 +13,10 @@ from cache.layout import video_group_name
 from cache.progress import with_progress
 from configs.schema import Settings
 from evaluate.metrics.video_ap import evaluate_tracks
+from evaluate.metrics.weighted import HEADLINE
 from evaluate.results import TrackPrediction
+from evaluate.score import percent
 from evaluate.stored import store_predictions
-from evaluate.tables import HEADLINE, percent
 from evaluate.tracks.association import Matching, link, predict_clips
 from evaluate.tracks.predictors import HeadPredictor, head_predictor
 from evaluate.tracks.whole_video import predict_videos, submitted

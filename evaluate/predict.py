@@ -18,7 +18,7 @@ from cache.progress import StageProgress, with_progress
 from cache.reader import FeatureCache
 from configs.schema import Settings
 from evaluate.pictures.labelled_frames import contact_sheet, draw_labelled, enlargement
-from evaluate.pictures.overlays import DrawnTrack, predicted_tracks
+from evaluate.pictures.overlays import DrawnTrack, evenly, predicted_tracks
 from evaluate.results import TrackPrediction
 from evaluate.tracks.predictors import head_predictor
 from evaluate.tracks.whole_video import submitted
@@ -102,7 +102,7 @@ def _draw(folder: Path, tracks: Sequence[DrawnTrack], piece: Footage) -> int:
     """Write the overlay and the contact sheet in one pass; returns how many tracks were drawn."""
     tracks = _distinct(tracks)
     count, scale = len(piece.seconds), enlargement((piece.height, piece.width))
-    sampled = set(np.linspace(0, count - 1, min(_SHEET_FRAMES, count)).round().astype(int).tolist())
+    sampled = set(evenly(count, _SHEET_FRAMES))
     pictures: list[tuple[float, NDArray[np.uint8]]] = []
     with VideoWriter(folder / OVERLAY, (piece.height * scale, piece.width * scale)) as writer:
         moments = with_progress(piece.seconds, f"draw {piece.name}", unit="frame")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from cache.labels.annotations import load_labels
 from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
+from evaluate.metrics.weighted import HEADLINE
 from evaluate.results import load_results
 
-HEADLINE = ("AP", "AP50", "AP75", "AR1", "AR10")
 BREAKDOWN = ("APs", "APm", "APl", "AR100", "ARs", "ARm", "ARl")
 
 
@@ -45,13 +45,14 @@ def format_table(metrics: VideoMetrics) -> str:
     lines = []
     for names in (HEADLINE, BREAKDOWN):
         lines.append("".join(f"{name:>8}" for name in names))
-        lines.append("".join(f"{_percent(values[name]):>8}" for name in names))
+        lines.append("".join(f"{percent(values[name]):>8}" for name in names))
         lines.append("")
     width = max(len(name) for name in ("category", *metrics.per_category)) + 2
     lines.append(f"{'category':<{width}}{'AP':>6}")
-    lines += [f"{name:<{width}}{_percent(value):>6}" for name, value in metrics.per_category.items()]
+    lines += [f"{name:<{width}}{percent(value):>6}" for name, value in metrics.per_category.items()]
     return "\n".join(lines)
 
 
-def _percent(value: object) -> str:
-    return f"{100 * value:.1f}" if isinstance(value, float) else "-"
+def percent(value: object) -> str:
+    """A fraction as a percentage with one decimal, `-` where undefined."""
+    return f"{100 * value:.1f}" if isinstance(value, int | float) else "-"

@@ -9,22 +9,22 @@ from typing import Any
 
 from configs.schema import Settings
 from configs.splits import all_caches
+from evaluate.metrics.weighted import HEADLINE
 from evaluate.results import RESULTS_NAME
+from evaluate.score import percent
 from evaluate.stage import Evaluation
 from evaluate.stored import load_metrics, method_folder, stored_methods
 from train_head.checkpoint import CHECKPOINT
 from train_head.run_folder import read_metrics_log
 
-HEADLINE = ("AP", "AP50", "AP75", "AR1", "AR10")
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """What a stage took and left on disk; None where it is not known."""
+    """What a stage took and left on disk."""
 
     stage: str
-    seconds: float | None
-    bytes: int | None
+    seconds: float
+    bytes: int
 
 
 def evaluation_table(evaluation: Evaluation) -> str:
@@ -44,11 +44,6 @@ def metrics_table(rows: dict[str, dict[str, Any]]) -> str:
         f"{method:<{width}}" + "".join(percent(row[name]).rjust(7) for name in HEADLINE) for method, row in rows.items()
     ]
     return "\n".join(lines)
-
-
-def percent(value: object) -> str:
-    """A fraction as a percentage with one decimal."""
-    return f"{100 * value:.1f}" if isinstance(value, int | float) else "-"
 
 
 def read_metrics(run: Path) -> dict[str, dict[str, Any]]:
@@ -81,9 +76,5 @@ def run_summary(settings: Settings) -> str:
     metrics = read_metrics(Path(settings.runs) / settings.name)
     parts = [metrics_table(metrics)] if metrics else []
     costs = [f"{'stage':<20}{'seconds':>9}{'MB':>10}"]
-    costs += [f"{c.stage:<20}{_number(c.seconds):>9}{_number(c.bytes, 1e6):>10}" for c in stage_costs(settings)]
+    costs += [f"{c.stage:<20}{c.seconds:>9.1f}{c.bytes / 1e6:>10.1f}" for c in stage_costs(settings)]
     return "\n\n".join([*parts, "\n".join(costs)])
-
-
-def _number(value: float | None, unit: float = 1.0) -> str:
-    return "-" if value is None else f"{value / unit:.1f}"

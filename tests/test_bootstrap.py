@@ -16,7 +16,7 @@ from evaluate.metrics.bootstrap import Interval, draw_weights, paired_difference
 from evaluate.metrics.breakdown import parts_of, thirds
 from evaluate.metrics.occlusion import box_occlusion, occlusion_rate
 from evaluate.metrics.video_ap import VideoEvaluation
-from evaluate.metrics.video_iou import FloatArray
+from evaluate.metrics.weighted import FloatArray
 from tests.naive_video_ap import Object, naive_metrics
 from tests.track_samples import CATEGORIES, as_files_have_it
 

@@ -21,8 +21,9 @@ from evaluate.pictures.overlays import PALETTE, DrawnTrack, draw_frame, overlay_
 from evaluate.report.precision_recall import precision_curves
 from evaluate.report.scrubber import ScrubbedSide, ScrubbedVideo, scrub_video, within_budget
 from evaluate.report.write import write_report
+from evaluate.score import percent
 from evaluate.stage import evaluate
-from evaluate.tables import metrics_table, percent
+from evaluate.tables import metrics_table
 from tests.conftest import tiny_settings
 from tests.report_run import HOSTILE, hostile_run
 

@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cache.errors import FrameError
-from configs.splits import train_split, valid_split
 from evaluate.compare.figure import intervals_svg
 from evaluate.compare.groups import Group
 from evaluate.compare.result import Comparison, Measured, Row
 from evaluate.compare.videos import ChangedVideo
 from evaluate.metrics.weighted import HEADLINE
-from evaluate.pictures.overlays import Strip, draw_strip, labelled_tracks, predicted_tracks, read_image
+from evaluate.pictures.overlays import Strip, draw_strip, evenly, labelled_tracks, predicted_tracks, read_image
 from evaluate.pictures.page import render
+from train_head.data.video_sets import evaluation_split
 
 FRAMES_PER_VIDEO = 4
 _COSTS = ("trainable parameters", "training", "extraction", "cache", "inference")
@@ -35,7 +33,7 @@ class Paths:
 def write_comparison(comparison: Comparison, groups: Sequence[Group], folder: Path) -> Paths:
     """Write comparison.html, .md and .json into a folder. Without the data set's frames the page has no pictures."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = Paths(**{kind: folder / f"comparison.{end}" for kind, end in _ENDINGS.items()})
+    paths = Paths(html=folder / "comparison.html", markdown=folder / "comparison.md", json=folder / "comparison.json")
     paths.json.write_text(json.dumps(comparison.to_json(), indent=1))
     paths.markdown.write_text(markdown(comparison))
     problem, sides = None, []
@@ -55,9 +53,6 @@ def write_comparison(comparison: Comparison, groups: Sequence[Group], folder: Pa
     )
     paths.html.write_text(page)
     return paths
-
-
-_ENDINGS = {"html": "html", "markdown": "md", "json": "json"}
 
 
 def table(comparison: Comparison) -> str:
@@ -129,11 +124,10 @@ def cost_texts(row: Row) -> list[str]:
 def _sides(groups: Sequence[Group], video: ChangedVideo, min_score: float) -> list[Strip]:
     """Ground truth, first group, second group of one video."""
     first = groups[0].entries[0]
-    paths = valid_split(first.settings) if first.split == "valid" else train_split(first.settings)
-    assert paths is not None
+    folder = evaluation_split(first.settings)[1].frames
     content = first.labels.video_by_id[video.video_id]
-    frames = np.unique(np.linspace(0, content.length - 1, FRAMES_PER_VIDEO).astype(int)).tolist()
-    images = [read_image(paths.frames, content, frame) for frame in frames]
+    frames = evenly(content.length, FRAMES_PER_VIDEO)
+    images = [read_image(folder, content, frame) for frame in frames]
     tracks = {"ground truth": labelled_tracks(first.labels, video.video_id)}
     for group in groups[:2]:
         entry = group.entries[0]

@@ -15,8 +15,7 @@ from evaluate.compare.videos import ChangedVideo, changed_videos
 from evaluate.metrics.bootstrap import RESAMPLES, Difference, Interval, draw_weights, paired_difference
 from evaluate.metrics.breakdown import Part, parts_of
 from evaluate.metrics.error_types import ErrorAnalysis, ErrorType, analyse_errors
-from evaluate.metrics.video_iou import FloatArray
-from evaluate.metrics.weighted import HEADLINE
+from evaluate.metrics.weighted import HEADLINE, FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)

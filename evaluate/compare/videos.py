@@ -9,7 +9,7 @@ import numpy as np
 
 from evaluate.compare.groups import Group
 from evaluate.metrics.video_ap import defined
-from evaluate.metrics.video_iou import FloatArray
+from evaluate.metrics.weighted import FloatArray
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,8 +10,7 @@ import numpy as np
 from cache.labels.tracks import Labels, Track, Video
 from evaluate.metrics.occlusion import annotated_level, occlusion_rate
 from evaluate.metrics.video_ap import ALL_AREAS, AREA_RANGES, AreaRange, VideoEvaluation, mean_area
-from evaluate.metrics.video_iou import FloatArray
-from evaluate.metrics.weighted import weighted_scores
+from evaluate.metrics.weighted import FloatArray, weighted_scores
 
 
 @dataclass(frozen=True, kw_only=True)

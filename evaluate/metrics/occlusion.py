@@ -12,7 +12,7 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from cache.labels.tracks import Labels, Occlusion, Track
-from evaluate.metrics.video_iou import FloatArray
+from evaluate.metrics.weighted import FloatArray
 
 
 def occlusion_rate(labels: Labels, video_id: int) -> float:

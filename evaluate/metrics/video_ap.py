@@ -19,8 +19,8 @@ from pycocotools.cocoeval import COCOeval
 
 from cache.errors import AnnotationError
 from cache.labels.tracks import Labels, Video, mask_areas
-from evaluate.metrics.video_iou import FloatArray, TrackMasks, track_ious
-from evaluate.metrics.weighted import MAX_DETECTIONS, CategoryMatches, Scores, weighted_scores
+from evaluate.metrics.video_iou import TrackMasks, track_ious
+from evaluate.metrics.weighted import MAX_DETECTIONS, CategoryMatches, FloatArray, Scores, weighted_scores
 from evaluate.results import TrackPrediction
 
 AreaRange = tuple[float, float]

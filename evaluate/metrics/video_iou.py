@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from pycocotools import mask as coco_mask
 
 from cache.labels import masks
 from cache.labels.masks import Rle
 from cache.labels.tracks import Video
-
-FloatArray = NDArray[np.float64]
+from evaluate.metrics.weighted import FloatArray
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

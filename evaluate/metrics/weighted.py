@@ -2,8 +2,7 @@
 
 So one matching serves the benchmark's numbers (weights 1), parts of a split (weights 0 and 1) and a bootstrap
 over videos (how often each was drawn). Shapes: S sets of weights, V videos, K categories, T IoU thresholds,
-D detections of one category, N limits on detections,
-H detections that hit at some threshold.
+D detections of one category, H of them that hit at some threshold, N limits on detections.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ BoolArray = NDArray[np.bool_]
 THRESHOLDS = np.linspace(0.5, 0.95, 10)
 MAX_DETECTIONS = (1, 10, 100)
 HEADLINE = ("AP", "AP50", "AP75", "AR1", "AR10")
-_RECALLS = np.linspace(0.0, 1.0, 101)
+RECALLS = np.linspace(0.0, 1.0, 101)
 _MAX_ELEMENTS = 2**20  # of one (S, T, D) array: small enough for the processor's cache
 
 
@@ -99,9 +98,9 @@ def _category_scores(matches: CategoryMatches, weights_SV: FloatArray) -> tuple[
     precision_STH = hits_STH / (counted_STH + np.spacing(1))
     envelope_STH = np.maximum.accumulate(precision_STH[..., ::-1], axis=-1)[..., ::-1]
     # COCO reads the envelope at 101 recalls; each falls to the first detection that reaches it.
-    reached_STH = np.searchsorted(_RECALLS, hits_STH / objects_S1[..., None], side="right")
+    reached_STH = np.searchsorted(RECALLS, hits_STH / objects_S1[..., None], side="right")
     newly_STH = np.diff(np.where(hits_STH > 0, reached_STH, 0), axis=-1, prepend=0)
-    ap_ST = (envelope_STH * newly_STH).sum(axis=-1) / len(_RECALLS)
+    ap_ST = (envelope_STH * newly_STH).sum(axis=-1) / len(RECALLS)
     return np.where(np.isnan(objects_S1), np.nan, ap_ST), recall_STN
 
 

@@ -48,12 +48,21 @@ def draw_strip(
     title: str, tracks: Sequence[DrawnTrack], images: Sequence[NDArray[np.uint8]], frames: Sequence[int]
 ) -> Strip:
     """Draw tracks over the images of these frames of their video."""
-    colours = ["#{:02x}{:02x}{:02x}".format(*PALETTE[index % len(PALETTE)]) for index in range(len(tracks))]
     return Strip(
         title=title,
-        legend=[(track.caption, colour) for track, colour in zip(tracks, colours, strict=True)],
+        legend=[(track.caption, css_colour(index)) for index, track in enumerate(tracks)],
         pictures=[jpeg_data_url(draw_frame(image, tracks, frame)) for image, frame in zip(images, frames, strict=True)],
     )
+
+
+def css_colour(index: int) -> str:
+    """A colour of PALETTE as `#rrggbb`."""
+    return "#{:02x}{:02x}{:02x}".format(*PALETTE[index % len(PALETTE)])
+
+
+def evenly(length: int, count: int) -> list[int]:
+    """Numbers of at most `count` of `length` frames, evenly spread from the first to the last."""
+    return [int(place) for place in np.linspace(0, length - 1, min(length, count))]
 
 
 def labelled_tracks(labels: Labels, video_id: int) -> list[DrawnTrack]:

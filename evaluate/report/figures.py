@@ -8,9 +8,8 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from cache.codecs.rate_distortion import Calibration
-from evaluate.metrics.weighted import THRESHOLDS, FloatArray
+from evaluate.metrics.weighted import RECALLS, THRESHOLDS, FloatArray
 from evaluate.pictures.charts import drawing, page_svg, panels
-from evaluate.report.precision_recall import RECALLS
 from evaluate.report.similarity import SimilarityMatrix
 
 Log = Sequence[Mapping[str, float]]

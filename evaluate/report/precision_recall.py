@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from evaluate.metrics.weighted import THRESHOLDS, CategoryMatches, FloatArray
-
-RECALLS = np.linspace(0.0, 1.0, 101)
+from evaluate.metrics.weighted import RECALLS, THRESHOLDS, CategoryMatches, FloatArray
 
 
 def precision_curves(matches: Sequence[CategoryMatches]) -> FloatArray:

@@ -15,7 +15,15 @@ from PIL import Image
 
 from cache.labels.tracks import Video
 from evaluate.metrics.video_iou import TrackMasks, track_ious
-from evaluate.pictures.overlays import PALETTE, DrawnTrack, jpeg_data_url, overlay_data_url, read_image
+from evaluate.pictures.overlays import (
+    PALETTE,
+    DrawnTrack,
+    css_colour,
+    evenly,
+    jpeg_data_url,
+    overlay_data_url,
+    read_image,
+)
 
 MAX_EDGE = 640  # pixels of a picture's longer edge
 MOST_FRAMES = 48  # of a video
@@ -51,7 +59,7 @@ class ScrubbedVideo:
 
     def thinned(self, count: int) -> ScrubbedVideo:
         """Keep `count` frames, evenly spaced."""
-        kept = np.unique(np.linspace(0, len(self.frames) - 1, count).astype(int)).tolist()
+        kept = evenly(len(self.frames), count)
         sides = (
             replace(
                 side,
@@ -81,7 +89,7 @@ def scrub_video(video: Video, folder: Path, sides: Mapping[str, Sequence[DrawnTr
 
     Raises FrameError where the data set's frames are missing.
     """
-    frames = np.unique(np.linspace(0, video.length - 1, min(video.length, MOST_FRAMES)).astype(int)).tolist()
+    frames = evenly(video.length, MOST_FRAMES)
     scale = min(1.0, MAX_EDGE / max(video.height, video.width))
     hw = (max(1, round(video.height * scale)), max(1, round(video.width * scale)))
     pictures = []
@@ -110,10 +118,7 @@ def _side(
     colours = _colours(tracks, reference, video)
     return ScrubbedSide(
         title=title,
-        legend=tuple(
-            (track.caption, "#{:02x}{:02x}{:02x}".format(*PALETTE[colour]))
-            for track, colour in zip(tracks, colours, strict=True)
-        ),
+        legend=tuple((track.caption, css_colour(colour)) for track, colour in zip(tracks, colours, strict=True)),
         overlays=tuple(overlay_data_url(tracks, colours, frame, (video.height, video.width), hw) for frame in frames),
         visible=tuple(
             tuple(index for index, track in enumerate(tracks) if track.segmentations[frame] is not None)

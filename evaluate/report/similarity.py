@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from cache.layout import video_group_name
 from cache.media.geometry import transform_of
 from configs.schema import Settings
 from evaluate.metrics.weighted import FloatArray, IntArray
+from evaluate.pictures.overlays import evenly
 from evaluate.tracks.predictors import head_predictor
 from train_head.build import build_criterion, point_config
 from train_head.data.clips import Clip, read_targets
@@ -90,7 +90,7 @@ def similarity_matrix(settings: Settings, videos: VideoSet, video: Video) -> Sim
 
 def _clip(videos: VideoSet, video: Video) -> Clip:
     """All frames of a video, or MOST_FRAMES spread over it."""
-    frames = tuple(np.unique(np.linspace(0, video.length - 1, min(video.length, MOST_FRAMES)).astype(int)).tolist())
+    frames = tuple(evenly(video.length, MOST_FRAMES))
     cached = videos.feature_cache.video(video_group_name(video.id))
     return Clip(
         index=0,

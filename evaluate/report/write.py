@@ -19,9 +19,8 @@ from cache.fingerprint import Provenance
 from cache.labels.tracks import Labels, Video
 from configs.changes import changed_settings
 from configs.schema import Settings
-from configs.splits import train_split, valid_split
 from evaluate.metrics.weighted import HEADLINE
-from evaluate.pictures.overlays import DrawnTrack, labelled_tracks, predicted_tracks
+from evaluate.pictures.overlays import DrawnTrack, evenly, labelled_tracks, predicted_tracks
 from evaluate.pictures.page import read_text, render
 from evaluate.report import figures
 from evaluate.report.precision_recall import precision_curves
@@ -31,7 +30,7 @@ from evaluate.report.similarity import SimilarityMatrix, similarity_matrix, vide
 from evaluate.stored import HEAD
 from evaluate.tables import stage_costs
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.data.video_sets import VideoSet, open_evaluation_set
+from train_head.data.video_sets import VideoSet, evaluation_split, open_evaluation_set
 from train_head.run_folder import PROVENANCE, read_metrics_log
 
 MIN_SCORE = 0.3  # tracks below it are not drawn
@@ -139,12 +138,10 @@ def _similarity(videos: VideoSet, sides: Sequence[Side]) -> dict[str, Similarity
 
 def _scrubbed(settings: Settings, videos: VideoSet, sides: Sequence[Side]) -> list[ScrubbedVideo]:
     """`evaluate.report_videos` videos, spread over the split."""
-    paths = valid_split(settings) if videos.split == "valid" else train_split(settings)
-    assert paths is not None
+    frames = evaluation_split(settings)[1].frames
     listed = videos.labels.videos
-    count = min(settings.evaluate.report_videos, len(listed))
-    chosen = [listed[index] for index in np.linspace(0, len(listed) - 1, count).astype(int)]
-    return within_budget([scrub_video(video, paths.frames, _drawn(videos.labels, sides, video)) for video in chosen])
+    chosen = [listed[index] for index in evenly(len(listed), settings.evaluate.report_videos)]
+    return within_budget([scrub_video(video, frames, _drawn(videos.labels, sides, video)) for video in chosen])
 
 
 def _drawn(labels: Labels, sides: Sequence[Side], video: Video) -> dict[str, list[DrawnTrack]]:

@@ -12,7 +12,6 @@ from enum import Enum
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
@@ -20,13 +19,12 @@ from cache.labels.masks import Rle
 from cache.labels.tracks import Video
 from cache.reader import CachedVideo
 from evaluate.metrics.video_iou import TrackMasks, track_ious
+from evaluate.metrics.weighted import FloatArray
 from evaluate.tracks.inference import VideoTracks, best_labels
 from evaluate.tracks.mask_decoding import MaskDecoder
 from evaluate.tracks.predictors import HeadPredictor
 
 MIN_IOU = 0.1  # below, a clip's track is a new track
-
-IouMatrix = NDArray[np.float64]
 
 
 class Matching(Enum):
@@ -132,7 +130,7 @@ def _matches(
     return {row: seen[n] for n, row in assign(ious_NM, matching) if ious_NM[n, row] >= MIN_IOU}
 
 
-def assign(ious_NM: IouMatrix, matching: Matching) -> list[tuple[int, int]]:
+def assign(ious_NM: FloatArray, matching: Matching) -> list[tuple[int, int]]:
     """Pairs (n, m), each n and each m at most once."""
     if matching is Matching.hungarian:
         rows, columns = linear_sum_assignment(ious_NM, maximize=True)
