@@ -83,6 +83,17 @@ def write_video(writer: CacheWriter, name: str, num_frames: int, *, seed: int = 
             sink.append(queries[start : start + step], maps[start : start + step])
 
 
+def files_below(folder: Path, pattern: str = "**/*") -> dict[str, bytes]:
+    """The content of every file whose path below the folder fits the pattern."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.glob(pattern) if file.is_file()}
+
+
+def flip_bit(file: Path, position: int) -> None:
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+
+
 VIDEOS = {"1": 70, "2": 5}
 FILE_EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
 

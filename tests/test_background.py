@@ -18,7 +18,7 @@ from cache.errors import CacheError
 from cache.reader import FeatureCache
 from cache.storage.background import WAITING_BATCHES, BackgroundWriter
 from cache.writer import CacheWriter
-from tests.cache_samples import attributes_of, open_writer, random_features, write_video
+from tests.cache_samples import attributes_of, files_below, open_writer, random_features, write_video
 
 
 def write_in_background(background: BackgroundWriter, name: str, num_frames: int) -> None:
@@ -29,7 +29,7 @@ def write_in_background(background: BackgroundWriter, name: str, num_frames: int
 
 
 def shards(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in (path / "videos").rglob("c.*")}
+    return files_below(path, "videos/**/c.*")
 
 
 def test_writes_the_same_bytes(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cache.reader import FeatureCache
 from cache.storage.frames import FrameArray, ZarrFrames, open_frames
 from cache.storage.shard_writer import ShardWriter
 from cache.storage.shards import ShardedFrames
-from tests.cache_samples import attributes_of, open_writer, random_features, write_video
+from tests.cache_samples import attributes_of, flip_bit, open_writer, random_features, write_video
 
 NUM_FRAMES = 150
 Opener = Callable[[Path], FrameArray]
@@ -86,12 +86,6 @@ def test_metadata_are_those_that_zarr_writes(tmp_path: Path, dtype: str, compres
     ShardWriter(tmp_path / "ours", 10, values, axes, compressed=compressed)
     ours, expected = ((folder / "zarr.json").read_text() for folder in (tmp_path / "ours", theirs))
     assert json.loads(ours) == json.loads(expected)
-
-
-def flip_bit(file: Path, position: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[position] ^= 1
-    file.write_bytes(content)
 
 
 def test_a_written_video_has_the_layout_of_the_fast_reader(stored: Path) -> None:

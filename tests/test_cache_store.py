@@ -27,6 +27,8 @@ from tests.cache_samples import (
     NUM_LAYERS,
     VIDEOS,
     attributes_of,
+    files_below,
+    flip_bit,
     labels_of,
     open_writer,
     random_features,
@@ -45,8 +47,7 @@ def path(tmp_path: Path) -> Path:
 
 def array_files(path: Path) -> dict[str, bytes]:
     """Every file below videos/, but for the groups' own metadata."""
-    files = [file for file in (path / "videos").glob("*/*/*") if file.is_file()]
-    return {str(file.relative_to(path)): file.read_bytes() for file in files}
+    return files_below(path, "videos/*/*/*")
 
 
 # Round trips
@@ -411,10 +412,7 @@ def spoil_frame(path: Path) -> None:
 
 
 def spoil_bit(path: Path) -> None:
-    file = path / "videos/1/frame_queries/c.0.0.0.0"
-    content = bytearray(file.read_bytes())
-    content[5] ^= 64
-    file.write_bytes(content)
+    flip_bit(path / "videos/1/frame_queries/c.0.0.0.0", 5)
 
 
 def spoil_marker(path: Path) -> None:

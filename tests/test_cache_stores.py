@@ -20,7 +20,16 @@ from cache.storage.remote import remote_url
 from cache.upkeep.staging import stage
 from cache.upkeep.transfer import export_hdf5, import_hdf5
 from cache.upkeep.upload import upload
-from tests.cache_samples import FINGERPRINT, attributes_of, labels_of, open_writer, random_features, write_video
+from tests.cache_samples import (
+    FINGERPRINT,
+    attributes_of,
+    files_below,
+    flip_bit,
+    labels_of,
+    open_writer,
+    random_features,
+    write_video,
+)
 from tests.object_store import local_s3
 
 LENGTHS = {1: 70, 2: 5}
@@ -66,10 +75,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> Place:
         return address
 
     return {"folder": in_folder, "hdf5": in_file, "s3": in_bucket}[request.param]
-
-
-def all_files(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 # The same over every store
@@ -137,7 +142,7 @@ def test_export_and_import_give_the_same_bytes(tmp_path: Path, labels: bytes | N
     write_video(open_writer(tmp_path / "a", labels), "7", 70)
     assert main(["export", str(tmp_path / "a"), str(tmp_path / "x.h5")]) == 0
     assert main(["import", str(tmp_path / "x.h5"), str(tmp_path / "b")]) == 0
-    assert all_files(tmp_path / "b") == all_files(tmp_path / "a")
+    assert files_below(tmp_path / "b") == files_below(tmp_path / "a")
     assert {entry.name for entry in tmp_path.iterdir()} == {"a", "b", "x.h5"}
 
 
@@ -161,9 +166,7 @@ def test_damage_in_the_file_is_found(original: Path, tmp_path: Path) -> None:
     export_hdf5(FeatureCache.open(original), tmp_path / "x.h5")
     with h5py.File(tmp_path / "x.h5") as file:
         offset = file["videos/2/mask_features"].id.get_chunk_info_by_coord((3, 0, 0, 0)).byte_offset
-    content = bytearray((tmp_path / "x.h5").read_bytes())
-    content[offset + 20] ^= 4
-    (tmp_path / "x.h5").write_bytes(content)
+    flip_bit(tmp_path / "x.h5", offset + 20)
     video = FeatureCache.open(tmp_path / "x.h5").video("2")
     assert video.mask_features([2, 4]).shape[0] == 2
     with pytest.raises(CorruptData, match=r"video '2', frame 3.*[\s\S]*python -m cache export"):
@@ -212,11 +215,11 @@ def test_addresses_are_told_from_paths(path: Path | str, url: str | None) -> Non
 def test_staging_copies_what_is_missing(original: Path, original_in_bucket: str, tmp_path: Path) -> None:
     address = original_in_bucket
     assert main(["stage", address, str(tmp_path / "ssd")]) == 0
-    assert all_files(tmp_path / "ssd") == all_files(original)
+    assert files_below(tmp_path / "ssd") == files_below(original)
     shutil.rmtree(tmp_path / "ssd/videos/2")
     kept = (tmp_path / "ssd/videos/1/zarr.json").stat().st_ino
     stage(address, tmp_path / "ssd")
-    assert all_files(tmp_path / "ssd") == all_files(original)
+    assert files_below(tmp_path / "ssd") == files_below(original)
     assert (tmp_path / "ssd/videos/1/zarr.json").stat().st_ino == kept
 
 
@@ -244,10 +247,7 @@ def test_other_features_are_neither_staged_nor_uploaded_over(
 
 def test_damage_in_the_object_store_is_found(original: Path, bucket: str, tmp_path: Path) -> None:
     address, folder = f"{bucket}/{tmp_path.name}", shutil.copytree(original, tmp_path / "a")
-    shard = folder / "videos/2/mask_features/c.0.0.0.0"
-    content = bytearray(shard.read_bytes())
-    content[3 * (6 * 7 * 11 * 2 + 4) + 8] ^= 1
-    shard.write_bytes(content)
+    flip_bit(folder / "videos/2/mask_features/c.0.0.0.0", 3 * (6 * 7 * 11 * 2 + 4) + 8)
     upload(folder, address)
     video = FeatureCache.open(address).video("2")
     assert video.mask_features([2, 4]).shape[0] == 2

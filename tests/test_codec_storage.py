@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from cache.storage.frames import open_frames
 from cache.storage.shards import ShardedFrames
 from cache.upkeep.inspection import verify_root
 from cache.writer import CacheWriter
-from tests.cache_samples import FINGERPRINT, attributes_of, random_features, random_heads
+from tests.cache_samples import FINGERPRINT, attributes_of, flip_bit, random_features, random_heads
 
 NAMES = ("float16", "int8", "logit")
 
@@ -41,9 +42,13 @@ def cache_codec(name: str) -> Codec:
     return Int8.fit(found) if name == "int8" else Logit.fit(found, relative_step=1 / 40, identity_share=0.01)
 
 
+def open_writer(path: Path, codec: Codec, identity: str | None = None) -> CacheWriter:
+    fingerprint = replace(FINGERPRINT, codec=identity or codec_identity(codec))
+    return CacheWriter.open(path, fingerprint=fingerprint, heads=random_heads(), codec=codec, labels_json=None)
+
+
 def write_cache(path: Path, codec: Codec, num_frames: int = 70) -> Path:
-    fingerprint = replace(FINGERPRINT, codec=codec_identity(codec))
-    writer = CacheWriter.open(path, fingerprint=fingerprint, heads=random_heads(), codec=codec, labels_json=None)
+    writer = open_writer(path, codec)
     queries, maps = random_features(num_frames)
     with writer.video("7", attributes_of(num_frames)) as sink:
         sink.append(queries, maps)
@@ -67,11 +72,7 @@ def test_a_cache_carries_its_codec(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_frames_that_are_not_finite_are_refused(tmp_path: Path, name: str) -> None:
-    codec = cache_codec(name)
-    fingerprint = replace(FINGERPRINT, codec=codec_identity(codec))
-    writer = CacheWriter.open(
-        tmp_path / "features", fingerprint=fingerprint, heads=random_heads(), codec=codec, labels_json=None
-    )
+    writer = open_writer(tmp_path / "features", cache_codec(name))
     queries, maps = random_features(4)
     maps[2, 1, 3, 3] = np.nan
     with (
@@ -90,9 +91,8 @@ def test_another_fit_is_another_cache(tmp_path: Path) -> None:
     write_cache(tmp_path / "features", first)
     with pytest.raises(CacheError, match="mask feature codec: logit:"):
         write_cache(tmp_path / "features", second)
-    fingerprint = replace(FINGERPRINT, codec=codec_identity(first))
     with pytest.raises(CacheError, match="codec differs from the fingerprint"):
-        CacheWriter.open(tmp_path / "x", fingerprint=fingerprint, heads=random_heads(), codec=second, labels_json=None)
+        open_writer(tmp_path / "x", second, codec_identity(first))
 
 
 def test_a_damaged_codec_is_found(tmp_path: Path) -> None:
@@ -154,25 +154,17 @@ def test_any_zarr_reader_opens_a_compressed_cache(compressed: Path) -> None:
     np.testing.assert_array_equal(array.read([69, 3, 3, 64]), array.read(range(70))[[69, 3, 3, 64]])
 
 
-def damaged_copy(folder: Path, target: Path, position: int, flip: int) -> Path:
-    target.mkdir()
-    for file in folder.iterdir():
-        (target / file.name).write_bytes(file.read_bytes())
-    content = bytearray((folder / "c.0.0.0.0").read_bytes())
-    content[position] ^= flip
-    (target / "c.0.0.0.0").write_bytes(content)
-    return target
-
-
 def test_damage_in_compressed_frames_is_found(compressed: Path, tmp_path: Path) -> None:
     index = np.frombuffer((compressed / "c.0.0.0.0").read_bytes()[-16 * 64 - 4 : -4], "<u8").reshape(-1, 2)
     offset, size = (int(number) for number in index[5])
     for place, position in enumerate((offset, offset + size // 2, offset + size - 1)):
-        array = open_frames(damaged_copy(compressed, tmp_path / str(place), position, 1))
+        damaged = shutil.copytree(compressed, tmp_path / str(place))
+        flip_bit(damaged / "c.0.0.0.0", position)
+        array = open_frames(damaged)
         assert array.read([4, 6]).shape[0] == 2
         with pytest.raises(CorruptData, match=r"checksum mismatch"):
             array.read([4, 5, 6])
-    short = damaged_copy(compressed, tmp_path / "short", 0, 0)
+    short = shutil.copytree(compressed, tmp_path / "short")
     array = open_frames(short)
     array.read([0])
     with (short / "c.0.0.0.0").open("r+b") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from extract.demo.stills import write_stills
 from extract.pseudo import draw_pseudo_videos
 from extract.stage import extract
 from tests.conftest import tiny_settings
+from tests.test_geometry import naive
 from train_head.checkpoint import load_checkpoint
 from train_head.data.clips import ClipConfig, ClipStream
 from train_head.data.video_sets import open_training_set
@@ -130,7 +132,7 @@ def test_labels_of_pseudo_videos_are_those_of_their_frames(mixed: Settings) -> N
         expected = []
         for found in known:
             whole = masks.mask(found.mask(still.height, still.width))
-            frames = [looped(whole, transform) for transform in transforms]
+            frames = [naive(whole, transform) for transform in transforms]
             if any(frame.any() for frame in frames):
                 expected.append((names[found.category_id], frames))
         tracks = labels.tracks_of(video.id)
@@ -156,12 +158,6 @@ def parse(name: str) -> Transform:
         flip=rest.startswith("flip"),
         rotation=float(angle) if angle else 0.0,
     )
-
-
-def looped(mask: np.ndarray, transform: Transform) -> np.ndarray:
-    from tests.test_geometry import naive
-
-    return naive(mask, transform)
 
 
 def test_pseudo_frames_are_the_transformed_image(mixed: Settings, tmp_path: Path) -> None:
@@ -225,8 +221,6 @@ def test_each_epoch_has_every_video_once_and_its_share_of_the_others(mixed: Sett
 
 
 def test_a_mixed_run_resumes_bit_for_bit(mixed: Settings) -> None:
-    from dataclasses import replace
-
     whole = replace(mixed, name="whole")
     first = replace(mixed, name="parts", train=replace(mixed.train, time_budget=1e-3))
     train(whole)

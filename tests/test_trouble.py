@@ -25,15 +25,14 @@ from extract.batches import BatchRunner
 from extract.detector.engines import open_detector
 from extract.detector.frozen import FrameDetector, FrameFeatures
 from extract.stage import extract
-from tests.cache_samples import open_writer, write_video
+from tests.cache_samples import files_below, open_writer, write_video
 from tests.conftest import tiny_settings
 
 ROOT = Path(__file__).parent.parent
 
 
 def stored_files(features: Path) -> dict[str, bytes]:
-    files = [file for file in features.glob("*/videos/*/**/*") if file.is_file()]
-    return {str(file.relative_to(features)): file.read_bytes() for file in files}
+    return files_below(features, "*/videos/*/**/*")
 
 
 # Locks

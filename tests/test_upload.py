@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,8 @@ from cache.reader import FeatureCache
 from cache.storage.remote import RemoteStore
 from cache.upkeep.staging import stage, staged_folder
 from cache.upkeep.upload import opened_writer
-from tests.cache_samples import (
-    FINGERPRINT,
-    labels_of,
-    open_writer,
-    random_heads,
-    write_video,
-)
+from cache.writer import CacheWriter
+from tests.cache_samples import FINGERPRINT, files_below, labels_of, open_writer, random_heads, write_video
 from tests.object_store import local_s3
 
 LENGTHS = {1: 5, 2: 3, 3: 4}
@@ -53,18 +49,18 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "temporary"
 
 
+def opened(
+    address: str, stage_to: str | None, lengths: dict[int, int] = LENGTHS, fingerprint: Fingerprint = FINGERPRINT
+) -> AbstractContextManager[CacheWriter]:
+    codec, heads, labels = select_codec("float16"), random_heads(), labels_of(lengths)
+    return opened_writer(Path(address), stage_to, fingerprint=fingerprint, heads=heads, codec=codec, labels_json=labels)
+
+
 def write_pending(
     address: str, stage_to: str | None, lengths: dict[int, int] = LENGTHS, fingerprint: Fingerprint = FINGERPRINT
 ) -> list[str]:
     """What an extraction does; returns what was still to do."""
-    with opened_writer(
-        Path(address),
-        stage_to,
-        fingerprint=fingerprint,
-        heads=random_heads(),
-        codec=select_codec("float16"),
-        labels_json=labels_of(lengths),
-    ) as writer:
+    with opened(address, stage_to, lengths, fingerprint) as writer:
         pending = writer.pending([str(video) for video in lengths])
         for name in pending:
             write_video(writer, name, lengths[int(name)], seed=int(name))
@@ -81,10 +77,7 @@ def folder_files(tmp_path: Path) -> dict[str, bytes]:
     writer = open_writer(tmp_path / "reference", labels_of(LENGTHS))
     for name, length in LENGTHS.items():
         write_video(writer, str(name), length, seed=name)
-    files = [file for file in writer.path.rglob("*") if file.is_file()]
-    return {
-        str(file.relative_to(writer.path)): file.read_bytes() for file in files if file != writer.path / "zarr.json"
-    }
+    return {name: content for name, content in files_below(writer.path).items() if name != "zarr.json"}
 
 
 def fail_after(puts: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,14 +122,7 @@ def test_an_interrupted_upload_goes_on_where_it_stopped(
 
 
 def test_each_video_is_visible_before_the_next_is_written(address: str, temporary: Path) -> None:
-    with opened_writer(
-        Path(address),
-        None,
-        fingerprint=FINGERPRINT,
-        heads=random_heads(),
-        codec=select_codec("float16"),
-        labels_json=labels_of(LENGTHS),
-    ) as writer:
+    with opened(address, None) as writer:
         for name, length in LENGTHS.items():
             write_video(writer, str(name), length)
         local = {entry.name for entry in (writer.path / "videos").iterdir() if entry.is_dir()}

@@ -13,6 +13,7 @@ from PIL import Image
 from cache.__main__ import main as cache_main
 from cache.errors import ConfigError, IncompleteVideo
 from cache.labels import masks
+from cache.labels.tracks import Video
 from cache.layout import View
 from cache.reader import FeatureCache
 from cache.upkeep.inspection import summarise, verify_root, verify_video
@@ -20,6 +21,7 @@ from cache.upkeep.maintenance import prunable
 from configs.schema import Settings, ViewSettings
 from configs.views import train_views
 from extract.stage import extract
+from tests.cache_samples import files_below
 from tests.conftest import tiny_settings
 from train_head.data.clips import ClipDataset
 from train_head.data.sources import clip_stream
@@ -39,10 +41,6 @@ def views(tiny_data: Path, tiny_cache: Path, tmp_path_factory: pytest.TempPathFa
     return settings
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
 def test_added_views_are_the_only_ones_extracted(views: Settings, tiny_cache: Path) -> None:
     features = Path(views.cache.path)
     names = FeatureCache.open(features / "train").video_names()
@@ -50,7 +48,7 @@ def test_added_views_are_the_only_ones_extracted(views: Settings, tiny_cache: Pa
     assert FeatureCache.open(features / "valid").video_names() == ["1", "2"]
     for split in ("train", "valid"):
         for name in FeatureCache.open(tiny_cache / split).video_names():
-            before, after = (files_of(root / split / "videos" / name) for root in (tiny_cache, features))
+            before, after = (files_below(root / split / "videos" / name) for root in (tiny_cache, features))
             assert before == after
     record = json.loads((features / "train" / "extraction.json").read_text())
     assert record["frames"] == 3 * 30
@@ -149,8 +147,6 @@ def test_the_tools_know_views(views: Settings, tmp_path: Path, capsys: pytest.Ca
 def test_a_crop_is_the_videos_own_and_stays() -> None:
     settings = Settings()
     settings.data.views = [ViewSettings(crop=0.5)]
-    from cache.labels.tracks import Video
-
     videos = [Video(id=n, width=40, height=30, length=1, file_names=("a",)) for n in range(20)]
     crops = [train_views(settings, video)[1].crop for video in videos]
     assert crops == [train_views(settings, video)[1].crop for video in videos]

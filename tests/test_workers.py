@@ -17,6 +17,7 @@ from cache.errors import ConfigError
 from cache.reader import FeatureCache
 from cache.storage.locks import LOCKS, Owner
 from extract.stage import extract
+from tests.cache_samples import files_below
 from tests.conftest import tiny_settings
 
 os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0")
@@ -39,8 +40,7 @@ def cluster() -> Iterator[Cluster]:
 
 def stored_files(features: Path) -> dict[str, bytes]:
     """Every file of every video of both splits."""
-    files = [file for file in features.glob("*/videos/*/**/*") if file.is_file()]
-    return {str(file.relative_to(features)): file.read_bytes() for file in files}
+    return files_below(features, "*/videos/*/**/*")
 
 
 def when_a_video_is_being_written(features: Path, act: Callable[[int], None]) -> threading.Thread:
