@@ -38,10 +38,10 @@ def test_intervals_are_those_of_the_binomial_distribution() -> None:
     weights = draw_weights(101, 2000)
     some, every = average_precisions(70, weights), average_precisions(101, weights)
     assert some[0] == pytest.approx(70 / 101) and every.tolist() == pytest.approx([1.0] * 2001)
-    interval = Interval.of(float(some[0]), some[1:])
+    interval = Interval.of(some)
     wanted = binom.ppf([0.025, 0.975], 101, 70 / 101) / 101
     assert [interval.low, interval.high] == pytest.approx(wanted.tolist(), abs=0.011)  # one video more or less
-    difference = paired_difference(float(some[0]), 1.0, some[1:], every[1:])
+    difference = paired_difference(some, every)
     assert difference.interval.value == pytest.approx(-31 / 101)
     assert [difference.interval.low, difference.interval.high] == pytest.approx([*(wanted - 1)], abs=0.011)
     assert difference.p == pytest.approx(2 / 2001)  # no draw of 2,000 comes out even
@@ -52,12 +52,12 @@ def test_pairing_takes_out_what_both_sides_share() -> None:
     # intervals of the two sides, some 18 videos wide, overlap.
     weights = draw_weights(101, 2000)
     first, second = average_precisions(70, weights), average_precisions(67, weights)
-    difference = paired_difference(float(second[0]), float(first[0]), second[1:], first[1:])
+    difference = paired_difference(second, first)
     wanted = -binom.ppf([0.975, 0.025], 101, 3 / 101) / 101
     assert [difference.interval.low, difference.interval.high] == pytest.approx(wanted.tolist(), abs=0.011)
     # On the rarer side of zero lie the draws with none of the three.
     assert difference.p == pytest.approx(2 * (98 / 101) ** 101, abs=0.03)
-    same = paired_difference(float(first[0]), float(first[0]), first[1:], first[1:])
+    same = paired_difference(first, first)
     assert (same.interval.low, same.interval.high, same.p) == (0.0, 0.0, 1.0)
 
 
@@ -69,9 +69,9 @@ def test_draws_repeat_by_seed_and_hold_as_many_videos_as_the_split() -> None:
 
 
 def test_what_is_undefined_has_no_interval() -> None:
-    nothing = np.array([np.nan, np.nan])
-    assert Interval.of(float("nan"), nothing) == Interval(value=None, low=None, high=None)
-    assert paired_difference(float("nan"), 0.5, nothing, nothing).p is None
+    nothing = np.array([np.nan, np.nan, np.nan])
+    assert Interval.of(nothing) == Interval(value=None, low=None, high=None)
+    assert paired_difference(nothing, nothing).p is None
 
 
 @given(st.lists(st.tuples(*[st.integers(0, 12)] * 2, *[st.integers(1, 8)] * 2), min_size=1, max_size=5))

@@ -22,8 +22,7 @@ def strip(category: int, start: int, stop: int, score: float | None = None, *, c
 
 
 def analysed(*objects: Object) -> ErrorAnalysis:
-    labels, predictions = as_files_have_it([2], list(objects))
-    return analyse_errors(VideoEvaluation(labels, predictions), predictions)
+    return analyse_errors(VideoEvaluation(*as_files_have_it([2], list(objects))))
 
 
 CASES = {

@@ -19,7 +19,7 @@ from cache.labels import masks
 from cache.labels.annotations import Category, Labels, Track, load_labels
 from cache.labels.tracks import mask_areas
 from evaluate import score
-from evaluate.metrics.video_ap import VideoEvaluation, VideoMetrics, evaluate_tracks, video_ious
+from evaluate.metrics.video_ap import VideoEvaluation, VideoMetrics, evaluate_tracks
 from evaluate.results import TrackPrediction, load_results
 from tests.naive_video_ap import Object, iou, naive_metrics
 from tests.track_samples import CATEGORIES, as_files_have_it, video_of
@@ -163,7 +163,7 @@ def test_hand_worked_ap() -> None:
     ]
     labels, predictions = as_files_have_it([2], objects)
     metrics = evaluate_tracks(labels, predictions)
-    assert video_ious(labels, predictions)[2, 3].tolist() == [[0.5], [0.0]]
+    assert VideoEvaluation(labels, predictions).ious[2, 3].tolist() == [[0.5], [0.0]]
     numbers = [metrics.AP, metrics.AP50, metrics.AP75, metrics.AR1]
     assert numbers == pytest.approx([0.1, 1.0, 0.0, 0.1])
     assert metrics.APl is None
@@ -181,7 +181,7 @@ def test_a_long_video_whose_object_comes_back() -> None:
     labels = Labels(categories=(Category(id=3, name="c3"),), videos=(video,), tracks=(track,), has_tracks=True)
     found = (*seen[:-2], here, here)
     prediction = TrackPrediction(video_id=1, category_id=3, score=0.5, segmentations=found)
-    assert video_ious(labels, [prediction])[1, 3].tolist() == [[2 / 3]]
+    assert VideoEvaluation(labels, [prediction]).ious[1, 3].tolist() == [[2 / 3]]
 
 
 def test_no_predictions_score_zero_and_no_labels_are_undefined() -> None:

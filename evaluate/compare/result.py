@@ -12,7 +12,7 @@ import numpy as np
 from evaluate.compare.groups import Group
 from evaluate.compare.runs import Costs, Entry
 from evaluate.compare.videos import ChangedVideo, changed_videos
-from evaluate.metrics.bootstrap import RESAMPLES, Difference, Interval, draw_weights, paired_difference
+from evaluate.metrics.bootstrap import RESAMPLES, Difference, Interval, paired_difference, split_and_draws
 from evaluate.metrics.breakdown import Part, parts_of
 from evaluate.metrics.error_types import ErrorAnalysis, ErrorType, analyse_errors
 from evaluate.metrics.weighted import HEADLINE, FloatArray
@@ -101,8 +101,8 @@ def compare(
     """Compare groups whose runs pair up (checks.require_pairs); the first is the reference."""
     first = groups[0].entries[0]
     num_videos = len(first.labels.videos)
-    weights_SV = np.vstack([np.ones((1, num_videos)), draw_weights(num_videos, resamples)])
-    errors = [[analyse_errors(e.evaluation, e.predictions) for e in group.entries] for group in groups]
+    weights_SV = split_and_draws(num_videos, resamples)
+    errors = [[analyse_errors(e.evaluation) for e in group.entries] for group in groups]
     return Comparison(
         split=first.split,
         num_videos=num_videos,
@@ -124,16 +124,13 @@ def measure(
     """Measure every group by `scores` of an entry, (S,): the split as it is first, then the resamples."""
     values = [np.stack([scores(entry) for entry in group.entries]) for group in groups]  # (seeds, S) each
     means = [of_group.mean(axis=0) for of_group in values]
-    reference = means[0]
     return tuple(
         Measured(
-            interval=Interval.of(float(mean[0]), mean[1:]),
+            interval=Interval.of(mean),
             spread=_spread(of_group[:, 0]),
-            difference=None
-            if index == 0
-            else paired_difference(float(mean[0]), float(reference[0]), mean[1:], reference[1:]),
+            difference=None if mean is means[0] else paired_difference(mean, means[0]),
         )
-        for index, (of_group, mean) in enumerate(zip(values, means, strict=True))
+        for of_group, mean in zip(values, means, strict=True)
     )
 
 

@@ -7,7 +7,6 @@ to the difference. Shapes: S resamples, V videos.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,13 +26,13 @@ class Interval:
     high: float | None
 
     @classmethod
-    def of(cls, value: float, samples_S: FloatArray) -> Interval:
-        """Percentile interval of the samples that are defined."""
-        samples = samples_S[~np.isnan(samples_S)]
-        if math.isnan(value) or not samples.size:
+    def of(cls, values_S: FloatArray) -> Interval:
+        """The first value, which is the split's, and the percentile interval of the others that are defined."""
+        samples = _defined(values_S[1:])
+        if np.isnan(values_S[0]) or not samples.size:
             return cls(value=None, low=None, high=None)
         low, high = np.percentile(samples, [_TAIL, 100 - _TAIL]).tolist()
-        return cls(value=value, low=low, high=high)
+        return cls(value=float(values_S[0]), low=low, high=high)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,24 +43,31 @@ class Difference:
     p: float | None
 
 
-def draw_weights(num_videos: int, resamples: int = RESAMPLES, seed: int = 0) -> FloatArray:
+def draw_weights(num_videos: int, resamples: int, seed: int = 0) -> FloatArray:
     """How often each video is drawn in each resample, (S, V), the rows adding up to V."""
     generator = np.random.default_rng(seed)
     counts = generator.multinomial(num_videos, np.full(num_videos, 1 / num_videos), size=resamples)
     return counts.astype(np.float64)
 
 
-def paired_difference(
-    value: float, reference: float, samples_S: FloatArray, reference_samples_S: FloatArray
-) -> Difference:
-    """Compare two numbers whose samples come from the same draws."""
-    interval = Interval.of(value - reference, samples_S - reference_samples_S)
-    return Difference(interval=interval, p=_two_sided_p(samples_S - reference_samples_S))
+def split_and_draws(num_videos: int, resamples: int = RESAMPLES) -> FloatArray:
+    """Weights of the split as it is, then of its resamples, (1 + resamples, V)."""
+    return np.vstack([np.ones((1, num_videos)), draw_weights(num_videos, resamples)])
+
+
+def paired_difference(values_S: FloatArray, reference_S: FloatArray) -> Difference:
+    """Compare two numbers under the weights of `split_and_draws`."""
+    differences_S = values_S - reference_S
+    return Difference(interval=Interval.of(differences_S), p=_two_sided_p(differences_S[1:]))
+
+
+def _defined(values_S: FloatArray) -> FloatArray:
+    return values_S[~np.isnan(values_S)]
 
 
 def _two_sided_p(differences_S: FloatArray) -> float | None:
     """Twice the share of draws on the rarer side of zero; never 0, for the data themselves count as one draw."""
-    drawn = differences_S[~np.isnan(differences_S)]
+    drawn = _defined(differences_S)
     if not drawn.size:
         return None
     rarer = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))

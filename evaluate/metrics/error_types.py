@@ -18,6 +18,7 @@ categories.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -26,9 +27,8 @@ import numpy as np
 
 from cache.labels.tracks import Labels
 from evaluate.metrics.video_ap import VideoEvaluation, mean_defined
-from evaluate.metrics.video_iou import TrackMasks, track_ious
+from evaluate.metrics.video_iou import track_ious
 from evaluate.metrics.weighted import THRESHOLDS, CategoryMatches, FloatArray, IntArray, weighted_scores
-from evaluate.results import TrackPrediction
 
 BACKGROUND_IOU = 0.1
 _HIT = -1
@@ -88,10 +88,10 @@ class _Detections:
     objects_K: IntArray  # how many are to be found
 
 
-def analyse_errors(evaluation: VideoEvaluation, predictions: Sequence[TrackPrediction]) -> ErrorAnalysis:
-    """Sort the errors of predictions, which are those of the evaluation, into types."""
-    overlaps = _best_overlaps(evaluation.labels, predictions)
-    wanted = _objects_to_find(evaluation.labels)
+def analyse_errors(evaluation: VideoEvaluation) -> ErrorAnalysis:
+    """Sort the errors of an evaluation's predictions into types."""
+    wanted = np.array([g for g, track in enumerate(evaluation.labels.tracks) if not track.iscrowd], dtype=np.int64)
+    overlaps = _best_overlaps(evaluation, wanted)
     at_threshold = [_sorted_out(evaluation.matches, overlaps, t) for t in range(len(THRESHOLDS))]
     missed = [_missed(detections, wanted) for detections in at_threshold]
     first = at_threshold[0]
@@ -108,12 +108,9 @@ def analyse_errors(evaluation: VideoEvaluation, predictions: Sequence[TrackPredi
     return ErrorAnalysis(weights=weights, false_alarms=false_alarms, missed=missed[0])
 
 
-def _objects_to_find(labels: Labels) -> IntArray:
-    """Indices of the tracks that are no crowds."""
-    return np.array([index for index, track in enumerate(labels.tracks) if not track.iscrowd], dtype=np.int64)
-
-
-def _best_overlaps(labels: Labels, predictions: Sequence[TrackPrediction]) -> _BestOverlaps:
+def _best_overlaps(evaluation: VideoEvaluation, objects: IntArray) -> _BestOverlaps:
+    """`objects`: those to find, as indices of the label file's tracks."""
+    predictions, labels = evaluation.predictions, evaluation.labels
     shape = len(predictions)
     best = _BestOverlaps(
         own_P=np.zeros(shape),
@@ -121,15 +118,14 @@ def _best_overlaps(labels: Labels, predictions: Sequence[TrackPrediction]) -> _B
         other_P=np.zeros(shape),
         other_object_P=np.full(shape, -1),
     )
-    for video in labels.videos:
-        found = [index for index, track in enumerate(predictions) if track.video_id == video.id]
-        wanted = [index for index in _objects_to_find(labels).tolist() if labels.tracks[index].video_id == video.id]
-        if not found or not wanted:
-            continue
-        ious_DG = track_ious(
-            [TrackMasks.of(predictions[index].segmentations, video) for index in found],
-            [TrackMasks.of(labels.tracks[index].segmentations, video) for index in wanted],
-        )
+    found_in, wanted_in = defaultdict[int, list[int]](list), defaultdict[int, list[int]](list)
+    for index, track in enumerate(predictions):
+        found_in[track.video_id].append(index)
+    for index in objects.tolist():
+        wanted_in[labels.tracks[index].video_id].append(index)
+    for video in found_in.keys() & wanted_in.keys():
+        found, wanted = found_in[video], wanted_in[video]
+        ious_DG = track_ious([evaluation.found_masks[d] for d in found], [evaluation.label_masks[g] for g in wanted])
         own_DG = np.array(
             [[predictions[d].category_id == labels.tracks[g].category_id for g in wanted] for d in found], dtype=bool
         )

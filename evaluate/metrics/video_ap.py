@@ -65,8 +65,15 @@ class VideoEvaluation:
                 "the label file has no annotations to score against",
                 hint="Score on a labelled split, e.g. a part of train that was held out.",
             )
-        self.labels = labels
-        self._coco = _TrackEval(_ground_truth(labels), _detections(labels, predictions))
+        self.labels, self.predictions = labels, predictions
+        self.found_masks = [TrackMasks.of(p.segmentations, _video_of(p, labels)) for p in predictions]
+        self.label_masks = [
+            TrackMasks.of(track.segmentations, labels.video_by_id[track.video_id], iscrowd=track.iscrowd)
+            for track in labels.tracks
+        ]
+        self._coco = _TrackEval(
+            _ground_truth(labels, self.label_masks), _detections(labels, predictions, self.found_masks)
+        )
         self.matches = self.matches_of(ALL_AREAS)
 
     @property
@@ -131,11 +138,6 @@ def evaluate_tracks(labels: Labels, predictions: Sequence[TrackPrediction]) -> V
     return VideoEvaluation(labels, predictions).metrics()
 
 
-def video_ious(labels: Labels, predictions: Sequence[TrackPrediction]) -> dict[tuple[int, int], FloatArray]:
-    """Video IoUs by (video id, category id); see VideoEvaluation.ious."""
-    return VideoEvaluation(labels, predictions).ious
-
-
 class _TrackEval(COCOeval):  # type: ignore[misc]  # pycocotools has no types.
     """Stock COCOeval but for the IoU of two tracks; ready for `evaluateImg` of any video, category and area range."""
 
@@ -153,37 +155,38 @@ class _TrackEval(COCOeval):  # type: ignore[misc]  # pycocotools has no types.
         return track_ious(*masks_of)
 
 
-def _ground_truth(labels: Labels) -> COCO:
-    annotations = []
-    for number, track in enumerate(labels.tracks, start=1):  # COCOeval takes id 0 for "no match".
-        joined = TrackMasks.of(track.segmentations, labels.video_by_id[track.video_id], iscrowd=track.iscrowd)
-        annotations.append(
+def _ground_truth(labels: Labels, joined: Sequence[TrackMasks]) -> COCO:
+    return _coco(
+        labels,
+        [
             {
                 "id": number,
                 "image_id": track.video_id,
                 "category_id": track.category_id,
                 "iscrowd": int(track.iscrowd),
                 "area": mean_area(track.areas),
-                "segmentation": {"counts": joined},  # COCOeval hands through any `counts` that are no list.
+                "segmentation": {"counts": masks},  # COCOeval hands through any `counts` that are no list.
             }
-        )
-    return _coco(labels, annotations)
+            for number, (track, masks) in enumerate(zip(labels.tracks, joined, strict=True), start=1)  # 0: "no match"
+        ],
+    )
 
 
-def _detections(labels: Labels, predictions: Sequence[TrackPrediction]) -> COCO:
-    annotations = []
-    for number, track in enumerate(predictions, start=1):
-        annotations.append(
+def _detections(labels: Labels, predictions: Sequence[TrackPrediction], joined: Sequence[TrackMasks]) -> COCO:
+    return _coco(
+        labels,
+        [
             {
                 "id": number,
                 "image_id": track.video_id,
                 "category_id": track.category_id,
                 "score": track.score,
                 "area": mean_area(mask_areas(track.segmentations)),
-                "segmentation": {"counts": TrackMasks.of(track.segmentations, _video_of(track, labels))},
+                "segmentation": {"counts": masks},
             }
-        )
-    return _coco(labels, annotations)
+            for number, (track, masks) in enumerate(zip(predictions, joined, strict=True), start=1)
+        ],
+    )
 
 
 def _video_of(track: TrackPrediction, labels: Labels) -> Video:

@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from cache.errors import CacheError, ConfigError
 from cache.labels.tracks import Labels
 from configs.schema import Settings
 from evaluate.compare.runs import LabelFiles, read_entries
-from evaluate.metrics.bootstrap import RESAMPLES, Interval, draw_weights
+from evaluate.metrics.bootstrap import Interval, split_and_draws
 from evaluate.metrics.video_ap import VideoEvaluation
 from evaluate.metrics.weighted import HEADLINE, FloatArray
 from evaluate.results import TrackPrediction
@@ -77,12 +75,10 @@ def score_sides(sides: Sequence[Side]) -> dict[str, Scored]:
     scored = {}
     for side in sides:
         if side.evaluation is not None:
-            num_videos = len(side.evaluation.labels.videos)
-            weights_SV = np.vstack([np.ones((1, num_videos)), draw_weights(num_videos, RESAMPLES)])
-            scores = side.evaluation.scores(weights_SV)
+            scores = side.evaluation.scores(split_and_draws(len(side.evaluation.labels.videos)))
             headline = scores.headline()
             scored[side.title] = Scored(
-                headline={name: Interval.of(float(headline[name][0]), headline[name][1:]) for name in HEADLINE},
+                headline={name: Interval.of(headline[name]) for name in HEADLINE},
                 categories_K=scores.by_category()[0],
             )
     return scored
