@@ -19,7 +19,7 @@ from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
 from train_head.data.clips import Clip
 from train_head.distributed import Group
 from train_head.heads.vita import VitaHead
-from train_head.run_folder import read_metrics_log
+from train_head.run_folder import METRICS_LOG, MetricsLog, read_metrics_log
 from train_head.trainer import Trainer, share_of_batches, train
 
 
@@ -89,6 +89,15 @@ def test_runs_killed_on_any_number_of_processes_go_on_with_any_other(
     assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 6, said[-4000:]
     assert_same_training(tmp_path, "whole", "broken")
     assert [entry["step"] for entry in read_metrics_log(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_log_cut_off_by_a_kill_goes_on_from_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / METRICS_LOG).write_text('{"step": 1, "loss": 0.1}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
+    assert [entry["step"] for entry in read_metrics_log(tmp_path)] == [1, 2]
+    log = MetricsLog(tmp_path, 1)
+    log.write(2, {"loss": 0.3})
+    log.close()
+    assert (tmp_path / METRICS_LOG).read_text() == '{"step": 1, "loss": 0.1}\n{"step": 2, "loss": 0.3}\n'
 
 
 def test_a_moving_average_of_the_weights_is_kept_and_evaluated(

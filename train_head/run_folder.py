@@ -24,9 +24,9 @@ CONFIG, PROVENANCE, SPLIT, METRICS_LOG = "config.yaml", "provenance.json", "spli
 BOARD = "tensorboard"  # folder: `tensorboard --logdir runs` shows all runs
 
 # Settings that may differ when a run goes on: they change no weight.
-_FREE = ("device", "runs", "evaluate", "extract", "data.root", "cache.path", "cache.preload", "train.workers")
-_FREE_PACE = tuple(
-    f"train.{key}" for key in ("log_every", "checkpoint_every", "evaluate_every", "time_budget", "accumulate")
+_FREE = (
+    *("device", "runs", "evaluate", "extract", "data.root", "cache.path", "cache.preload", "train.workers"),
+    *("train.log_every", "train.checkpoint_every", "train.evaluate_every", "train.time_budget", "train.accumulate"),
 )
 
 
@@ -59,11 +59,10 @@ def open_run(settings: Settings, holdout: Split | None) -> Path:
 def _differences(stored: Any, wanted: DictConfig) -> list[str]:
     before = {**flat(Settings), **flat(stored)}  # with settings that are younger than the run
     now = flat(wanted)
-    free = (*_FREE, *_FREE_PACE)
     return [
         f"{key} was {before.get(key)}, now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == f or key.startswith(f"{f}.") for f in free)
+        if before.get(key) != now.get(key) and not any(key == f or key.startswith(f"{f}.") for f in _FREE)
     ]
 
 
@@ -75,15 +74,9 @@ class MetricsLog:
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         self.path = folder / METRICS_LOG
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= resume_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        kept = [entry for entry in read_metrics_log(folder) if entry["step"] <= resume_step]
+        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
         self._board = _board(folder / BOARD, resume_step)
-
-    def _lines(self) -> list[str]:
-        if not self.path.exists():
-            return []
-        lines = self.path.read_text().splitlines()
-        return [line for line in lines if line.endswith("}")]  # a killed run may leave half a line
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Append the values of one step."""
@@ -109,6 +102,7 @@ def _board(folder: Path, resume_step: int) -> SummaryWriter | None:
 
 
 def read_metrics_log(folder: Path) -> list[dict[str, float]]:
-    """Return the logged steps of a run, in order."""
+    """Return the logged steps of a run, in order; a killed run may leave half a line, which is none."""
     path = folder / METRICS_LOG
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("}")]
