@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -12,8 +12,8 @@ from torch import nn
 
 from cache.codecs import Codec
 from cache.heads import DetectorHeads
+from cache.reader import FeatureCache
 from configs.schema import LossSettings, PaddedArea, Settings
-from train_head.data.video_sets import VideoSet
 from train_head.heads.contract import HeadConfig
 from train_head.losses.criterion import LossWeights, VitaCriterion
 from train_head.losses.mask_folding import MapDecoding
@@ -31,37 +31,25 @@ class FeatureSizes:
     map_channels: int  # of the FPN map, before any codec
 
 
-def feature_sizes(videos: VideoSet) -> FeatureSizes:
-    """Read the sizes off a cache."""
-    heads = videos.feature_cache.heads
-    first = videos.feature_cache.video(videos.feature_cache.video_names()[0])
+def feature_sizes(feature_cache: FeatureCache, num_classes: int) -> FeatureSizes:
+    """Read the sizes off a cache with labels of so many categories."""
+    first = feature_cache.video(feature_cache.video_names()[0])
     return FeatureSizes(
-        num_classes=len(videos.labels.categories),
-        num_queries=first.frame_queries([0]).shape[2],
-        hidden_dim=heads.hidden_dim,
-        map_channels=map_channels(heads),
+        num_classes=num_classes,
+        num_queries=first.queries.shape[2],
+        hidden_dim=feature_cache.heads.hidden_dim,
+        map_channels=map_channels(feature_cache.heads),
     )
 
 
 def head_config(settings: Settings, sizes: FeatureSizes) -> HeadConfig:
-    """Sizes of the head: what the settings choose, and what detector and labels dictate."""
-    chosen = settings.head
+    """Sizes of the head: what the settings choose, under the same names, and what detector and labels dictate."""
     return HeadConfig(
-        kind=chosen.kind,
+        **asdict(settings.head),
         num_classes=sizes.num_classes,
         num_frame_queries=sizes.num_queries,
-        num_queries=chosen.num_queries,
-        hidden_dim=chosen.hidden_dim,
-        num_heads=chosen.num_heads,
-        ffn_dim=chosen.ffn_dim,
-        enc_layers=chosen.enc_layers,
-        dec_layers=chosen.dec_layers,
-        window=chosen.window,
-        mask_dim=chosen.mask_dim,
         detector_dim=sizes.hidden_dim,
         map_dim=sizes.map_channels,
-        shift_in_training=chosen.shift_in_training,
-        shift_short_videos=chosen.shift_short_videos,
         use_sim=settings.loss.sim_weight > 0,
     )
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from cache.labels.annotations import load_labels
-from configs.schema import HeadKind, Settings
+from configs.schema import Settings
 from configs.splits import train_split
+from train_head.build import FeatureSizes, head_config
 from train_head.detector_files import DetectorSizes, read_weight_file, sizes_of_architecture, sizes_of_weights
 from train_head.heads.contract import HeadConfig
 from train_head.heads.kinds import build_head
@@ -47,25 +48,15 @@ def head_parameters(config: HeadConfig) -> dict[str, int]:
     return counts
 
 
-def head_config_for(
-    sizes: DetectorSizes,
-    *,
-    num_classes: int,
-    enc_layers: int,
-    dec_layers: int,
-    kind: HeadKind = HeadKind.vita,
-    **chosen: int,
-) -> HeadConfig:
-    """A head that fits a detector; `chosen` are further sizes of `HeadConfig`."""
+def head_config_for(sizes: DetectorSizes, *, num_classes: int, enc_layers: int, dec_layers: int) -> HeadConfig:
+    """VITA's head for a detector."""
     return HeadConfig(
-        kind=kind,
         num_classes=num_classes,
         num_frame_queries=sizes.num_queries,
         detector_dim=sizes.hidden_dim,
         map_dim=sizes.map_dim,
         enc_layers=enc_layers,
         dec_layers=dec_layers,
-        **chosen,  # type: ignore[arg-type]
     )
 
 
@@ -89,26 +80,17 @@ def settings_table(settings: Settings, num_classes: int) -> str:
     The detector is measured in its weights, or in the named architecture (of COCO) where they are not here; the
     categories are the label file's, or else `num_classes`.
     """
-    detector, chosen, labels = settings.detector, settings.head, train_split(settings).labels
+    detector, labels = settings.detector, train_split(settings).labels
     if detector.architecture is not None and not Path(detector.weights).exists():
         sizes = sizes_of_architecture(detector.architecture, NUM_COCO_CLASSES)
     else:
         sizes = sizes_of_weights(Path(detector.weights))
     if labels.exists():
         num_classes = len(load_labels(labels).categories)
-    config = head_config_for(
-        sizes,
-        num_classes=num_classes,
-        kind=chosen.kind,
-        enc_layers=chosen.enc_layers,
-        dec_layers=chosen.dec_layers,
-        hidden_dim=chosen.hidden_dim,
-        mask_dim=chosen.mask_dim,
-        num_queries=chosen.num_queries,
-        num_heads=chosen.num_heads,
-        ffn_dim=chosen.ffn_dim,
+    features = FeatureSizes(
+        num_classes=num_classes, num_queries=sizes.num_queries, hidden_dim=sizes.hidden_dim, map_channels=sizes.map_dim
     )
-    return parts_table(sizes, head_parameters(config), num_classes)
+    return parts_table(sizes, head_parameters(head_config(settings, features)), num_classes)
 
 
 def release_table(source: Path) -> str:

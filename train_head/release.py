@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from cache.heads import HEAD_SHAPES
 from cache.reader import FeatureCache
 from configs.cards import write_import_card
 from configs.schema import HeadKind
-from train_head.build import map_channels
+from train_head.build import feature_sizes
 from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from train_head.detector_files import read_weight_file
 from train_head.heads.contract import HeadConfig
@@ -32,35 +32,40 @@ from train_head.run_folder import PROVENANCE
 _LISTED = 5
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImportedHead:
-    """A checkpoint made of a released file, and in words how its detector relates to the cache's."""
-
-    checkpoint: Checkpoint
-    detector: str
-
-
 def import_file(source: Path, run: Path, features: Path, *, num_heads: int, window: int) -> str:
     """Write the head of a released file as a run's checkpoint; returns what was done, in words.
 
-    Raises ConfigError where the run has a head already; else as `import_release` and the file's reader.
+    `num_heads` and `window` cannot be read from shapes. Raises ConfigError where the run has a head already,
+    WeightsError where the file is none, holds no VITA head or one of other sizes than the cache's features and labels,
+    FingerprintMismatch where its detector is not the one that filled the cache.
     """
     if (run / CHECKPOINT).exists():
         raise ConfigError("this run has a head already", where=run, hint="choose another --output")
-    feature_cache = FeatureCache.open(features)
-    imported = import_release(
-        source, read_weight_file(source), sha256_file(source), feature_cache, num_heads=num_heads, window=window
+    feature_cache, tensors = FeatureCache.open(features), read_weight_file(source)
+    state = strip_release_prefix(tensors)
+    config = release_config(state, source, num_heads=num_heads, window=window)
+    _require_names(state, config, source)
+    categories = feature_cache.labels().categories
+    _require_sizes(config, feature_cache, len(categories), source)
+    detector = _compare_detectors(tensors, feature_cache, source)
+    checkpoint = Checkpoint(
+        step=0,
+        seconds=0.0,
+        config=config,
+        head=state,
+        optimizer={},
+        fingerprint=feature_cache.fingerprint,
+        category_names=tuple(category.name for category in categories),
     )
     run.mkdir(parents=True, exist_ok=True)
     provenance = Provenance.gather({"release": str(source), "cache": str(features)})
     (run / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=2))
-    save_checkpoint(run / CHECKPOINT, imported.checkpoint)
+    save_checkpoint(run / CHECKPOINT, checkpoint)
     write_import_card(run, source, features)
-    config = imported.checkpoint.config
     return (
         f"{run / CHECKPOINT}: {config.enc_layers} encoder + {config.dec_layers} decoder layers, "
         f"{config.num_queries} video queries, {config.num_classes} categories; assumed: {config.num_heads} attention "
-        f"heads, window {config.window}\n{imported.detector}"
+        f"heads, window {config.window}\n{detector}"
     )
 
 
@@ -74,53 +79,12 @@ def export_file(run: Path, target: Path, detector: Path | None) -> str:
     if kind is not HeadKind.vita:
         raise ConfigError("only VITA's head has the release's names", where=run, got=f"head.kind={kind}")
     others = checkpoint.detector if detector is None else read_weight_file(detector)
-    model = export_release(checkpoint.head, others)
+    model = {name: tensor for name, tensor in others.items() if not name.startswith(RELEASE_PREFIX)}
+    model |= {RELEASE_PREFIX + name: tensor for name, tensor in checkpoint.head.items()}
     temporary = target.with_suffix(".tmp")
     torch.save({"model": model, "iteration": checkpoint.step}, temporary)
     temporary.replace(target)
     return f"{target}: {len(checkpoint.head)} tensors of the head, {len(model) - len(checkpoint.head)} others"
-
-
-def import_release(
-    source: Path,
-    tensors: Mapping[str, Tensor],
-    weights_sha256: str,
-    feature_cache: FeatureCache,
-    *,
-    num_heads: int = 8,
-    window: int = 6,
-) -> ImportedHead:
-    """Make a checkpoint of step 0 from the head in `tensors`, all that the file `source` holds.
-
-    `num_heads` and `window` cannot be read from shapes; 8 and 6 are the release's.
-    Raises WeightsError where the file holds no VITA head or one of other sizes than the cache's features and
-    labels, FingerprintMismatch where its detector is not the one that filled the cache.
-    """
-    state = strip_release_prefix(tensors)
-    config = release_config(state, source, num_heads=num_heads, window=window)
-    _require_names(state, config, source)
-    categories = feature_cache.labels().categories
-    _require_sizes(config, feature_cache, len(categories), source)
-    detector = _compare_detectors(tensors, weights_sha256, feature_cache, source)
-    checkpoint = Checkpoint(
-        step=0,
-        seconds=0.0,
-        config=config,
-        head=state,
-        optimizer={},
-        fingerprint=feature_cache.fingerprint,
-        category_names=tuple(category.name for category in categories),
-    )
-    return ImportedHead(checkpoint=checkpoint, detector=detector)
-
-
-def export_release(head: Mapping[str, Tensor], detector: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put a head (without prefix) and the tensors of a detector file together under the release's names.
-
-    A head that the detector file may hold itself is replaced. An empty `detector` gives the head alone.
-    """
-    others = {name: tensor for name, tensor in detector.items() if not name.startswith(RELEASE_PREFIX)}
-    return others | {RELEASE_PREFIX + name: tensor.cpu() for name, tensor in head.items()}
 
 
 def release_config(state: Mapping[str, Tensor], source: Path, *, num_heads: int, window: int) -> HeadConfig:
@@ -169,13 +133,12 @@ def _require_names(state: Mapping[str, Tensor], config: HeadConfig, source: Path
 
 
 def _require_sizes(config: HeadConfig, feature_cache: FeatureCache, num_categories: int, source: Path) -> None:
-    heads = feature_cache.heads
-    num_queries = feature_cache.video(feature_cache.video_names()[0]).frame_queries([0]).shape[2]
+    sizes = feature_sizes(feature_cache, num_categories)
     pairs = {
-        "frame queries": (num_queries, config.num_frame_queries),
-        "channels of a frame query": (heads.hidden_dim, config.detector_dim),
-        "channels of the feature map": (map_channels(heads), config.map_dim),
-        "categories": (num_categories, config.num_classes),
+        "frame queries": (sizes.num_queries, config.num_frame_queries),
+        "channels of a frame query": (sizes.hidden_dim, config.detector_dim),
+        "channels of the feature map": (sizes.map_channels, config.map_dim),
+        "categories": (sizes.num_classes, config.num_classes),
     }
     for words, (held, wanted) in pairs.items():
         if held != wanted:
@@ -188,10 +151,8 @@ def _require_sizes(config: HeadConfig, feature_cache: FeatureCache, num_categori
             )
 
 
-def _compare_detectors(
-    tensors: Mapping[str, Tensor], weights_sha256: str, feature_cache: FeatureCache, source: Path
-) -> str:
-    if weights_sha256 == feature_cache.fingerprint.weights_sha256:
+def _compare_detectors(tensors: Mapping[str, Tensor], feature_cache: FeatureCache, source: Path) -> str:
+    if sha256_file(source) == feature_cache.fingerprint.weights_sha256:
         return "the cache was extracted from this very file"
     own = {name: tensors.get(_official_name(name)) for name in HEAD_SHAPES}
     if all(tensor is None for tensor in own.values()):
