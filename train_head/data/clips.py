@@ -129,19 +129,20 @@ class ClipDataset:
     def __init__(self, sources: Sequence[ClipSource], stream: ClipStream) -> None:
         """`stream` draws from the sources' labels. Raises IncompleteVideo where a cache lacks a view of a video."""
         self.sources, self.stream = sources, stream
-        self._cached = [
-            source.feature_cache.video(video_group_name(video_id, view))
-            for source, video_ids in zip(sources, stream.video_ids, strict=True)
+        self._cached = {
+            _key(number, video_id, view): source.feature_cache.video(video_group_name(video_id, view))
+            for number, (source, video_ids) in enumerate(zip(sources, stream.video_ids, strict=True))
             for video_id in video_ids
             for view in source.views_of(video_id)
-        ]
+        }
 
     @property
     def clip_bytes(self) -> int:
         """A clip's features and masks, of the largest frames."""
-        queries, maps = self._cached[0].queries, self._cached[0].maps
-        largest_map = max(height * width for height, width in (c.attributes.map_hw for c in self._cached))
-        largest_image = max(height * width for height, width in (c.attributes.image_hw for c in self._cached))
+        videos = list(self._cached.values())
+        queries, maps = videos[0].queries, videos[0].maps
+        largest_map = max(height * width for height, width in (video.attributes.map_hw for video in videos))
+        largest_image = max(height * width for height, width in (video.attributes.image_hw for video in videos))
         query_bytes = math.prod(queries.shape[1:]) * queries.dtype.itemsize
         map_bytes = largest_map * maps.shape[1] * maps.dtype.itemsize
         return self.stream.config.num_frames * (query_bytes + map_bytes + USUAL_OBJECTS * largest_image)
@@ -156,13 +157,14 @@ class ClipDataset:
         source, video_id, frames = self.sources[drawn.source], drawn.video_id, drawn.frames
         views = source.views_of(video_id)
         view = views[int(np.random.default_rng([self.stream.config.seed, 2, index]).integers(len(views)))]
-        cached = source.feature_cache.video(video_group_name(video_id, view))
+        key = _key(drawn.source, video_id, view)
+        cached = self._cached[key]
         buffers = [empty((len(frames), *array.shape[1:]), array.dtype) for array in (cached.queries, cached.maps)]
         clip = cached.read_clip(frames, ClipArrays(frame_queries=buffers[0], mask_features=buffers[1]))
         video_name = source.labels.video_by_id[video_id].name
         return Clip(
             index=index,
-            key=f"{drawn.source}/{cached.name}",
+            key=key,
             name=f"{video_name}@{view.name}" if view.name else video_name,
             video_id=video_id,
             num_tracks=len(source.labels.tracks_of(video_id)),
@@ -171,6 +173,10 @@ class ClipDataset:
             map_TRHW=torch.from_numpy(clip.mask_features),
             targets=read_targets(source.labels, video_id, frames, [transform_of(cached.attributes)] * len(frames)),
         )
+
+
+def _key(source: int, video_id: int, view: View) -> str:
+    return f"{source}/{video_group_name(video_id, view)}"
 
 
 @lru_cache(maxsize=16)
