@@ -55,8 +55,8 @@ def sweep(config: str, overrides: Sequence[str], jobs: int = 1) -> str:
     """Train and evaluate every combination, `jobs` at once, skipping what is done, and return the table.
 
     Every run is a process of its own, so that one cannot influence another; where several run at once, they share
-    the cores, and only what went wrong is shown. Raises ConfigError for impossible
-    settings before the first run starts, VitaCacheError where a run fails.
+    the cores, and only what went wrong is shown. Raises ConfigError for impossible settings before the first run
+    starts, VitaCacheError where a run fails.
     """
     base = load_settings(config, [word for word in overrides if not _COMMA.search(word.partition("=")[2])])
     runs = plan(base.name, overrides)

@@ -14,7 +14,7 @@ from configs.schema import FrameMatching, Settings
 from train_head.data.clips import Clip
 from train_head.data.video_sets import VideoSet
 from train_head.losses.detector_predictions import FrozenHeads
-from train_head.losses.frame_matches import frame_points, label_map, match_frames
+from train_head.losses.frame_matches import MatchingMode, frame_points, label_map, match_frames
 from train_head.losses.mask_folding import MapDecoding
 from train_head.losses.matcher import CostWeights
 from train_head.losses.targets import ClipTargets
@@ -76,16 +76,12 @@ def build_frame_memory(settings: Settings, videos: VideoSet, heads: FrozenHeads,
         print("loss.frame_matching=release: the detector has other classes; its class layer is drawn anew and frozen")
         stored = redrawn_classes(stored, num_labels, settings.seed)
         heads = FrozenHeads(stored).to(device)
-    names = {
-        FrameMatching.category_map: "category_map",
-        FrameMatching.mask_only: "mask_only",
-        FrameMatching.release: "release",
-    }
+    mode: MatchingMode = loss.frame_matching.value
     pairs = category_pairs(labels.categories, stored.category_names)
     return FrameMemory(
         heads,
         decoding,
-        label_map(names[loss.frame_matching], num_labels, stored.num_classes, pairs).to(device),  # type: ignore[arg-type]
+        label_map(mode, num_labels, stored.num_classes, pairs).to(device),
         loss.num_points,
         CostWeights(label=loss.class_weight, mask=loss.mask_weight, dice=loss.dice_weight),
     )

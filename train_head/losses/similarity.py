@@ -27,7 +27,7 @@ def similarity_loss(
 
     The pairs are those of one (layer, clip): matched frame queries of all frames and matched video queries of
     the last decoder layer, each pair twice and the diagonal included, as in the release. `num_pairs` is
-    the divisor (`num_similarity_pairs`, averaged over processes). Where the release builds one matrix of all
+    the divisor (`num_similarity_pairs`, summed over processes). Where the release builds one matrix of all
     embeddings of the batch and masks most of it, clips that do not see each other never meet here.
     """
     total = frame_similarity_LBTQC.new_zeros((), dtype=torch.float32)

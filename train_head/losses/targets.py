@@ -5,7 +5,6 @@ Shapes: N objects of the clip, T frames, L detector layers, h×w input pixels wi
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,18 +47,15 @@ class ClipTargets:
         """Input size without padding, in pixels."""
         return self.masks_NThw.shape[2], self.masks_NThw.shape[3]
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> ClipTargets:
+    def to(self, device: torch.device) -> ClipTargets:
         """Copy to a device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> ClipTargets:
         matches = self.frame_queries_LTN
         return ClipTargets(
-            labels_N=function(self.labels_N),
-            identities_N=function(self.identities_N),
-            present_NT=function(self.present_NT),
-            masks_NThw=function(self.masks_NThw),
-            frame_queries_LTN=None if matches is None else function(matches),
+            labels_N=self.labels_N.to(device),
+            identities_N=self.identities_N.to(device),
+            present_NT=self.present_NT.to(device),
+            masks_NThw=self.masks_NThw.to(device),
+            frame_queries_LTN=None if matches is None else matches.to(device),
         )
 
 
