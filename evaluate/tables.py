@@ -52,15 +52,17 @@ def read_metrics(run: Path) -> dict[str, dict[str, Any]]:
     return {method: metrics for method, metrics in found.items() if metrics}
 
 
+def extraction_costs(settings: Settings) -> list[StageCost]:
+    """What the extraction of every split took, as far as it is recorded."""
+    records = {split.name: split.features / "extraction.json" for split in all_caches(settings)}
+    stored = {name: json.loads(record.read_text()) for name, record in records.items() if record.exists()}
+    return [StageCost(stage=f"extract {n}", seconds=each["seconds"], bytes=each["bytes"]) for n, each in stored.items()]
+
+
 def stage_costs(settings: Settings) -> list[StageCost]:
     """Seconds and bytes of every stage of a run that has happened."""
     run = Path(settings.runs) / settings.name
-    costs = []
-    for split in all_caches(settings):
-        record = split.features / "extraction.json"
-        if record.exists():
-            stored = json.loads(record.read_text())
-            costs.append(StageCost(stage=f"extract {split.name}", seconds=stored["seconds"], bytes=stored["bytes"]))
+    costs = extraction_costs(settings)
     log = [entry for entry in read_metrics_log(run) if "seconds" in entry]
     if log and (run / CHECKPOINT).exists():
         size = (run / CHECKPOINT).stat().st_size

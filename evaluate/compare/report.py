@@ -113,7 +113,7 @@ def cost_texts(row: Row) -> list[str]:
     """The costs in people's units, in the order of the tables' columns."""
     costs = row.costs
     return [
-        "–" if costs.trainable_parameters is None else f"{costs.trainable_parameters / 1e6:.2f} M",
+        f"{costs.trainable_parameters / 1e6:.2f} M",
         _seconds(costs.training_seconds),
         _seconds(costs.extraction_seconds),
         "–" if costs.cache_bytes is None else f"{costs.cache_bytes / 1e9:.2f} GB",

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evaluate.compare.groups import Group
-from evaluate.compare.runs import Costs, Entry
+from evaluate.compare.runs import Costs, Entry, detector_in_words
 from evaluate.compare.videos import ChangedVideo, changed_videos
 from evaluate.metrics.bootstrap import RESAMPLES, Difference, Interval, paired_difference, split_and_draws
 from evaluate.metrics.breakdown import Part, parts_of
@@ -35,7 +35,7 @@ class Row:
     method: str
     runs: tuple[str, ...]
     metrics: dict[str, Measured]  # by the names in HEADLINE
-    costs: Costs  # means over the runs
+    costs: Costs
     detector: str
     codec: str
     head: tuple[str, ...]  # of every run: when, where and with what it was trained
@@ -149,7 +149,7 @@ def _rows(groups: Sequence[Group], weights_SV: FloatArray) -> tuple[Row, ...]:
             runs=tuple(str(entry.run) for entry in group.entries),
             metrics={name: measured[index] for name, measured in by_metric.items()},
             costs=_mean_costs(group),
-            detector=_detector(group.entries[0]),
+            detector=detector_in_words(group.entries[0].fingerprint),
             codec=group.entries[0].fingerprint.codec,
             head=tuple(_head(entry) for entry in group.entries),
         )
@@ -205,12 +205,6 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _spread(values: FloatArray) -> float | None:
     return float(values.std(ddof=1)) if len(values) > 1 and not math.isnan(values[0]) else None
-
-
-def _detector(entry: Entry) -> str:
-    held = entry.fingerprint
-    edge = f"short edge {held.short_edge}" if held.short_edge else "native size"
-    return f"{held.architecture}, weights {held.weights_sha256[:12]}, {edge}, {held.precision}"
 
 
 def _head(entry: Entry) -> str:

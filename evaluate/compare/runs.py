@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from cache.labels.tracks import Labels
 from cache.reader import FeatureCache
 from configs.load import load_settings
 from configs.schema import Settings
-from configs.splits import all_caches
 from evaluate.metrics.video_ap import VideoEvaluation
 from evaluate.results import TrackPrediction
 from evaluate.stored import HEAD, load_metrics, load_predictions, require_predictions, stored_methods
+from evaluate.tables import extraction_costs
 from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint
 from train_head.data.video_sets import chosen_videos, evaluation_split
 from train_head.run_folder import CONFIG, PROVENANCE
@@ -27,12 +27,12 @@ from train_head.run_folder import CONFIG, PROVENANCE
 
 @dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What a run cost, with the fine-tuning of its detector; None where no record is left."""
+    """What a run cost (of several, the means), with the fine-tuning of its detector; None where no record is left."""
 
-    trainable_parameters: int | None
-    training_seconds: float | None
+    trainable_parameters: float
+    training_seconds: float
     extraction_seconds: float | None  # of all splits
-    cache_bytes: int | None  # of all splits
+    cache_bytes: float | None  # of all splits
     inference_seconds: float | None
 
 
@@ -91,38 +91,36 @@ def read_entries(run: Path, methods: Sequence[str] | None, label_files: LabelFil
         raise ConfigError("no run here", where=run, expected=f"a folder with {CONFIG}", hint="name folders of runs/")
     settings = load_settings(str(run / CONFIG))
     split, labels = label_files.of(settings)
-    names = stored_methods(run) if methods is None else [HEAD, *methods]
-    return [_entry(run, method, settings, split, labels) for method in dict.fromkeys(names) or (HEAD,)]
-
-
-def _entry(run: Path, method: str, settings: Settings, split: str, labels: Labels) -> Entry:
-    require_predictions(run, method)
-    scored = load_metrics(run, method)
+    names = list(dict.fromkeys(stored_methods(run) if methods is None else [HEAD, *methods])) or [HEAD]
+    for method in names:
+        require_predictions(run, method)
     checkpoint = load_checkpoint(run / CHECKPOINT)
-    trained = bool(scored.get("trained", method == HEAD))
-    tuning = _tuning(run, settings, checkpoint)
-    records = [split.features / "extraction.json" for split in all_caches(settings)]
-    extraction = [json.loads(record.read_text()) for record in records if record.exists()]
+    tuning, extraction = _tuning(run, settings, checkpoint), extraction_costs(settings)
     provenance = run / PROVENANCE
-    return Entry(
+    entry = partial(
+        Entry,
         run=run,
-        method=method,
-        trained=trained,
         settings=settings,
         split=split,
         labels=labels,
-        scored=scored,
         fingerprint=checkpoint.fingerprint,
         steps=checkpoint.step,
-        costs=Costs(
-            trainable_parameters=(_parameters(checkpoint) if trained else 0) + (_parameters(tuning) if tuning else 0),
-            training_seconds=(checkpoint.seconds if trained else 0.0) + (tuning.seconds if tuning else 0.0),
-            extraction_seconds=sum(record["seconds"] for record in extraction) if extraction else None,
-            cache_bytes=sum(record["bytes"] for record in extraction) if extraction else None,
-            inference_seconds=scored.get("seconds"),
-        ),
         provenance=json.loads(provenance.read_text()) if provenance.exists() else {},
     )
+    entries = []
+    for method in names:
+        scored = load_metrics(run, method)
+        trained = bool(scored.get("trained", method == HEAD))
+        trainings = [part for part in (tuning, checkpoint if trained else None) if part is not None]
+        costs = Costs(
+            trainable_parameters=sum(map(num_parameters, trainings)),
+            training_seconds=sum(part.seconds for part in trainings),
+            extraction_seconds=sum(cost.seconds for cost in extraction) if extraction else None,
+            cache_bytes=sum(cost.bytes for cost in extraction) if extraction else None,
+            inference_seconds=scored.get("seconds"),
+        )
+        entries.append(entry(method=method, trained=trained, scored=scored, costs=costs))
+    return entries
 
 
 def _tuning(run: Path, settings: Settings, checkpoint: Checkpoint) -> Checkpoint | None:
@@ -135,5 +133,13 @@ def _tuning(run: Path, settings: Settings, checkpoint: Checkpoint) -> Checkpoint
     return tuning if same else None
 
 
-def _parameters(checkpoint: Checkpoint) -> int:
+def num_parameters(checkpoint: Checkpoint) -> int:
+    """How many numbers a run trains, in its head and in its detector."""
     return sum(tensor.numel() for part in (checkpoint.head, checkpoint.detector) for tensor in part.values())
+
+
+def detector_in_words(fingerprint: Fingerprint) -> str:
+    """The detector behind features."""
+    edge = f"short edge {fingerprint.short_edge}" if fingerprint.short_edge else "native size"
+    weights = f"weights {fingerprint.weights_sha256[:12]}"
+    return f"{fingerprint.architecture}, {weights}, {edge}, {fingerprint.precision}"

@@ -19,6 +19,7 @@ from cache.fingerprint import Provenance
 from cache.labels.tracks import Labels, Video
 from configs.changes import changed_settings
 from configs.schema import Settings
+from evaluate.compare.runs import detector_in_words, num_parameters
 from evaluate.metrics.weighted import HEADLINE
 from evaluate.pictures.overlays import DrawnTrack, evenly, labelled_tracks, predicted_tracks
 from evaluate.pictures.page import read_text, render
@@ -85,15 +86,12 @@ def _facts(settings: Settings, videos: VideoSet, run: Path) -> dict[str, str]:
     """The run in a few words."""
     labels, held = videos.labels, videos.feature_cache.fingerprint
     checkpoint = load_checkpoint(run / CHECKPOINT)
-    parameters = sum(tensor.numel() for part in (checkpoint.head, checkpoint.detector) for tensor in part.values())
     objects = f", {len(labels.tracks)} objects" if labels.has_tracks else ", labels not public"
-    edge = f"short edge {held.short_edge}" if held.short_edge else "native size"
     return {
         "evaluated on": f"{videos.split}: {len(labels.videos)} videos{objects}, {len(labels.categories)} categories",
-        "head": f"{parameters / 1e6:.2f} M parameters, {checkpoint.step} steps in {checkpoint.seconds:.0f} s, "
-        f"seed {settings.seed}",
-        "detector": f"{held.architecture}, {'fine-tuned' if checkpoint.detector else 'frozen'}, {edge}, "
-        f"{held.precision}, weights {held.weights_sha256[:12]}",
+        "head": f"{num_parameters(checkpoint) / 1e6:.2f} M parameters, {checkpoint.step} steps "
+        f"in {checkpoint.seconds:.0f} s, seed {settings.seed}",
+        "detector": f"{'fine-tuned' if checkpoint.detector else 'frozen'}: {detector_in_words(held)}",
         "features": f"{videos.feature_cache.path}, codec {videos.feature_cache.root.codec_name}",
     }
 
@@ -123,13 +121,12 @@ def _figures(
 
 
 def _similarity(videos: VideoSet, sides: Sequence[Side]) -> dict[str, SimilarityMatrix]:
-    """Of every head that there is, on the same video; a run that fine-tuned the detector alone has none."""
-    video = video_of_many_objects(videos.labels) if videos.labels.has_tracks else None
+    """Of every head, on the same video."""
+    video = video_of_many_objects(videos.labels)
     found = {}
-    for side in sides if video is not None else ():
-        if side.method == HEAD and load_checkpoint(side.run / CHECKPOINT).head:
+    for side in sides:
+        if video is not None and side.method == HEAD:
             own = videos if side is sides[0] else open_evaluation_set(side.settings)
-            assert video is not None
             matrix = similarity_matrix(side.settings, own, video)
             if matrix is not None:
                 found[side.run.name] = matrix
