@@ -7,7 +7,7 @@ simply added, and any number of processes trains as one does.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,14 +33,13 @@ class Group:
             distributed.all_reduce(tensor)
         return tensor
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its sum over all processes, in one message."""
         if self.size == 1:
             return
-        trained = list(parameters)
-        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in trained])
+        flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters])
         distributed.all_reduce(flat)
-        for parameter, summed in zip(trained, torch.split(flat, [p.numel() for p in trained]), strict=True):
+        for parameter, summed in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
             parameter.grad = summed.view_as(parameter)
 
     def wait(self) -> None:

@@ -1,4 +1,4 @@
-"""One training step: clips in, summed gradients and loss terms out, in micro-batches and over processes.
+"""One training step: clips in, gradients and loss terms out, in micro-batches.
 
 Shapes: L detector layers, B clips, T frames, Q frame queries, C channels.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from configs.schema import Settings
-from train_head.build import TrainedPart, build_criterion, point_config, trained_parameters
+from train_head.build import build_criterion, point_config
 from train_head.data.sources import AnyClip, ClipFeatures, FeatureSource
 from train_head.distributed import Group
 from train_head.heads.contract import HeadOutputs, TrackHead
@@ -64,12 +64,8 @@ class TrainingStep(Generic[AnyClip]):
         self.criterion = build_criterion(settings.loss)
         self.points = point_config(settings.loss)
 
-    def parts(self, head: TrackHead) -> list[TrainedPart]:
-        """Everything that is trained, always in the same order."""
-        return [*([TrainedPart(module=head)] if self.source.trains_head else []), *self.source.parts]
-
     def gradients(self, head: TrackHead, clips: Sequence[AnyClip]) -> StepLosses:
-        """Leave the gradients of the whole batch in `parts`; `clips` are this process's share of it.
+        """Add this process's share of the batch's gradients, those of `clips`; returns the losses of the whole batch.
 
         Raises FloatingPointError where a cost or a loss is not finite.
         """
@@ -80,7 +76,6 @@ class TrainingStep(Generic[AnyClip]):
         for start in range(0, len(clips), size):
             part = slice(start, start + size)
             terms += self._backward(head, clips[part], targets[part], normalisers)
-        self.group.sum_gradients(trained_parameters(self.parts(head)))
         summed = self.group.sum(terms)
         if not bool(summed.isfinite().all()):
             raise FloatingPointError("the loss is not finite")

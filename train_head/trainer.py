@@ -19,7 +19,7 @@ from cache.errors import ConfigError, VitaCacheError
 from cache.progress import StageProgress, say
 from configs.command import device_name, precision_name
 from configs.schema import Settings
-from train_head.build import build_optimizer, head_config, learning_rate, trained_parameters
+from train_head.build import TrainedPart, build_optimizer, head_config, learning_rate, trained_parameters
 from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from train_head.data.clip_loader import load_clips
 from train_head.data.sources import AnyClip, CachedSource, FeatureSource
@@ -101,7 +101,7 @@ class Trainer(Generic[AnyClip]):
         if settings.train.compile:
             self.head.compile()
         self.average: dict[str, Tensor] = {}
-        self.parts = self.compute.parts(self.head)
+        self.parts = [*([TrainedPart(module=self.head)] if source.trains_head else []), *source.parts]
         self.optimizer = build_optimizer(self.parts, settings)
         self.progress = Progress()
         if (folder / CHECKPOINT).exists():
@@ -183,7 +183,9 @@ class Trainer(Generic[AnyClip]):
             losses = self.compute.gradients(self.head, clips)
         except FloatingPointError as error:
             raise self._not_finite(clips, str(error)) from error
-        nn.utils.clip_grad_norm_(trained_parameters(self.parts), self.settings.train.clip_norm)
+        parameters = trained_parameters(self.parts)
+        self.group.sum_gradients(parameters)
+        nn.utils.clip_grad_norm_(parameters, self.settings.train.clip_norm)
         self.optimizer.step()
         for name, tensor in self.head.state_dict().items() if self.average else ():
             self.average[name].lerp_(tensor, 1 - self.settings.train.ema)
