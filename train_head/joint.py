@@ -146,7 +146,9 @@ class LiveSource:
         for positions in groups.values():
             images_FCHW = torch.cat([clips[position].images_T3HW for position in positions])
             devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):  # stochastic depth draws from the global generators
+            # Stochastic depth (Swin) draws from the global generators, for all frames that go through together: other
+            # micro-batches, or another number of processes, drop other paths.
+            with torch.random.fork_rng(devices):
                 entropy = [self.settings.seed, clips[positions[0]].index, _STREAM]
                 torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
                 together = self.detector(images_FCHW.to(self.device, non_blocking=True))
