@@ -40,6 +40,11 @@ def panels(count: int, width: float, height: float) -> tuple[Figure, list[Axes]]
     return figure, [figure.add_subplot(1, count, index + 1) for index in range(count)]
 
 
+def short_name(name: str, longest: int = 24) -> str:
+    """A name of at most so many characters, which leaves room for the figure beside it."""
+    return name if len(name) <= longest else name[: longest - 1] + "…"
+
+
 def page_svg(figure: Figure) -> str:
     """The <svg> element of a figure: text stays text, ink takes the colour of the text around it."""
     buffer = io.StringIO()

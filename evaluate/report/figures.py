@@ -9,12 +9,11 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from cache.codecs.rate_distortion import Calibration
 from evaluate.metrics.weighted import RECALLS, THRESHOLDS, FloatArray
-from evaluate.pictures.charts import drawing, page_svg, panels
+from evaluate.pictures.charts import drawing, page_svg, panels, short_name
 from evaluate.report.similarity import SimilarityMatrix
 
 Log = Sequence[Mapping[str, float]]
 TERMS = ("class", "mask", "dice", "similarity")
-_LONGEST_NAME = 24  # characters of a category
 _MOST_POINTS = 400  # of a curve; the steps between are averaged
 
 
@@ -42,11 +41,6 @@ def learning_curves(logs: Mapping[str, Log]) -> str:
         return page_svg(figure)
 
 
-def _short(name: str) -> str:
-    """A name that leaves room for the figure beside it."""
-    return name if len(name) <= _LONGEST_NAME else name[: _LONGEST_NAME - 1] + "…"
-
-
 def _plain(value: float, _: object = None) -> str:
     """Numbers on logarithmic axes; matplotlib would write powers as formulas."""
     return f"{value:g}"
@@ -67,7 +61,7 @@ def category_bars(names: Sequence[str], values: Mapping[str, FloatArray]) -> str
         figure, (axes,) = panels(1, 10, 0.7 + len(names) * max(0.24, 0.13 * len(values)))
         for index, (method, aps) in enumerate(values.items()):
             axes.barh(np.arange(len(names)) + (index - (len(values) - 1) / 2) * thick, 100 * aps, thick, label=method)
-        axes.set_yticks(range(len(names)), [_short(name) for name in names])
+        axes.set_yticks(range(len(names)), [short_name(name) for name in names])
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlim(0, 100)
         axes.grid(axis="y", visible=False)
@@ -100,7 +94,7 @@ def similarity_heat_maps(matrices: Mapping[str, SimilarityMatrix]) -> str:
             image = part.imshow(values, aspect="auto", cmap="viridis", vmin=0 if matrix.trained else None, vmax=1)
             counts = np.bincount(matrix.row_objects_F, minlength=len(matrix.objects))
             ends = counts.cumsum()
-            objects = [_short(name) for name in matrix.objects]
+            objects = [short_name(name) for name in matrix.objects]
             part.set_yticks(ends - counts / 2 - 0.5, objects)
             part.set_xticks(range(values.shape[1]), [objects[k] for k in matrix.column_objects_M], rotation=45)
             for end in ends[:-1]:
