@@ -84,7 +84,12 @@ def test_lists_name_images_or_videos(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("", "the list is empty"), ("gone.png", r"gone\.png: not a readable image: no such file"), ("gone", "no such")],
+    [
+        ("", "the list is empty"),
+        ("gone.png", r"gone\.png: not a readable image: no such file"),
+        ("gone", "no such"),
+        ("list.txt", "a list within a list"),
+    ],
 )
 def test_broken_lists(tmp_path: Path, content: str, words: str) -> None:
     (tmp_path / "list.txt").write_text(content)

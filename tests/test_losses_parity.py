@@ -86,8 +86,12 @@ def step(
 
 
 def test_every_loss_term(recorded: Recorded) -> None:
+    """Under the release's names: `loss_vita_mask` is the last decoder layer's, `loss_vita_mask_0` the first's."""
     losses = recorded[3]
-    named = {name: float(value.detach()) for name, value in losses.named().items()}
+    named = {"loss_vita_sim": float(losses.similarity.detach())}
+    for name, values_D in (("ce", losses.class_D), ("mask", losses.mask_D), ("dice", losses.dice_D)):
+        *aux, final = values_D.tolist()
+        named |= {f"loss_vita_{name}": final} | {f"loss_vita_{name}_{layer}": value for layer, value in enumerate(aux)}
     assert named == pytest.approx(EXPECTED["losses_unweighted"], rel=1e-4)
     assert float(losses.total.detach()) == pytest.approx(EXPECTED["total"], rel=1e-4)
 

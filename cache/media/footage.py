@@ -81,7 +81,7 @@ def look_through(path: Path, stride: int = 1) -> list[Footage]:
     """Find the footage at a path: a video file, a folder of images, or a text file with one path a line.
 
     A list of images is one video, any other list is as many as it names. Raises FrameError where there is nothing
-    to decode, or images differ in size.
+    to decode, images differ in size, or a list names a list (which might be itself).
     """
     path = path.absolute()
     if not path.exists():
@@ -92,6 +92,8 @@ def look_through(path: Path, stride: int = 1) -> list[Footage]:
         listed = listed_in(path)
         if all(is_image(entry) for entry in listed):
             return [_of_images(path, listed, stride)]
+        if lists := [entry for entry in listed if entry.suffix.lower() == ".txt"]:
+            raise FrameError("a list within a list", where=path, got=lists[0], hint="name its paths here instead")
         return [footage for entry in listed for footage in look_through(entry, stride)]
     if is_image(path):
         return [_of_images(path, [path], stride)]

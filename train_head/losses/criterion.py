@@ -34,7 +34,7 @@ class LossWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class LossNormalisers:
-    """What the sums are divided by. Average `stacked` over processes to train as with one large batch."""
+    """What the sums are divided by. Sum `stacked` over processes to train as with one large batch."""
 
     num_masks: Tensor
     class_weight: Tensor
@@ -75,14 +75,6 @@ class VitaLosses:
     similarity: Tensor
     total: Tensor
     matches: tuple[ClipMatch, ...]
-
-    def named(self) -> dict[str, Tensor]:
-        """The unweighted terms under the release's names (`loss_vita_ce`, `loss_vita_mask_0` …)."""
-        terms = {"loss_vita_sim": self.similarity}
-        for name, values_D in (("ce", self.class_D), ("mask", self.mask_D), ("dice", self.dice_D)):
-            terms[f"loss_vita_{name}"] = values_D[-1]
-            terms |= {f"loss_vita_{name}_{layer}": value for layer, value in enumerate(values_D[:-1])}
-        return terms
 
 
 @dataclass(frozen=True, kw_only=True)
