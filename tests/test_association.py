@@ -140,5 +140,5 @@ def test_amounts_of_memory_and_the_longest_video() -> None:
     assert [parse_bytes(text) for text in ("12GiB", "800 MB", "1e9")] == [12 * 2**30, 800_000_000, 10**9]
     with pytest.raises(ConfigError, match="such as 12GiB"):
         parse_bytes("much")
-    fit = Fit(window=6, kept=1.0, short=100 + 48 * 10, long=100 + 144 * 10, streamed=0)
+    fit = Fit(short=100 + 48 * 10, long=100 + 144 * 10, streamed=0)
     assert fit.longest(100 + 700 * 10) == 700

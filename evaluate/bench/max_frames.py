@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from typing import Any
 
 import torch
 
 from cache.errors import ConfigError
 from evaluate.bench.inference import VideoProblem
-from evaluate.bench.memory import repeated
+from evaluate.bench.memory import in_own_process, repeated
 from train_head.bench.sides import Memory
 from train_head.heads.frame_spill import TokenBlock
 from train_head.heads.streaming import predict_stream
@@ -31,8 +29,6 @@ _UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 class Fit:
     """What the head needs beside its weights: bytes of short and long videos at once, and of a streamed one."""
 
-    window: int
-    kept: float
     short: int
     long: int
     streamed: int
@@ -58,7 +54,7 @@ def max_frames(memory: int, device: str) -> int:
     print(f"{'window':>8}{'kept':>6}{'at once':>10}{'MB/frame':>10}{'streaming':>11}{'peak MB':>9}")
     for window in WINDOWS:
         for kept in KEPT:
-            fit = _in_own_process(window, kept, device)
+            fit = in_own_process(_fit, window, kept, device)
             slope = (fit.long - fit.short) / (_LONG - _SHORT) / 1e6
             endless = "any" if fit.streamed < memory else "-"
             row = f"{fit.longest(memory):10}{slope:10.2f}{endless:>11}{fit.streamed / 1e6:9.0f}"
@@ -67,20 +63,8 @@ def max_frames(memory: int, device: str) -> int:
     return 0
 
 
-def _in_own_process(window: int, kept: float, device: str) -> Fit:
-    context = get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(window, kept, device, theirs))
-    process.start()
-    theirs.close()
-    fit = mine.recv()
-    process.join()
-    assert isinstance(fit, Fit)
-    return fit
-
-
 @torch.no_grad()
-def _serve(window: int, kept: float, device: str, connection: Any) -> None:
+def _fit(window: int, kept: float, device: str) -> Fit:
     torch.set_num_threads(1)
     place = torch.device(device)
     problem = VideoProblem(window=window)
@@ -96,4 +80,4 @@ def _serve(window: int, kept: float, device: str, connection: Any) -> None:
     sized = replace(problem, frames=_STREAMED)
     memory = Memory(place)
     predict_stream(head, (TokenBlock.whole_frames(b.to(place)) for b in repeated(queries, sized)), _STREAMED)
-    connection.send(Fit(window=window, kept=kept, short=peaks[1], long=peaks[2], streamed=memory.peak()))
+    return Fit(short=peaks[1], long=peaks[2], streamed=memory.peak())

@@ -7,10 +7,11 @@ the frames' tokens, the masks, their run lengths.
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from evaluate.tracks.inference import predict_video
 from train_head.heads.frame_spill import TokenBlock
 from train_head.losses.mask_folding import MapDecoding
 
+Found = TypeVar("Found")
 SMALL = VideoProblem(image_hw=(16, 24), queries=10, channels=16, ffn=32, enc_layers=2, dec_layers=2, top_k=3)
 REAL = VideoProblem(enc_layers=2, dec_layers=2, top_k=3)  # few layers and tracks save hours, and hold as many frames
 LENGTHS = ((SMALL, (1_000, 10_000, 100_000)), (REAL, (500, 5_000)))
@@ -43,7 +45,7 @@ def bench_memory(device: str) -> int:
         print(f"{'frames':>9}{'peak MB':>10}{'of first':>10}{'CUDA MB':>10}")
         first = 0
         for length in lengths:
-            peak = in_own_process(replace(problem, frames=length), device)
+            peak = in_own_process(_peak, replace(problem, frames=length), device)
             first = first or peak.resident
             grows |= peak.resident > 1.1 * first
             ratio = peak.resident / first
@@ -51,31 +53,21 @@ def bench_memory(device: str) -> int:
     return int(grows)
 
 
-def in_own_process(problem: VideoProblem, device: str) -> Peak:
-    """Predict a video of `problem.frames` frames elsewhere; what it took."""
-    context = get_context("spawn")
-    mine, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(problem, device, theirs))
-    process.start()
-    theirs.close()
-    try:
-        peak = mine.recv()
-    except EOFError:
-        raise MemoryError(f"the process for {problem.frames} frames ended, status {process.exitcode}") from None
-    process.join()
-    assert isinstance(peak, Peak)
-    return peak
+def in_own_process(work: Callable[..., Found], *words: object) -> Found:
+    """What `work` returns in a fresh process; BrokenProcessPool where that is killed, as for too much memory."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *words).result()
 
 
-def _serve(problem: VideoProblem, device: str, connection: Any) -> None:
+def _peak(problem: VideoProblem, device: str) -> Peak:
+    """Predict a video of `problem.frames` frames; what this process took."""
     torch.set_num_threads(1)
-    predict_generated(problem, torch.device(device))
+    _predict_generated(problem, torch.device(device))
     allocated = torch.cuda.max_memory_allocated() if device == "cuda" else 0
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    connection.send(Peak(resident=resident, device=allocated))
+    return Peak(resident=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, device=allocated)
 
 
-def predict_generated(problem: VideoProblem, device: torch.device) -> None:
+def _predict_generated(problem: VideoProblem, device: torch.device) -> None:
     """Whole-video inference, streaming, on generated features."""
     queries, maps = replace(problem, frames=problem.block).features()
     predict_video(
