@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,9 +12,26 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cache.errors import ConfigError
+from configs.changes import flat
 from configs.schema import DetectorEngine, Settings
 
 CONFIG_FOLDER = Path(__file__).parent
+
+# Numbers that are more than 0, or null where that means something, and those that may be 0.
+_POSITIVE = (
+    "detector.num_layers", "detector.batch_frames", "head.hidden_dim", "head.mask_dim", "head.num_queries",
+    "head.num_heads", "head.ffn_dim", "head.dec_layers", "loss.num_points", "loss.matching_points", "extract.workers",
+    "extract.threads", "train.iterations", "train.batch_clips", "train.accumulate", "train.num_frames",
+    "train.frame_range", "train.learning_rate", "train.clip_norm", "train.decay_factor", "train.log_every",
+    "train.checkpoint_every", "pseudo.num_images", "pseudo.num_frames", "finetune.detector_rate", "evaluate.top_k",
+    "evaluate.chunk_frames",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "seed", "pseudo.ratio", "pseudo.seed", "head.enc_layers", "head.window", "train.weight_decay", "train.warmup",
+    "train.time_budget", "train.evaluate_every", "train.workers", "evaluate.report_videos", "finetune.backbone_rate",
+    "loss.frame_weight", "loss.class_weight", "loss.mask_weight", "loss.dice_weight", "loss.sim_weight",
+    "loss.no_object_weight",
+)  # fmt: skip
 
 
 def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
@@ -24,12 +41,13 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
     """
     path = find_config(config)
     schema = OmegaConf.structured(Settings)
+    known = _all_keys(schema)
     try:
         parts = [(str(path), OmegaConf.load(path)), ("command line", _parse_overrides(overrides))]
         for where, part in parts:
             if not isinstance(part, DictConfig):
                 raise ConfigError("not a mapping of settings", where=where)
-            _refuse_unknown_keys(part, schema, where)
+            _refuse_unknown_keys(part, known, where)
         merged = OmegaConf.merge(schema, *(part for _, part in parts))
         settings = cast(Settings, OmegaConf.to_object(merged))
     except YAMLError as error:
@@ -37,7 +55,7 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(reason, where=f"{path}, setting {error.full_key or '?'}") from error
-    validate(settings, str(path))
+    _validate(settings, flat(merged), str(path))
     return settings
 
 
@@ -59,8 +77,7 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     return OmegaConf.from_dotlist(list(overrides))
 
 
-def _refuse_unknown_keys(given: DictConfig, schema: DictConfig, where: str, prefix: str = "") -> None:
-    known = _all_keys(schema)
+def _refuse_unknown_keys(given: DictConfig, known: Sequence[str], where: str, prefix: str = "") -> None:
     for key, value in given.items_ex(resolve=False):
         name = f"{prefix}{key!s}"
         if name not in known:
@@ -70,7 +87,7 @@ def _refuse_unknown_keys(given: DictConfig, schema: DictConfig, where: str, pref
             hint = f"did you mean {close[0]}?" if close else "configs/schema.py lists every setting"
             raise ConfigError(f"unknown setting '{name}'", where=where, hint=hint)
         if isinstance(value, DictConfig):
-            _refuse_unknown_keys(value, schema, where, f"{name}.")
+            _refuse_unknown_keys(value, known, where, f"{name}.")
 
 
 def _all_keys(schema: DictConfig, prefix: str = "") -> list[str]:
@@ -82,68 +99,13 @@ def _all_keys(schema: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def validate(settings: Settings, where: str) -> None:
-    """Refuse values that no run could work with; raises ConfigError naming the setting."""
-    s = settings
-    positive: dict[str, float] = {
-        "detector.num_layers": s.detector.num_layers,
-        "detector.batch_frames": s.detector.batch_frames,
-        "head.hidden_dim": s.head.hidden_dim,
-        "head.mask_dim": s.head.mask_dim,
-        "head.num_queries": s.head.num_queries,
-        "head.num_heads": s.head.num_heads,
-        "head.ffn_dim": s.head.ffn_dim,
-        "head.dec_layers": s.head.dec_layers,
-        "loss.num_points": s.loss.num_points,
-        "loss.matching_points": 1 if s.loss.matching_points is None else s.loss.matching_points,
-        "extract.workers": 1 if s.extract.workers is None else s.extract.workers,
-        "extract.threads": 1 if s.extract.threads is None else s.extract.threads,
-        "train.iterations": s.train.iterations,
-        "train.batch_clips": s.train.batch_clips,
-        "train.accumulate": s.train.accumulate,
-        "train.num_frames": s.train.num_frames,
-        "train.frame_range": s.train.frame_range,
-        "train.learning_rate": s.train.learning_rate,
-        "train.clip_norm": s.train.clip_norm,
-        "train.decay_factor": s.train.decay_factor,
-        "train.log_every": s.train.log_every,
-        "train.checkpoint_every": s.train.checkpoint_every,
-        "pseudo.num_images": 1 if s.pseudo.num_images is None else s.pseudo.num_images,
-        "pseudo.num_frames": s.pseudo.num_frames,
-        "finetune.detector_rate": s.finetune.detector_rate,
-        "evaluate.top_k": s.evaluate.top_k,
-        "evaluate.chunk_frames": s.evaluate.chunk_frames,
-    }
-    not_negative: dict[str, float] = {
-        "seed": s.seed,
-        "pseudo.ratio": s.pseudo.ratio,
-        "pseudo.seed": s.pseudo.seed,
-        "head.enc_layers": s.head.enc_layers,
-        "head.window": s.head.window,
-        "train.weight_decay": s.train.weight_decay,
-        "train.warmup": s.train.warmup,
-        "train.time_budget": s.train.time_budget,
-        "train.evaluate_every": s.train.evaluate_every,
-        "train.workers": s.train.workers,
-        "evaluate.report_videos": s.evaluate.report_videos,
-        "finetune.backbone_rate": s.finetune.backbone_rate,
-        "loss.frame_weight": s.loss.frame_weight,
-        "loss.class_weight": s.loss.class_weight,
-        "loss.mask_weight": s.loss.mask_weight,
-        "loss.dice_weight": s.loss.dice_weight,
-        "loss.sim_weight": s.loss.sim_weight,
-        "loss.no_object_weight": s.loss.no_object_weight,
-    }
-    _require({k: v > 0 for k, v in positive.items()}, positive, "more than 0", where)
-    _require({k: v >= 0 for k, v in not_negative.items()}, not_negative, "0 or more", where)
+def _validate(settings: Settings, values: Mapping[str, Any], where: str) -> None:
+    """Refuse values, given by dotted name too, that no run could work with; ConfigError names the setting."""
+    signs = {name: (values[name] is None or values[name] > 0, values[name], "more than 0") for name in _POSITIVE}
+    signs |= {name: (values[name] >= 0, values[name], "0 or more") for name in _NOT_NEGATIVE}
+    _refuse(signs, where)
     _validate_relations(settings, where)
     _validate_sources(settings, where)
-
-
-def _require(holds: dict[str, bool], values: dict[str, Any], expected: str, where: str) -> None:
-    for key, ok in holds.items():
-        if not ok:
-            raise ConfigError(f"impossible value of {key}", where=where, expected=expected, got=values[key])
 
 
 def _validate_relations(s: Settings, where: str) -> None:

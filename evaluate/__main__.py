@@ -21,7 +21,9 @@ def main() -> int:
     run = verbs.add_parser("run", help="AP of the run's head and of the training-free baseline")
     report = verbs.add_parser("report", help="write the run's self-contained HTML report")
     report.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN", help="show another run too")
-    for verb in (run, report):
+    ablate = verbs.add_parser("ablate", help="the paper's inference tables from one cache and one head")
+    ablate.add_argument("what", choices=("windows", "pruning", "association", "topk"), help="what is varied")
+    for verb in (run, report, ablate):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     predict = verbs.add_parser("predict", help="tracks, overlay and contact sheet of videos of your own")
@@ -40,10 +42,6 @@ def main() -> int:
     plot.add_argument("--output", type=Path, required=True, help="file to write: .png, .svg or .pdf")
     plot.add_argument("--low", help="of gap: the row that stands for 0 %% (default: the first)")
     plot.add_argument("--high", help="of gap: the row that stands for 100 %% (default: the one of highest AP)")
-    ablate = verbs.add_parser("ablate", help="the paper's inference tables from one cache and one head")
-    ablate.add_argument("what", choices=("windows", "pruning", "association", "topk"), help="what is varied")
-    ablate.add_argument("config", help="a YAML file, or the short name of one in configs/")
-    ablate.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     bench = verbs.add_parser("bench", help="inference of a video against the plain way, in one run")
     bench.add_argument("--output", type=Path, help="write the figures here too (JSON)")
     memory = verbs.add_parser("bench-memory", help="peak memory against the length of the video")
