@@ -24,6 +24,7 @@ def main() -> int:
     for verb in (run, data, calibrate, estimate, bench, doctor):
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
+    bench.add_argument("--small", action="store_true", help="few and tiny frames: shows in seconds that the bench runs")
     run.add_argument(
         "--skip-errors", action="store_true", help="as extract.skip_errors=true: leave unreadable videos out"
     )
@@ -89,9 +90,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print_estimate(settings)
     elif arguments.verb == "bench":
-        from extract.bench import bench_extraction
+        from extract.bench import SMALL, Amount, bench_extraction
 
-        bench_extraction(settings)
+        bench_extraction(settings, SMALL if arguments.small else Amount())
     elif arguments.verb == "doctor":
         from extract.doctor import doctor
 

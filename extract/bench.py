@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -42,45 +42,57 @@ from extract.jobs import VideoJob, video_job
 from extract.stage import fingerprint
 from extract.streaming import extract_videos
 
-FRAMES = 72
-ROUNDS = 5
-REAL_HW, REAL_FRAMES, REAL_ROUNDS = (360, 640), 3, 3
+
+@dataclass(frozen=True, kw_only=True)
+class Amount:
+    """How much is measured: frames and rounds with the config's detector, and at real size."""
+
+    frames: int = 360
+    rounds: int = 5
+    real_hw: tuple[int, int] = (360, 640)
+    real_frames: int = 3  # on a CPU, where each takes seconds; else `frames`
+    real_rounds: int = 3
 
 
-def bench_extraction(settings: Settings) -> None:
+SMALL = Amount(frames=8, rounds=1, real_hw=(64, 96), real_frames=1, real_rounds=1)
+
+
+def bench_extraction(settings: Settings, amount: Amount) -> None:
     """Compare on frames of the train split with the config's detector, then at real size; print the medians."""
     device = device_name(settings.device)
     precision = precision_name(settings.detector.precision, device)
     detector = open_detector(settings.detector, precision=precision, device=device)
     split = train_split(settings)
-    videos = _some_videos(load_labels(split.labels).videos)
+    videos = _some_videos(load_labels(split.labels).videos, amount.frames)
     jobs = [video_job(video, View(), split.frames, settings.detector.short_edge) for video in videos]
     codec = choose_codec(settings, detector).codec
     runner = BatchRunner(detector, settings.detector.batch_frames)
     wanted = fingerprint(settings, detector, "", codec)
+    height, width = amount.real_hw
     results = {
-        "config": _compare(runner, jobs, wanted, codec, ROUNDS),
-        "r50 with random weights, 360 x 640, float16": _real_size(settings, precision, device),
+        "config": _compare(runner, jobs, wanted, codec, amount.rounds),
+        f"r50 with random weights, {height} x {width}, float16": _real_size(settings, amount, precision, device),
     }
     print(json.dumps(results, indent=2))
 
 
-def _real_size(settings: Settings, precision: str, device: str) -> dict[str, float]:
+def _real_size(settings: Settings, amount: Amount, precision: str, device: str) -> dict[str, float]:
     """R50 and frames as users have them; on a CPU one frame at a time, and few: each takes seconds."""
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(official_config("r50"))
     detector = TransformersDetector(model, num_layers=3, precision=precision, device=device)
-    count, batch_frames = (REAL_FRAMES, 1) if device == "cpu" else (FRAMES, settings.detector.batch_frames)
-    noise = np.random.default_rng(0).integers(0, 255, (*REAL_HW, 3), np.uint8)
+    on_cpu, (height, width) = device == "cpu", amount.real_hw
+    count, batch_frames = (amount.real_frames, 1) if on_cpu else (amount.frames, settings.detector.batch_frames)
+    noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
     names = tuple(f"{number}.jpg" for number in range(count))
-    video = Video(id=1, height=REAL_HW[0], width=REAL_HW[1], length=count, file_names=names)
+    video = Video(id=1, height=height, width=width, length=count, file_names=names)
     codec = Float16()  # writes most
     with tempfile.TemporaryDirectory(prefix="vita-cache-bench-") as folder:
         for name in names:
             Image.fromarray(noise).save(Path(folder) / name)
         job = video_job(video, View(), Path(folder), None)
         wanted = replace(fingerprint(settings, detector, "", codec), num_layers=3)
-        return _compare(BatchRunner(detector, batch_frames), [job], wanted, codec, REAL_ROUNDS)
+        return _compare(BatchRunner(detector, batch_frames), [job], wanted, codec, amount.real_rounds)
 
 
 def _compare(
@@ -119,9 +131,9 @@ def _seconds(run: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - clock, time.process_time() - processor
 
 
-def _some_videos(videos: tuple[Video, ...]) -> list[Video]:
+def _some_videos(videos: tuple[Video, ...], num_frames: int) -> list[Video]:
     chosen: list[Video] = []
-    while sum(video.length for video in chosen) < FRAMES and len(chosen) < len(videos):
+    while sum(video.length for video in chosen) < num_frames and len(chosen) < len(videos):
         chosen.append(videos[len(chosen)])
     return chosen
 

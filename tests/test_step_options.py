@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,12 +12,11 @@ import torch
 
 from cache.errors import ConfigError
 from configs.load import load_settings
-from configs.schema import Device, Settings
+from configs.schema import Settings
 from tests.conftest import tiny_settings
-from train_head.bench import step as bench_step
 from train_head.bench.pace import measure_pace
-from train_head.bench.problem import Problem, small, write_bench_cache
-from train_head.bench.sides import Dense, Ours, SideName
+from train_head.bench.problem import Problem, in_miniature, write_bench_cache
+from train_head.bench.sides import Dense, Ours
 from train_head.build import point_config
 from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
@@ -82,7 +80,7 @@ def test_a_compiled_head_trains_alike(tiny_data: Path, tiny_cache: Path, tmp_pat
 
 @pytest.mark.parametrize("num_clips", [1, 2])
 def test_plain_losses_equal_ours(tmp_path: Path, num_clips: int) -> None:
-    problem = small(Problem(clips=num_clips))
+    problem = in_miniature(Problem(clips=num_clips))
     write_bench_cache(tmp_path, problem)
     for dense, ours in Dense(problem, tmp_path).compare().values():
         assert dense > 0 and ours == pytest.approx(dense, rel=1e-4)
@@ -90,7 +88,7 @@ def test_plain_losses_equal_ours(tmp_path: Path, num_clips: int) -> None:
 
 def test_the_parts_of_a_step_are_a_step(tmp_path: Path) -> None:
     """Taking a step in pieces leaves the weights that taking it whole does."""
-    problem = small(Problem())
+    problem = in_miniature(Problem())
     write_bench_cache(tmp_path, problem)
     whole, pieces = Ours(problem, tmp_path), Ours(problem, tmp_path)
     whole.step()
@@ -102,7 +100,7 @@ def test_the_parts_of_a_step_are_a_step(tmp_path: Path) -> None:
 
 
 def test_the_pace_counts_waiting_within_the_step(tmp_path: Path) -> None:
-    problem = small(Problem())
+    problem = in_miniature(Problem())
     write_bench_cache(tmp_path, problem)
     side = Ours(problem, tmp_path)
 
@@ -114,14 +112,3 @@ def test_the_pace_counts_waiting_within_the_step(tmp_path: Path) -> None:
     pace = measure_pace(side.trainer, slow_batches())
     assert 0.05 <= pace.seconds * pace.waiting < pace.seconds
     assert side.trainer.progress.step == 3 and "aten::" in pace.largest
-
-
-@pytest.mark.slow
-def test_the_benchmark_from_end_to_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(bench_step, "Problem", lambda **sizes: small(Problem(**sizes)))
-    assert bench_step.bench(tmp_path / "bench.json", True, Device.cpu) == 0
-    step = json.loads((tmp_path / "bench.json").read_text())["steps"][0]
-    assert set(step["seconds"]) == {name.value for name in SideName}
-    assert "equal points" in capsys.readouterr().out

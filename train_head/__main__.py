@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--jobs", type=int, default=1, help="runs at once, sharing the cores (default: %(default)s)")
     bench = verbs.add_parser("bench", help="cost of a training step, against the live detector and plain losses")
     bench.add_argument("--quick", action="store_true", help="fewer steps, and 6 + 3 layers only")
+    bench.add_argument("--small", action="store_true", help="a tiny problem: shows in seconds that the bench runs")
     bench.add_argument("--device", choices=[device.value for device in Device], default="cpu")
     bench.add_argument("--output", type=Path, help="JSON to write, such as runs/bench.json")
     importing = verbs.add_parser("import-release", help="make a run of the head in a released VITA checkpoint")
@@ -92,7 +93,7 @@ def _sweep(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from train_head.bench.step import bench
 
-    return bench(arguments.output, arguments.quick, Device(arguments.device))
+    return bench(arguments.output, Device(arguments.device), quick=arguments.quick, small=arguments.small)
 
 
 def _import_release(arguments: argparse.Namespace) -> int:

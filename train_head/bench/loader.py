@@ -5,6 +5,7 @@ Clips of 6 frames of 360 x 640 pixels, float16; the limit is the same bytes thro
 
 from __future__ import annotations
 
+import argparse
 import math
 import tempfile
 import time
@@ -70,8 +71,11 @@ def limit(fields: Sequence[StoredField]) -> float:
 
 def main() -> None:
     """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m train_head.bench.loader", description=__doc__.partition("\n")[0])
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the stored frames")
+    scale = parser.parse_args().scale
     with tempfile.TemporaryDirectory(prefix="vita-cache-bench-") as folder:
-        fields = store_fields(standard_samples(1.0)[0], Path(folder))
+        fields = store_fields(standard_samples(scale)[0], Path(folder))
         bare = limit(fields)
         print(f"{bare:8.1f} clips/s  bare preadv")
         for workers in (0, 1, 2):

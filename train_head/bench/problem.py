@@ -164,8 +164,8 @@ def _disc(problem: Problem, track: int, frame: int) -> object:
     return encode(inside).to_json()
 
 
-def small(problem: Problem) -> Problem:
-    """The same step in miniature, for tests."""
+def in_miniature(problem: Problem) -> Problem:
+    """The same step of tiny sizes, for tests."""
     return replace(problem, image_hw=(40, 56), channels=32, queries=10, ffn=64, points=300, enc_layers=2, dec_layers=2)
 
 

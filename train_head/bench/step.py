@@ -19,7 +19,7 @@ import torch
 from cache.bench.reading import machine
 from configs.command import device_name
 from configs.schema import Device
-from train_head.bench.problem import Problem, write_bench_cache
+from train_head.bench.problem import Problem, in_miniature, write_bench_cache
 from train_head.bench.sides import SideName, SideReport, serve
 
 ITERATIONS = 130_000  # of the published training on YouTube-VIS 2019
@@ -52,12 +52,15 @@ class Comparison:
         return max(abs(dense - ours) / max(abs(dense), 1e-12) for dense, ours in pairs)
 
 
-def bench(output: Path | None, quick: bool, device: Device) -> int:
-    """Measure, print the tables, and write JSON to `output`; status 1 where the losses differ by more than 1e-4."""
+def bench(output: Path | None, device: Device, *, quick: bool, small: bool) -> int:
+    """Measure, print the tables, and write JSON to `output`; status 1 where the losses differ by more than 1e-4.
+
+    `quick`: fewer steps of one problem; `small`: and that in miniature.
+    """
     name = device_name(device)
     base = Problem(device=name, clips=8 if name == "cuda" else 1, frames=6 if name == "cuda" else 5)
-    problems = [base] if quick else [base, replace(base, enc_layers=3, dec_layers=6)]
-    turns = 30 if name == "cuda" else 3 if quick else 7
+    problems = [in_miniature(base)] if small else [base] if quick else [base, replace(base, enc_layers=3, dec_layers=6)]
+    turns = 1 if small else 30 if name == "cuda" else 3 if quick else 7
     facts = {**machine(), "torch": version("torch"), "device": _device_words(name)}
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
     found = [compare(problem, turns) for problem in problems]
@@ -76,7 +79,8 @@ def _device_words(name: str) -> str:
 
 def compare(problem: Problem, turns: int) -> Comparison:
     """Let all sides take their steps in turns."""
-    context = get_context("spawn")
+    context = get_context("forkserver")  # the sides' imports, which take seconds, happen once
+    context.set_forkserver_preload([serve.__module__])
     with tempfile.TemporaryDirectory(prefix="vita-head-bench-") as folder:
         write_bench_cache(Path(folder), problem)
         ends, processes = {}, []
