@@ -44,9 +44,13 @@ def main() -> int:
     plot.add_argument("--high", help="of gap: the row that stands for 100 %% (default: the one of highest AP)")
     bench = verbs.add_parser("bench", help="inference of a video against the plain way, in one run")
     bench.add_argument("--output", type=Path, help="write the figures here too (JSON)")
+    bench.add_argument("--small", action="store_true", help="a tiny video: shows in seconds that the bench runs")
     memory = verbs.add_parser("bench-memory", help="peak memory against the length of the video")
     frames = verbs.add_parser("max-frames", help="the longest video that fits: at once and streaming")
     frames.add_argument("--memory", default="12GiB", help="such as 12GiB")
+    frames.add_argument("--windows", type=int, nargs="+", default=[3, 6, 12], help="frames that see each other")
+    kept = "shares of the frame queries that pruning keeps"
+    frames.add_argument("--kept", type=float, nargs="+", default=[1.0, 0.75, 0.25], help=kept)
     for verb in (memory, frames):
         verb.add_argument("--device", type=Device, default=Device.auto, choices=list(Device), metavar="auto|cpu|cuda")
     add_verbose(verbs)
@@ -112,9 +116,9 @@ def _ablate(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from evaluate.bench.inference import bench
+    from evaluate.bench.inference import SMALL, VideoProblem, bench
 
-    return bench(arguments.output)
+    return bench(arguments.output, SMALL if arguments.small else VideoProblem())
 
 
 def _bench_memory(arguments: argparse.Namespace) -> int:
@@ -126,7 +130,8 @@ def _bench_memory(arguments: argparse.Namespace) -> int:
 def _max_frames(arguments: argparse.Namespace) -> int:
     from evaluate.bench.max_frames import max_frames, parse_bytes
 
-    return max_frames(parse_bytes(arguments.memory), device_name(arguments.device))
+    device = device_name(arguments.device)
+    return max_frames(parse_bytes(arguments.memory), device, arguments.windows, arguments.kept)
 
 
 if __name__ == "__main__":

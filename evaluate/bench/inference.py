@@ -74,6 +74,9 @@ class VideoProblem:
         return queries, torch.cat(smooth)
 
 
+SMALL = VideoProblem(image_hw=(16, 24), queries=10, channels=16, ffn=32, enc_layers=2, dec_layers=2, top_k=3)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """Seconds of processor time by turn, and how far the results lie apart."""
@@ -89,11 +92,10 @@ class Measured:
         return statistics.median(self.plain) / statistics.median(self.ours)
 
 
-def bench(output: Path | None, turns: int = 3) -> int:
+def bench(output: Path | None, problem: VideoProblem) -> int:
     """Measure, print, write JSON to `output`; status 1 where the two sides disagree."""
     torch.set_num_threads(1)
-    problem = VideoProblem()
-    found = measure(problem, turns)
+    found = measure(problem, turns=3)
     print("  ".join(f"{key} {value}" for key, value in machine().items()))
     print(f"inference of {problem.frames} frames, {problem.enc_layers} + {problem.dec_layers} layers, 1 thread:")
     print(

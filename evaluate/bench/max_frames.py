@@ -8,6 +8,7 @@ peak is measured, on CPU that of the process above its level at rest; streaming 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,7 +20,6 @@ from train_head.bench.sides import Memory
 from train_head.heads.frame_spill import TokenBlock
 from train_head.heads.streaming import predict_stream
 
-WINDOWS, KEPT = (3, 6, 12), (1.0, 0.75, 0.25)  # frames; share of the frame queries that pruning keeps
 _SHORT, _LONG = 48, 144  # frames that the line is drawn through; all windows divide them
 _STREAMED = 480
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
@@ -48,12 +48,12 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * unit)
 
 
-def max_frames(memory: int, device: str) -> int:
-    """Print the table; the exit status."""
+def max_frames(memory: int, device: str, windows: Sequence[int], shares: Sequence[float]) -> int:
+    """Print the table for all windows and all shares of frame queries that pruning keeps; the exit status."""
     print(f"frames in {memory / 2**30:.1f} GiB on {device}, 100 queries x 256 channels, 6 + 3 layers")
     print(f"{'window':>8}{'kept':>6}{'at once':>10}{'MB/frame':>10}{'streaming':>11}{'peak MB':>9}")
-    for window in WINDOWS:
-        for kept in KEPT:
+    for window in windows:
+        for kept in shares:
             fit = in_own_process(_fit, window, kept, device)
             slope = (fit.long - fit.short) / (_LONG - _SHORT) / 1e6
             endless = "any" if fit.streamed < memory else "-"

@@ -16,13 +16,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from evaluate.bench.inference import VideoProblem
+from evaluate.bench.inference import SMALL, VideoProblem
 from evaluate.tracks.inference import predict_video
 from train_head.heads.frame_spill import TokenBlock
 from train_head.losses.mask_folding import MapDecoding
 
 Found = TypeVar("Found")
-SMALL = VideoProblem(image_hw=(16, 24), queries=10, channels=16, ffn=32, enc_layers=2, dec_layers=2, top_k=3)
 REAL = VideoProblem(enc_layers=2, dec_layers=2, top_k=3)  # few layers and tracks save hours, and hold as many frames
 LENGTHS = ((SMALL, (1_000, 10_000, 100_000)), (REAL, (500, 5_000)))
 
