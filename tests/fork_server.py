@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -17,7 +18,10 @@ import traceback
 from pathlib import Path
 
 _MESSAGE = 100_000  # bytes of words and environment at most
-_PRELOADED = ("extract.stage", "train_head.trainer", "train_head.joint", "evaluate.stage", "evaluate.report.write")
+_PRELOADED = (
+    *("cache.__main__", "extract.stage", "train_head.trainer", "train_head.joint", "torch.utils.tensorboard"),
+    *("evaluate.stage", "evaluate.predict", "evaluate.compare.report", "evaluate.report.write"),
+)
 
 
 def write_interpreter(path: Path, address: Path) -> None:
@@ -42,6 +46,7 @@ def serve(address: str) -> None:
     """Import once, then fork for every request."""
     for module in _PRELOADED:
         importlib.import_module(module)
+    gc.freeze()  # else every child would look through, and so copy, what is imported
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
         listener.bind(address)

@@ -48,8 +48,8 @@ STAND_INS = {
 
 # Commands that need what is not here (more processes, a device), or minutes, and the test of what they do.
 ELSEWHERE = {
-    "make bench": "test_step_options.py::test_the_benchmark_from_end_to_end",
-    "python -m train_head bench": "test_step_options.py::test_the_benchmark_from_end_to_end",
+    "make bench": "test_step_options.py::test_plain_losses_equal_ours",
+    "python -m train_head bench": "test_step_options.py::test_plain_losses_equal_ours",
     "python -m evaluate bench": "test_association.py::test_the_plain_side_of_the_benchmark_finds_the_same",
     "python -m evaluate max-frames": "test_association.py::test_amounts_of_memory_and_the_longest_video",
     "make detectron2": "test_detectron2_engine.py::test_both_engines_give_the_same_features",
