@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.labels.tracks import Category, Labels, Video
-from cache.layout import video_group_name
+from cache.layout import video_group_name, write_file_atomically
 from cache.media.footage import Footage, read_record
 from cache.media.video_writer import VideoWriter
 from cache.progress import StageProgress, with_progress
@@ -93,9 +93,7 @@ def _write_tracks(path: Path, labels: Labels, piece: Footage, tracks: Sequence[T
         {**track.to_json(), "category_name": names[track.category_id], "timestamps": list(piece.seconds)}
         for track in tracks
     ]
-    draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(entries))
-    draft.replace(path)
+    write_file_atomically(path, json.dumps(entries).encode())
 
 
 def _draw(folder: Path, tracks: Sequence[DrawnTrack], piece: Footage) -> int:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from cache.labels.annotations import load_labels
+from cache.layout import write_file_atomically
 from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
 from evaluate.metrics.weighted import HEADLINE
 from evaluate.results import load_results
@@ -33,9 +34,7 @@ def score(annotations: Path, predictions: Path, output: Path | None = None) -> V
     metrics = evaluate_tracks(labels, load_results(predictions, labels))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
-        draft = output.with_name(output.name + ".tmp")
-        draft.write_text(json.dumps(metrics.to_json(), indent=2) + "\n", encoding="utf-8")
-        draft.replace(output)
+        write_file_atomically(output, (json.dumps(metrics.to_json(), indent=2) + "\n").encode())
     return metrics
 
 

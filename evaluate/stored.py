@@ -17,6 +17,7 @@ from typing import Any
 
 from cache.errors import CacheError, ConfigError
 from cache.labels.tracks import Labels
+from cache.layout import write_file_atomically
 from configs.schema import Settings
 from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
 from evaluate.results import RESULTS_NAME, TrackPrediction, load_results, write_results
@@ -63,9 +64,7 @@ def store_predictions(
         "seconds": seconds,
         "fingerprint": asdict(videos.feature_cache.fingerprint),
     }
-    temporary = folder / f"{METRICS_NAME}.tmp"
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.replace(folder / METRICS_NAME)
+    write_file_atomically(folder / METRICS_NAME, json.dumps(content, indent=1).encode())
     return metrics
 
 
