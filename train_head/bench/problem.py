@@ -21,7 +21,8 @@ from cache.writer import CacheWriter
 from configs.load import load_settings
 from configs.schema import Settings
 
-NUM_CATEGORIES, VIDEO_FRAMES = 40, 10
+NUM_CATEGORIES, VIDEO_FRAMES, SHORT_EDGE = 40, 10, 360
+ITERATIONS = 130_000  # of the published training on YouTube-VIS 2019
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +63,7 @@ class Problem:
             "cache.codec=float16",
             f"runs={folder}",
             f"detector.num_layers={self.layers}",
+            f"detector.short_edge={SHORT_EDGE}",
             "data.holdout=0",
             f"device={self.device}",
             f"head.enc_layers={self.enc_layers}",
@@ -73,6 +75,7 @@ class Problem:
             f"loss.num_points={self.points}",
             "loss.padded_area=background",
             "loss.frame_matching=mask_only",
+            f"train.iterations={ITERATIONS}",
             f"train.batch_clips={self.clips}",
             f"train.num_frames={self.frames}",
             f"train.workers={4 if self.device == 'cuda' else 0}",
@@ -87,7 +90,7 @@ def write_bench_cache(folder: Path, problem: Problem) -> None:
         weights_sha256="0" * 64,
         architecture="random",
         num_layers=problem.layers,
-        short_edge=360,
+        short_edge=SHORT_EDGE,
         pixel_mean=(123.675, 116.28, 103.53),
         pixel_std=(58.395, 57.12, 57.375),
         padding_divisor=32,

@@ -19,10 +19,8 @@ import torch
 from cache.bench.reading import machine
 from configs.command import device_name
 from configs.schema import Device
-from train_head.bench.problem import Problem, in_miniature, write_bench_cache
+from train_head.bench.problem import ITERATIONS, Problem, in_miniature, write_bench_cache
 from train_head.bench.sides import SideName, SideReport, serve
-
-ITERATIONS = 130_000  # of the published training on YouTube-VIS 2019
 
 
 @dataclass(frozen=True, kw_only=True)
