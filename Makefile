@@ -13,7 +13,7 @@ STRIDE ?= 1
 SCORE ?= 0.3
 # Of `make compare`: DIFFER=1 compares runs of unequal terms, and says so.
 COMPARISON ?= runs/comparison
-NAMES := V BESIDE RUNS COMPARISON DIFFER CONFIG PYTHON VENV VIDEO HEAD OUTPUT STRIDE SCORE KEEP_CACHE
+NAMES := V SMALL BESIDE RUNS COMPARISON DIFFER CONFIG PYTHON VENV VIDEO HEAD OUTPUT STRIDE SCORE KEEP_CACHE
 # make parts values at their spaces: what has no = is the rest of one.
 # make writes a space within a value as "\ "; it must not part words.
 GIVEN := $(filter-out $(NAMES:%=%=%),$(subst \ ,<space>,$(MAKEOVERRIDES)))
@@ -106,12 +106,12 @@ detectron2: $(STAMP)  ## the engine for your own detectron2 models (compiles, mi
 doctor: $(STAMP)  ## when something fails: check machine, disk, data and weights, with remedies
 	@$(PY) -m extract doctor $(CONFIG) $(OVERRIDES)
 
-bench: $(STAMP)  ## a training step against the live detector; reading, workers and extraction against their limits
-	$(PY) -m cache bench --json bench.json
-	$(PY) -m train_head.bench.loader
-	$(PY) -m train_head bench --output runs/bench_step.json
-	$(PY) -m evaluate bench --output runs/bench_inference.json
-	$(PY) -m extract bench $(CONFIG) $(OVERRIDES)
+bench: $(STAMP)  ## a training step against the live detector; reading, workers, inference, extraction [SMALL=1: only that they run]
+	$(PY) -m cache bench --json bench.json $(if $(SMALL),--scale 0.01)
+	$(PY) -m train_head.bench.loader $(if $(SMALL),--scale 0.01)
+	$(PY) -m train_head bench --output runs/bench_step.json $(if $(SMALL),--small)
+	$(PY) -m evaluate bench --output runs/bench_inference.json $(if $(SMALL),--small)
+	$(PY) -m extract bench $(CONFIG) $(if $(SMALL),--small) $(OVERRIDES)
 
 test: $(STAMP)  ## the test suite, CPU only
 	$(PY) -m pytest -m "not slow"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -96,3 +99,17 @@ def test_an_unreadable_frame_leaves_the_videos_before_it(
     with pytest.raises(FrameError, match=r"nowhere\.jpg"):
         extracted(settings, detector, [first, broken], tmp_path / "a")
     assert FeatureCache.open(tmp_path / "a").video_names() == [str(first.id)]
+
+
+def test_numpy_products_behind_the_detector_get_no_threads_of_their_own() -> None:
+    """OpenBLAS starts its threads when NumPy is loaded; they would take the cores from the detector."""
+    kept = "import extract, os; print(os.environ['OPENBLAS_NUM_THREADS'])"
+    count = "import extract, numpy, os; print(len(os.listdir('/proc/self/task')))"
+    bare = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    assert printed(count, bare) == "1"
+    assert printed(kept, bare | {"OPENBLAS_NUM_THREADS": "3"}) == "3", "what a user sets stays"
+
+
+def printed(code: str, environment: dict[str, str]) -> str:
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.strip()

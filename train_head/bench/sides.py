@@ -258,6 +258,7 @@ def serve(name: SideName, problem: Problem, folder: Path, parent: Connection) ->
     torch.set_num_threads(1)
     side = build(name, problem, folder)
     device = side.trainer.device
+    losses = side.compare() if isinstance(side, Dense) else {}  # before training makes queries alike, and matches ties
     side.step()  # fills the frame memory and the optimiser's state, loads libraries
     side.trainer.optimizer.zero_grad(set_to_none=True)
     memory = Memory(device)
@@ -275,7 +276,7 @@ def serve(name: SideName, problem: Problem, folder: Path, parent: Connection) ->
             pace=measure_pace(side.trainer, side.batches) if name is SideName.ours else None,
             flops=side.flops() if name is SideName.ours else 0.0,
             flops_per_second=product_rate(device),
-            losses=side.compare() if isinstance(side, Dense) else {},
+            losses=losses,
         )
     )
 
