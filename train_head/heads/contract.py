@@ -37,8 +37,8 @@ class HeadConfig:
     hidden_dim: int = 256
     num_heads: int = 8
     ffn_dim: int = 2048
-    enc_layers: int = 3
-    dec_layers: int = 6
+    enc_layers: int = 6
+    dec_layers: int = 3
     window: int = 6  # frames that see each other in one encoder layer; 0 = all
     mask_dim: int = 256
     detector_dim: int = 256  # channels of the frame queries
