@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -132,3 +135,24 @@ def test_attention_in_bfloat16_on_both_sides_of_its_limit(num_keys: int) -> None
     for ours, theirs in zip(tested, exact, strict=True):
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like")
+def test_freed_memory_is_used_again_without_asking_the_system() -> None:
+    """Pages that come anew from the system are counted as minor faults."""
+    code = """if True:
+        import resource, sys, numpy as np
+        from train_head.allocation import keep_freed_memory
+        if sys.argv[1] == "keep":
+            keep_freed_memory()
+        def faults():
+            arrays = [np.ones(1 << 19) for _ in range(8)]  # 32 MB, 8,192 pages
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        first = faults()
+        print(faults() - first)
+    """
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", code, word], capture_output=True, text=True, check=True).stdout)
+        for word in ("keep", "return")
+    )
+    assert kept < 1000 < returned

@@ -19,6 +19,7 @@ from cache.errors import ConfigError, VitaCacheError
 from cache.progress import StageProgress, say
 from configs.command import device_name, precision_name
 from configs.schema import Settings
+from train_head.allocation import keep_freed_memory
 from train_head.build import TrainedPart, build_optimizer, head_config, learning_rate, trained_parameters
 from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from train_head.data.clip_loader import load_clips
@@ -93,6 +94,8 @@ class Trainer(Generic[AnyClip]):
         self.settings, self.source, self.folder, self.evaluator = settings, source, folder, evaluator
         self.group = group or Group()
         self.device = device or torch.device(device_name(settings.device))
+        if self.device.type == "cpu":
+            keep_freed_memory()
         autocast = precision_name(settings.train.precision, self.device.type) == "bfloat16"
         self.compute = TrainingStep(settings, source, self.device, self.group, autocast)
         with torch.random.fork_rng():
