@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from train_head.products import Linear, feed_forward, linear
 
-_PLAIN_ATTENTION = 1 << 24  # shares of attention that may be in memory at once
+# Up to so many shares of attention on CPU, plain products are faster than PyTorch's fused attention, which knows no
+# fast ones in bfloat16 (its backward takes 3 times as long) and gains nothing on small problems.
+_PLAIN_ATTENTION = {torch.bfloat16: 1 << 24, torch.float32: 1 << 20}
 
 
 class MultiheadAttention(nn.Module):
@@ -47,9 +49,8 @@ class MultiheadAttention(nn.Module):
 def _attention(query_NHSD: Tensor, key_NHMD: Tensor, value_NHMD: Tensor) -> Tensor:
     """Scaled dot-product attention of H heads: (N, H, S, D)."""
     N, H, S, D = query_NHSD.shape
-    small = N * H * S * key_NHMD.shape[2] <= _PLAIN_ATTENTION
-    if small and query_NHSD.dtype == torch.bfloat16 and query_NHSD.device.type == "cpu":
-        # PyTorch's fused attention has no fast products in bfloat16 on CPU: with its backward it takes 3 times as long.
+    num_shares = N * H * S * key_NHMD.shape[2]
+    if query_NHSD.device.type == "cpu" and num_shares <= _PLAIN_ATTENTION.get(query_NHSD.dtype, 0):
         shares_NHSM = torch.softmax(query_NHSD * D**-0.5 @ key_NHMD.transpose(2, 3), dim=-1)
         return shares_NHSM @ value_NHMD
     return F.scaled_dot_product_attention(query_NHSD, key_NHMD, value_NHMD)
