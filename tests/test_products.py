@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train_head import products
 from train_head.products import Linear, feed_forward, linear, product
 
 
@@ -15,6 +16,12 @@ def inputs(leading: tuple[int, ...], num_inputs: int, num_outputs: int) -> tuple
     tokens = torch.randn(*leading, num_inputs, generator=generator, dtype=torch.float64)
     weight = torch.randn(num_outputs, num_inputs, generator=generator, dtype=torch.float64)
     return tokens, weight, torch.randn(num_outputs, generator=generator, dtype=torch.float64)
+
+
+@pytest.fixture(params=[True, False], ids=["MKL", "oneDNN"], autouse=True)
+def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever library this machine would take, both are tested."""
+    monkeypatch.setattr(products, "_MKL_AHEAD", request.param)
 
 
 @pytest.mark.parametrize(("leading", "sizes"), [((2, 3, 50), (64, 128)), ((300,), (257, 90)), ((2, 3), (4, 5))])

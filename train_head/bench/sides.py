@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import nn
@@ -92,13 +91,6 @@ class Memory:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
-
-
-class Side(Protocol):
-    """Something that trains."""
-
-    def step(self) -> None:
-        """Read a batch and train on it."""
 
 
 class Ours:
@@ -184,19 +176,19 @@ class Live(Ours):
             precision="bfloat16" if problem.device == "cuda" else "float32",
             device=problem.device,
         )
-        self.images = torch.randint(0, 256, (problem.frames, 3, *problem.image_hw), dtype=torch.uint8)
+        self.images = torch.randint(0, 256, (problem.clips * problem.frames, 3, *problem.image_hw), dtype=torch.uint8)
 
     def step(self) -> None:
         """Run the detector on as many frames as a batch has, then train on what it says."""
-        self.trainer.training_step([self._live(clip) for clip in next(self.batches)])
-
-    def _live(self, clip: Clip) -> Clip:
-        frames = [self.images] if self.problem.device == "cuda" else torch.split(self.images, 1)  # the faster way there
-        found = [self.detector.features(frame) for frame in frames]
-        queries = torch.cat([each.frame_queries_BLQC for each in found])
-        maps = torch.cat([each.mask_features_BCHW for each in found])
-        H, W = clip.map_TRHW.shape[2:]
-        return replace(clip, frame_queries_TLQC=queries, map_TRHW=maps[..., :H, :W])
+        at_once = len(self.images) if self.problem.device == "cuda" else 1  # the faster way on CPU
+        found = [self.detector.features(frames) for frames in torch.split(self.images, at_once)]
+        queries = torch.cat([each.frame_queries_BLQC for each in found]).split(self.problem.frames)
+        maps = torch.cat([each.mask_features_BCHW for each in found]).split(self.problem.frames)
+        clips = []
+        for clip, queries_TLQC, map_TCHW in zip(next(self.batches), queries, maps, strict=True):
+            H, W = clip.map_TRHW.shape[2:]
+            clips.append(replace(clip, frame_queries_TLQC=queries_TLQC, map_TRHW=map_TCHW[..., :H, :W]))
+        self.trainer.training_step(clips)
 
 
 class Dense(Ours):
@@ -224,7 +216,7 @@ class Dense(Ours):
     def compare(self) -> dict[str, tuple[float, float]]:
         """Loss terms of both implementations from the same points, in float32: (dense, ours)."""
         trainer, compute, clips = self.trainer, self.trainer.compute, next(self.batches)
-        compute.autocast = False
+        autocast, compute.autocast = compute.autocast, False
         generator = torch.Generator().manual_seed(1)
         points_P2 = torch.rand(self.problem.points, 2, generator=generator).to(trainer.device)
         points: list[PointSource] = [FixedPoints(points_P2) for _ in clips]
@@ -233,6 +225,7 @@ class Dense(Ours):
         outputs, weights = compute.forward(trainer.head, features)
         dense = dense_losses(trainer.head, outputs, maps, targets, points, normalisers)
         ours = compute.criterion(outputs, weights, maps, targets, points, normalisers)
+        compute.autocast = autocast
         pairs = {
             "class": (dense.label, ours.class_D.sum()),
             "mask": (dense.mask, ours.mask_D.sum()),

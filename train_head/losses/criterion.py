@@ -49,8 +49,8 @@ class LossNormalisers:
         class_weight = sum(count + no_object * (num_queries - count) for count in matched)
         pairs = num_similarity_pairs(targets, num_queries)
         return cls(
-            num_masks=pairs.new_tensor(float(num_layers * sum(target.num_objects for target in targets))),
-            class_weight=pairs.new_tensor(num_layers * class_weight),
+            num_masks=pairs.new_full((), num_layers * sum(target.num_objects for target in targets)),
+            class_weight=pairs.new_full((), num_layers * class_weight),
             similarity_pairs=pairs,
         )
 

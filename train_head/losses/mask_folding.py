@@ -47,8 +47,11 @@ class MaskWeights:
         """Dense logits (T, M, H, W) of M weights (M, R), or (T, M, R), on a stored map of any number type."""
         T, _, H, W = map_TRHW.shape
         weights_TMR, const_TM = self.weights_R.expand(T, -1, -1), self.const.expand(T, -1)
-        frames = zip(map_TRHW, weights_TMR, const_TM, strict=True)
-        logits_TMS = torch.stack([self._frame_logits(*frame) for frame in frames])
+        if map_TRHW.is_cuda:
+            logits_TMS: Tensor = _PixelLogits.apply(weights_TMR, map_TRHW.flatten(2)) + const_TM[..., None]
+        else:
+            frames = zip(map_TRHW, weights_TMR, const_TM, strict=True)
+            logits_TMS = torch.stack([self._frame_logits(*frame) for frame in frames])
         return torch.unflatten(logits_TMS, -1, (H, W))
 
     @staticmethod
@@ -59,20 +62,20 @@ class MaskWeights:
 
 
 class _PixelLogits(torch.autograd.Function):
-    """weights · pixels; remembers the pixels as stored, in 2 bytes or 1, not the floats that they become."""
+    """weights (..., M, R) · pixels (..., R, S); remembers the pixels as stored, in 2 bytes or 1, not their floats."""
 
     @staticmethod
-    def forward(ctx: Any, weights_MR: Tensor, pixels_RS: Tensor) -> Tensor:
-        ctx.save_for_backward(weights_MR, pixels_RS)
-        return product(weights_MR, pixels_RS.to(weights_MR.dtype).t())
+    def forward(ctx: Any, weights: Tensor, pixels: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, pixels)
+        return product(weights, pixels.to(weights.dtype).mT)
 
     @staticmethod
-    def backward(ctx: Any, gradient_MS: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        weights_MR, pixels_RS = ctx.saved_tensors
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        weights, pixels = ctx.saved_tensors
         wants_weights, wants_pixels = ctx.needs_input_grad
         return (
-            product(gradient_MS, pixels_RS.to(weights_MR.dtype)) if wants_weights else None,
-            weights_MR.t() @ gradient_MS if wants_pixels else None,
+            product(gradient, pixels.to(weights.dtype)) if wants_weights else None,
+            weights.mT @ gradient if wants_pixels else None,
         )
 
 

@@ -55,6 +55,8 @@ def point_costs(
     softplus(x) = (x + |x|) / 2 − log σ(|x|). All that is linear in x comes from sums of the channels; every
     logit is visited for |x| and σ(x) only, in groups that stay in a CPU's cache.
     """
+    if weights_GR.is_cuda:  # all frames' points at once: few launches
+        channels_TPR, targets_NTP = [torch.cat(tuple(channels_TPR))], targets_NTP.flatten(1)[:, None]
     G, (N, T, P) = len(weights_GR), targets_NTP.shape
     # One more target that is 1 everywhere sums the probabilities (for dice) and the logits (for softplus).
     columns_TNP = F.pad(targets_NTP.transpose(0, 1), (0, 0, 0, 1), value=1.0)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 STRIDE = 4  # input pixels per map pixel
 _CANDIDATES_AT_ONCE = 1 << 20
-_MASK_PIXELS_AT_ONCE = 1 << 20
+_MASK_PIXELS_AT_ONCE, _MASK_PIXELS_AT_ONCE_CUDA = 1 << 20, 1 << 28
 
 PaddedArea = Literal["ignore", "background"]
 
@@ -38,10 +38,18 @@ def sampling_area(image_hw: tuple[int, int], map_hw: tuple[int, int], padded: Pa
 
 def _grid(points: Tensor, area_hw: tuple[int, int], extent_hw: tuple[int, int]) -> Tensor:
     """Turn points (..., P, 2) of the area into `grid_sample` coordinates of what covers `extent_hw` pixels."""
-    scale = points.new_tensor((2.0 * area_hw[1] / extent_hw[1], 2.0 * area_hw[0] / extent_hw[0]))
+    scale = _constants(points, 2.0 * area_hw[1] / extent_hw[1], 2.0 * area_hw[0] / extent_hw[0])
     # A row of all P pairs: broadcasting along two elements at a time cannot use vectors.
     scaled = points.flatten(-2) * scale.repeat(points.shape[-2])
     return scaled.sub_(1.0).view(points.shape)
+
+
+def _constants(like: Tensor, *values: float) -> Tensor:
+    """Numbers as a tensor, filled in on its device: a copy from the host would wait for all that runs there."""
+    result = like.new_empty(len(values))
+    for index, value in enumerate(values):
+        result[index].fill_(value)
+    return result
 
 
 def _map_grid(points: Tensor, area_hw: tuple[int, int], map_hw: tuple[int, int]) -> Tensor:
@@ -57,6 +65,14 @@ def sample_map(map_TRHW: Tensor, points_TP2: Tensor, area_hw: tuple[int, int]) -
     """
     T, R, H, W = map_TRHW.shape
     index_TP4, share_TP4 = (part.expand(T, -1, -1) for part in _neighbours(points_TP2, area_hw, (H, W)))
+    if map_TRHW.is_cuda:
+        return iter(_rows_at_once(map_TRHW, index_TP4, share_TP4))
+    return _rows_by_frame(map_TRHW, index_TP4, share_TP4)
+
+
+def _rows_by_frame(map_TRHW: Tensor, index_TP4: Tensor, share_TP4: Tensor) -> Iterator[Tensor]:
+    """T of (P, R + 1), through one table that every frame overwrites."""
+    _, R, H, W = map_TRHW.shape
     pixels_SR = torch.empty(H * W, R + 1, device=map_TRHW.device)
     pixels_SR[:, R] = 1.0
     for map_RHW, index_P4, share_P4 in zip(map_TRHW, index_TP4, share_TP4, strict=True):
@@ -64,14 +80,30 @@ def sample_map(map_TRHW: Tensor, points_TP2: Tensor, area_hw: tuple[int, int]) -
         yield F.embedding_bag(index_P4, pixels_SR, per_sample_weights=share_P4, mode="sum")
 
 
+def _rows_at_once(map_TRHW: Tensor, index_TP4: Tensor, share_TP4: Tensor) -> Tensor:
+    """The same (T, P, R + 1) of all frames in one call: on CUDA a launch costs more than the table of all frames."""
+    T, R, H, W = map_TRHW.shape
+    pixels_TSR = torch.empty(T, H * W, R + 1, device=map_TRHW.device)
+    pixels_TSR[..., R] = 1.0
+    pixels_TSR[..., :R] = map_TRHW.flatten(2).transpose(1, 2)
+    first_T = torch.arange(T, device=map_TRHW.device) * (H * W)
+    rows = F.embedding_bag(
+        (index_TP4 + first_T[:, None, None]).flatten(0, 1),
+        pixels_TSR.flatten(0, 1),
+        per_sample_weights=share_TP4.flatten(0, 1),
+        mode="sum",
+    )
+    return rows.view(T, -1, R + 1)
+
+
 def _neighbours(points: Tensor, area_hw: tuple[int, int], map_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Pixels (..., 4) around points (..., 2) as numbers y·W + x, and their bilinear shares, 0 outside of the map."""
     H, W = map_hw
-    centres = points * points.new_tensor((area_hw[1] / STRIDE, area_hw[0] / STRIDE)) - 0.5
+    centres = points * _constants(points, area_hw[1] / STRIDE, area_hw[0] / STRIDE) - 0.5
     corner = centres.floor()
     fraction = centres - corner
-    shares, pixels = torch.stack([1 - fraction, fraction], dim=-1), corner[..., None] + corner.new_tensor((0.0, 1.0))
-    size = corner.new_tensor((W, H))[:, None]
+    shares, pixels = torch.stack([1 - fraction, fraction], dim=-1), corner[..., None] + _constants(corner, 0.0, 1.0)
+    size = _constants(corner, W, H)[:, None]
     shares = shares * ((pixels >= 0) & (pixels < size))
     x, y = pixels.clamp_min(0).minimum(size - 1).long().unbind(dim=-2)
     share_x, share_y = shares.unbind(dim=-2)
@@ -97,7 +129,7 @@ def sample_masks(masks_Ghw: Tensor, index_S: Tensor, points_SP2: Tensor, area_hw
     h, w = masks_Ghw.shape[-2:]
     grid_SP2 = _grid(points_SP2, area_hw, (h, w)).expand(len(index_S), -1, -1)
     values = [grid_SP2.new_empty(0, points_SP2.shape[1])]
-    group = max(1, _MASK_PIXELS_AT_ONCE // (h * w))
+    group = max(1, (_MASK_PIXELS_AT_ONCE_CUDA if masks_Ghw.is_cuda else _MASK_PIXELS_AT_ONCE) // (h * w))
     for index, grid in zip(torch.split(index_S, group), torch.split(grid_SP2, group), strict=True):
         masks = masks_Ghw.index_select(0, index)[:, None].to(grid.dtype)
         values.append(F.grid_sample(masks, grid[:, None], align_corners=False)[:, 0, 0])
