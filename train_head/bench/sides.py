@@ -182,8 +182,8 @@ class Live(Ours):
         """Run the detector on as many frames as a batch has, then train on what it says."""
         at_once = len(self.images) if self.problem.device == "cuda" else 1  # the faster way on CPU
         found = [self.detector.features(frames) for frames in torch.split(self.images, at_once)]
-        queries = torch.cat([each.frame_queries_BLQC for each in found]).split(self.problem.frames)
-        maps = torch.cat([each.mask_features_BCHW for each in found]).split(self.problem.frames)
+        queries = torch.split(torch.cat([each.frame_queries_BLQC for each in found]), self.problem.frames)
+        maps = torch.split(torch.cat([each.mask_features_BCHW for each in found]), self.problem.frames)
         clips = []
         for clip, queries_TLQC, map_TCHW in zip(next(self.batches), queries, maps, strict=True):
             H, W = clip.map_TRHW.shape[2:]

@@ -63,7 +63,7 @@ def sample_map(map_TRHW: Tensor, points_TP2: Tensor, area_hw: tuple[int, int]) -
     embedding has to be multiplied with. Yields T of (P, R + 1) float32; (1, P, 2) are points for all frames.
     A pixel's channels are put side by side and read at once, which on CPU is 7 times faster than `grid_sample`.
     """
-    T, R, H, W = map_TRHW.shape
+    T, _, H, W = map_TRHW.shape
     index_TP4, share_TP4 = (part.expand(T, -1, -1) for part in _neighbours(points_TP2, area_hw, (H, W)))
     if map_TRHW.is_cuda:
         return iter(_rows_at_once(map_TRHW, index_TP4, share_TP4))
