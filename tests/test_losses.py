@@ -37,6 +37,17 @@ def test_point_costs_equal_the_pairwise_definition() -> None:
             assert float(costs[query, column]) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_logits_in_half_precision_move_costs_by_their_rounding() -> None:
+    """bfloat16 has 8 bits: of costs up to 40, means over all points, nothing but the third digit may change."""
+    generator = torch.Generator().manual_seed(4)
+    weights, frames = torch.randn(20, 65, generator=generator), torch.randn(2, 400, 65, generator=generator)
+    targets = (torch.rand(3, 2, 400, generator=generator) > 0.5).float()
+    exact = point_costs(weights, frames, targets, CostWeights())
+    half = point_costs(weights, frames, targets, CostWeights(), torch.bfloat16)
+    assert half.dtype == torch.float32 and not torch.equal(half, exact)
+    torch.testing.assert_close(half, exact, rtol=2e-3, atol=2e-3)
+
+
 def test_assignment_is_optimal_and_refuses_nan() -> None:
     costs = [torch.tensor(np.random.default_rng(3).random(shape)) for shape in ((2, 4, 2), (2, 2, 3), (2, 4, 0))]
     for cost, (rows, columns) in zip(costs, assign(costs), strict=True):

@@ -73,6 +73,16 @@ def test_one_trained_layer_equals_a_cache_of_one_layer(tiny_data: Path, tiny_cac
         torch.testing.assert_close(ours, theirs)
 
 
+def test_in_bfloat16_the_matching_sees_half_precision_and_losses_stay_near(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "train.precision=bfloat16")
+    trainer = Trainer(settings, CachedSource(settings, open_training_set(settings), CPU), tmp_path / "none")
+    assert trainer.compute.criterion.matching_type == torch.bfloat16
+    expected = first_step(tiny_settings(tiny_data, tiny_cache, tmp_path))[0]
+    assert first_step(settings)[0] == pytest.approx(expected, rel=0.03)
+
+
 @pytest.mark.slow
 def test_a_compiled_head_trains_alike(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
     loss, gradients = first_step(tiny_settings(tiny_data, tiny_cache, tmp_path, "train.compile=true"))

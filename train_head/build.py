@@ -79,7 +79,7 @@ def decoding_of(codec: Codec, num_channels: int) -> MapDecoding:
     )
 
 
-def build_criterion(chosen: LossSettings) -> VitaCriterion:
+def build_criterion(chosen: LossSettings, matching_type: torch.dtype = torch.float32) -> VitaCriterion:
     """Losses with the settings' weights; the matching uses the same three, as in the release."""
     return VitaCriterion(
         weights=LossWeights(
@@ -91,6 +91,7 @@ def build_criterion(chosen: LossSettings) -> VitaCriterion:
         ),
         cost_weights=CostWeights(label=chosen.class_weight, mask=chosen.mask_weight, dice=chosen.dice_weight),
         padded_area="background" if chosen.padded_area is PaddedArea.background else "ignore",
+        matching_type=matching_type,
         absent_frames=chosen.absent_frames,
     )
 

@@ -61,7 +61,7 @@ class TrainingStep(Generic[AnyClip]):
     ) -> None:
         self.settings, self.source, self.device = settings, source, device
         self.group, self.autocast = group, autocast
-        self.criterion = build_criterion(settings.loss)
+        self.criterion = build_criterion(settings.loss, torch.bfloat16 if autocast else torch.float32)
         self.points = point_config(settings.loss)
 
     def gradients(self, head: TrackHead, clips: Sequence[AnyClip]) -> StepLosses:

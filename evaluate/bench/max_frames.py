@@ -16,7 +16,7 @@ import torch
 from cache.errors import ConfigError
 from evaluate.bench.inference import VideoProblem
 from evaluate.bench.memory import in_own_process, repeated
-from train_head.bench.sides import Memory
+from train_head.bench.measuring import Memory
 from train_head.heads.frame_spill import TokenBlock
 from train_head.heads.streaming import predict_stream
 

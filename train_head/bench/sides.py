@@ -5,9 +5,7 @@ All take the same step: clips of the same cache, the same head, the same optimis
 
 from __future__ import annotations
 
-import ctypes
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -19,6 +17,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from train_head.bench.dense import PlainPoints, dense_losses
+from train_head.bench.measuring import Memory, Stopwatch, product_rate
 from train_head.bench.pace import Pace, measure_pace
 from train_head.bench.problem import FixedPoints, Problem
 from train_head.data.clips import Clip
@@ -27,7 +26,6 @@ from train_head.data.video_sets import open_training_set
 from train_head.losses.criterion import LossNormalisers
 from train_head.losses.matcher import match_clips
 from train_head.losses.points import PointSource
-from train_head.products import product
 from train_head.trainer import Trainer
 
 
@@ -37,8 +35,12 @@ class SideName(Enum):
     live = "live"  # the detector runs in every step
     dense = "dense"  # cached features, the published losses done the plain way
     ours = "ours"
+    half = "half"  # ours in bfloat16, the losses unchanged: the release trains in half precision
     cheap = "cheap"  # ours with every option that changes the losses
-    bfloat16 = "bfloat16"  # cheap, on a CPU in bfloat16 too: on CUDA every side is
+    cheap_half = "cheap_half"  # cheap, in bfloat16 too
+
+
+HALF = (SideName.half, SideName.cheap_half)  # on a CPU; on CUDA every side is in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,46 +53,6 @@ class SideReport:
     flops: float  # multiplications and additions of one step's matrix products, of `ours` only
     flops_per_second: float  # of one large product, now
     losses: dict[str, tuple[float, float]]  # dense and ours, from the same points, of `dense` only
-
-
-class Stopwatch:
-    """Seconds: of this process's processor time on CPU, which others on the machine hardly touch; real on CUDA."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.started = device, 0.0
-        self.lap()
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter() if self.device.type == "cuda" else time.process_time()
-        seconds, self.started = now - self.started, now
-        return seconds
-
-
-class Memory:
-    """Peak above what is held between two steps: of the device's allocator, or of the process (Linux, VmHWM)."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            self.idle = torch.cuda.memory_allocated()
-        else:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-            self.idle = _status("VmRSS")
-
-    def peak(self) -> int:
-        """Bytes."""
-        held = torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _status("VmHWM")
-        return held - self.idle
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
 
 
 class Ours:
@@ -127,6 +89,7 @@ class Ours:
             compute.point_sources(clips),
             cost_weights=compute.criterion.cost_weights,
             padded_area=compute.criterion.padded_area,
+            logit_type=compute.criterion.matching_type,
         )
         seconds["matching"] = watch.lap()
         losses = compute.criterion(outputs, weights, maps, targets, compute.point_sources(clips), normalisers)
@@ -224,7 +187,8 @@ class Dense(Ours):
         maps, targets = features.maps, features.targets
         outputs, weights = compute.forward(trainer.head, features)
         dense = dense_losses(trainer.head, outputs, maps, targets, points, normalisers)
-        ours = compute.criterion(outputs, weights, maps, targets, points, normalisers)
+        exact = replace(compute.criterion, matching_type=torch.float32)
+        ours = exact(outputs, weights, maps, targets, points, normalisers)
         compute.autocast = autocast
         pairs = {
             "class": (dense.label, ours.class_D.sum()),
@@ -242,8 +206,9 @@ def build(name: SideName, problem: Problem, folder: Path) -> Ours:
         return Live(problem, folder)
     if name is SideName.dense:
         return Dense(problem, folder)
-    options = {SideName.cheap: [], SideName.bfloat16: ["train.precision=bfloat16"]}
-    return Ours(problem, folder, [*problem.cheap_options(), *options[name]] if name in options else ())
+    cheap = problem.cheap_options() if name in (SideName.cheap, SideName.cheap_half) else []
+    half = ["train.precision=bfloat16"] if name in HALF else []
+    return Ours(problem, folder, [*cheap, *half])
 
 
 def serve(name: SideName, problem: Problem, folder: Path, parent: Connection) -> None:
@@ -277,17 +242,3 @@ def serve(name: SideName, problem: Problem, folder: Path, parent: Connection) ->
 def _median_parts(side: Ours) -> dict[str, float]:
     runs = [side.parts() for _ in range(5)]
     return {key: sorted(run[key] for run in runs)[len(runs) // 2] for key in runs[0]}
-
-
-def product_rate(device: torch.device) -> float:
-    """Operations a second of the head's largest kind of product, in the step's precision; the best of many."""
-    number_type, rows = (torch.bfloat16, 1 << 14) if device.type == "cuda" else (torch.float32, 1500)
-    tokens, weight = torch.randn(rows, 256, device=device), torch.randn(2048, 256, device=device)
-    tokens, weight = tokens.to(number_type), weight.to(number_type)
-    watch, best, at_once = Stopwatch(device), math.inf, 50 if device.type == "cuda" else 1  # hides the launches
-    for _ in range(30):
-        watch.lap()
-        for _ in range(at_once):
-            product(tokens, weight)
-        best = min(best, watch.lap() / at_once)
-    return 2 * rows * 256 * 2048 / best

@@ -20,7 +20,7 @@ from cache.bench.reading import machine
 from configs.command import device_name
 from configs.schema import Device
 from train_head.bench.problem import ITERATIONS, Problem, in_miniature, write_bench_cache
-from train_head.bench.sides import SideName, SideReport, serve
+from train_head.bench.sides import HALF, SideName, SideReport, serve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +83,7 @@ def compare(problem: Problem, turns: int) -> Comparison:
         write_bench_cache(Path(folder), problem)
         ends, processes = {}, []
         for name in SideName:
-            if name is SideName.bfloat16 and problem.device != "cpu":
+            if name in HALF and problem.device != "cpu":
                 continue
             ends[name], theirs = context.Pipe()
             processes.append(context.Process(target=serve, args=(name, problem, Path(folder), theirs)))
@@ -108,8 +108,9 @@ _WORDS = {
     SideName.live: "(a) live detector + our losses",
     SideName.dense: "(b) plain losses on cached features",
     SideName.ours: "(c) ours",
+    SideName.half: "(c) in bfloat16",
     SideName.cheap: "(d) ours, cheap options",
-    SideName.bfloat16: "(e) the same in bfloat16",
+    SideName.cheap_half: "(e) the same in bfloat16",
 }
 
 

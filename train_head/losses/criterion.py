@@ -79,11 +79,16 @@ class VitaLosses:
 
 @dataclass(frozen=True, kw_only=True)
 class VitaCriterion:
-    """Matches the outputs of all layers with the objects, then computes every loss term in float32."""
+    """Matches the outputs of all layers with the objects, then computes every loss term in float32.
+
+    `matching_type` is the precision of the mask logits that the matching alone sees: under automatic mixed precision
+    the release's are half precision too.
+    """
 
     weights: LossWeights = field(default_factory=LossWeights)
     cost_weights: CostWeights = field(default_factory=CostWeights)
     padded_area: PaddedArea = "ignore"
+    matching_type: torch.dtype = torch.float32
     absent_frames: bool = True  # VITA: the release's cross-entropy counts frames without the object too
 
     def __call__(
@@ -108,6 +113,7 @@ class VitaCriterion:
                 points,
                 cost_weights=self.cost_weights,
                 padded_area=self.padded_area,
+                logit_type=self.matching_type,
             )
             class_D = self._class_loss(outputs.class_logits_DLBVK, targets, matches) / normalisers.class_weight
             mask_D, dice_D = (

@@ -46,14 +46,19 @@ _FACTORS = 64  # of numbers in [0.5, 1], whose product float32 can hold
 
 
 def point_costs(
-    weights_GR: Tensor, channels_TPR: Iterable[Tensor], targets_NTP: Tensor, weights: CostWeights
+    weights_GR: Tensor,
+    channels_TPR: Iterable[Tensor],
+    targets_NTP: Tensor,
+    weights: CostWeights,
+    logit_type: torch.dtype = torch.float32,
 ) -> Tensor:
     """Mask and dice costs (G, N) of one problem from its channels, sampled at P points, frame by frame.
 
     `weights_GR` and `channels_TPR` (T of (P, R)) carry the constant and the coverage as their last channel.
     With x the logits and t the targets at a point, cross-entropy is softplus(x) − x·t, and
     softplus(x) = (x + |x|) / 2 − log σ(|x|). All that is linear in x comes from sums of the channels; every
-    logit is visited for |x| and σ(x) only, in groups that stay in a CPU's cache.
+    logit is visited for |x| and σ(x) only, in groups that stay in a CPU's cache. `logit_type` is the precision of
+    the product that makes the logits; all that follows is float32.
     """
     if weights_GR.is_cuda:  # all frames' points at once: few launches
         channels_TPR, targets_NTP = [torch.cat(tuple(channels_TPR))], targets_NTP.flatten(1)[:, None]
@@ -61,6 +66,7 @@ def point_costs(
     # One more target that is 1 everywhere sums the probabilities (for dice) and the logits (for softplus).
     columns_TNP = F.pad(targets_NTP.transpose(0, 1), (0, 0, 0, 1), value=1.0)
     overlap_GN = weights_GR.new_zeros(G, N + 1)
+    typed_GR = weights_GR.to(logit_type)
     channel_sums_NR = weights_GR.new_zeros(N + 1, weights_GR.shape[1])
     positive_G = weights_GR.new_zeros(G)
     chunk = (_CHUNK_LOGITS_CUDA if weights_GR.is_cuda else _CHUNK_LOGITS) // max(1, G)
@@ -69,7 +75,7 @@ def point_costs(
         channel_sums_NR += columns_NP @ channels_PR
         for start in range(0, P, step):
             part = slice(start, start + step)
-            logits_GP = product(weights_GR, channels_PR[part])
+            logits_GP = product(typed_GR, channels_PR[part].to(logit_type)).float()
             probability_GP = logits_GP.sigmoid()
             overlap_GN += (columns_NP[:, part] @ probability_GP.t()).t()
             positive_G += logits_GP.abs_().sum(dim=1) / 2
@@ -100,6 +106,7 @@ def match_clips(
     *,
     cost_weights: CostWeights,
     padded_area: PaddedArea,
+    logit_type: torch.dtype = torch.float32,
 ) -> tuple[ClipMatch, ...]:
     """Match every clip for every layer. `maps`: B stored maps (T, R, H, W), of any sizes.
 
@@ -118,7 +125,8 @@ def match_clips(
         points_1P2 = source.matching_points(map_TRHW.device)[None]
         channels_TPR = sample_map(map_TRHW, points_1P2, area_hw)
         targets_NTP = _masks_at(target, points_1P2, area_hw)
-        cost_GN = point_costs(stacked_DLBVR[:, :, clip].flatten(0, 2), channels_TPR, targets_NTP, cost_weights)
+        weights_GR = stacked_DLBVR[:, :, clip].flatten(0, 2)
+        cost_GN = point_costs(weights_GR, channels_TPR, targets_NTP, cost_weights, logit_type)
         class_DLVN = probabilities_DLBVK[:, :, clip][..., target.labels_N]
         costs.append(cost_GN.view(D, L, V, -1) - cost_weights.label * class_DLVN)
     return tuple(ClipMatch(query_DLM=query, object_DLM=chosen) for query, chosen in assign(costs))
