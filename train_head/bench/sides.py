@@ -212,7 +212,7 @@ def build(name: SideName, problem: Problem, folder: Path) -> Ours:
 
 
 def serve(name: SideName, problem: Problem, folder: Path, parent: Connection) -> None:
-    """Take a step and send its seconds for every True received; on False send the report and end."""
+    """Take as many steps as is received and send the seconds of one; on 0 send the report and end."""
     torch.set_num_threads(1)
     side = build(name, problem, folder)
     device = side.trainer.device
@@ -222,10 +222,11 @@ def serve(name: SideName, problem: Problem, folder: Path, parent: Connection) ->
     memory = Memory(device)
     parent.send(0.0)
     watch = Stopwatch(device)
-    while parent.recv():
+    while steps := parent.recv():
         watch.lap()
-        side.step()
-        parent.send(watch.lap())
+        for _ in range(steps):
+            side.step()
+        parent.send(watch.lap() / steps)
     peak_bytes = memory.peak()
     parent.send(
         SideReport(

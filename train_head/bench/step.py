@@ -1,7 +1,9 @@
 """`python -m train_head bench`: what a training step costs, against the live detector and against plain losses.
 
-Every side is a process with one thread; they take their steps in turns, so that whatever else the machine does hits
-all alike, and the medians count. One run needs no data and no weights: features are random, of real size.
+Every side is a process with one thread; they take turns, so that whatever else the machine does hits all alike, and the
+medians count. A turn lasts some seconds, of one slow step or many fast ones: as in training, a step then finds the
+processor's caches as the step before has left them. One run needs no data and no weights: features are random, of
+real size.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +25,8 @@ from configs.command import device_name
 from configs.schema import Device
 from train_head.bench.problem import ITERATIONS, Problem, in_miniature, write_bench_cache
 from train_head.bench.sides import HALF, SideName, SideReport, serve
+
+_TURN_SECONDS = {"cpu": 4.0, "cuda": 1.0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +64,7 @@ def bench(output: Path | None, device: Device, *, quick: bool, small: bool) -> i
     name = device_name(device)
     base = Problem(device=name, clips=8 if name == "cuda" else 1, frames=6 if name == "cuda" else 5)
     problems = [in_miniature(base)] if small else [base] if quick else [base, replace(base, enc_layers=3, dec_layers=6)]
-    turns = 1 if small else 30 if name == "cuda" else 3 if quick else 7
+    turns = 1 if small else 3 if quick else 7
     facts = {**machine(), "torch": version("torch"), "device": _device_words(name)}
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
     found = [compare(problem, turns) for problem in problems]
@@ -89,19 +95,28 @@ def compare(problem: Problem, turns: int) -> Comparison:
             processes.append(context.Process(target=serve, args=(name, problem, Path(folder), theirs)))
             processes[-1].start()
             theirs.close()
-            ends[name].recv()
+            _answer(name, ends[name])
         seconds: dict[str, list[float]] = {name.value: [] for name in ends}
         for _ in range(turns):
             for name, end in ends.items():
-                end.send(True)
-                seconds[name.value].append(end.recv())
+                past = seconds[name.value]
+                end.send(max(1, round(_TURN_SECONDS[problem.device] / past[-1])) if past else 1)
+                past.append(_answer(name, end))
         reports = {}
         for name, end in ends.items():
-            end.send(False)
-            reports[name.value] = end.recv()
+            end.send(0)
+            reports[name.value] = _answer(name, end)
         for process in processes:
             process.join()
     return Comparison(problem=problem, seconds=seconds, reports=reports)
+
+
+def _answer(name: SideName, end: Connection) -> Any:
+    """What a side sends. Raises RuntimeError where its process has died."""
+    try:
+        return end.recv()
+    except EOFError:
+        raise RuntimeError(f"the side {name.value!r} of the benchmark has died; its own output says why") from None
 
 
 _WORDS = {
