@@ -14,6 +14,7 @@ from evaluate.report.similarity import SimilarityMatrix
 
 Log = Sequence[Mapping[str, float]]
 TERMS = ("class", "mask", "dice", "similarity")
+PRECISIONS = {"IoU 0.50": slice(0, 1), "IoU 0.75": slice(5, 6), "mean, IoU 0.50 to 0.95": slice(0, len(THRESHOLDS))}
 _MOST_POINTS = 400  # of a curve; the steps between are averaged
 
 
@@ -72,10 +73,9 @@ def category_bars(names: Sequence[str], values: Mapping[str, FloatArray]) -> str
 
 def precision_recall(curves: Mapping[str, FloatArray]) -> str:
     """Precision (T, R) by method at IoU 0.5, at 0.75, and the mean over all thresholds."""
-    shown = {"IoU 0.50": slice(0, 1), "IoU 0.75": slice(5, 6), "mean, IoU 0.50 to 0.95": slice(0, len(THRESHOLDS))}
     with drawing():
-        figure, axes = panels(len(shown), 10, 3.2 + 0.2 * len(curves))
-        for part, (title, thresholds) in zip(axes, shown.items(), strict=True):
+        figure, axes = panels(len(PRECISIONS), 10, 3.2 + 0.2 * len(curves))
+        for part, (title, thresholds) in zip(axes, PRECISIONS.items(), strict=True):
             for method, curve_TR in curves.items():
                 mean_R = curve_TR[thresholds].mean(axis=0)
                 part.plot(100 * RECALLS, 100 * mean_R, label=f"{method} {100 * mean_R.mean():.1f}")
