@@ -5,12 +5,13 @@ import io
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
@@ -23,6 +24,7 @@ from evaluate.metrics.weighted import precision_curves
 from evaluate.pictures.overlays import PALETTE, DrawnTrack, draw_frame, overlay_data_url
 from evaluate.report.scrubber import ScrubbedSide, ScrubbedVideo, scrub_video, within_budget
 from evaluate.report.sides import read_sides
+from evaluate.report.similarity import _compare
 from evaluate.report.write import write_report
 from evaluate.score import percent
 from evaluate.stage import evaluate
@@ -31,6 +33,23 @@ from evaluate.tables import metrics_table, run_summary
 from tests.conftest import tiny_settings
 from tests.report_run import HOSTILE, hostile_run
 from train_head.data.video_sets import open_evaluation_set
+from train_head.losses.matcher import ClipMatch
+
+
+def test_the_similarity_matrix_by_hand() -> None:
+    """Object 0 is seen in both frames, object 1 in the first; columns go by object."""
+    frames_TQC = torch.tensor([[[0.0, 2.0], [1.0, 0.0], [9.0, 9.0]], [[9.0, 9.0], [9.0, 9.0], [0.0, 1.0]]])
+    videos_VC = torch.tensor([[0.0, 1.0], [9.0, 9.0], [1.0, 0.0]])
+    matches_TN = torch.tensor([[1, 0], [2, -1]])
+    match = ClipMatch(query_DLM=torch.tensor([[[2, 0]]]), object_DLM=torch.tensor([[[0, 1]]]))
+    found = _compare((frames_TQC, videos_VC), True, matches_TN, match, "v", ["cat", "dog"])
+    assert found is not None and found.row_objects_F.tolist() == [0, 0, 1] and found.column_objects_M.tolist() == [0, 1]
+    dots = np.array([[1, 0], [0, 1], [0, 2]])  # the second frame's cat looks like the dog
+    assert found.values_FM == pytest.approx(1 / (1 + np.exp(-dots)))
+    assert found.agreement == pytest.approx(2 / 3)
+    cosines = _compare((frames_TQC, videos_VC), False, matches_TN, match, "v", ["cat", "dog"])
+    assert cosines is not None and cosines.values_FM == pytest.approx(dots)
+    assert _compare((frames_TQC, videos_VC), True, torch.full((2, 2), -1), match, "v", ["cat", "dog"]) is None
 
 
 def square_tracks() -> list[DrawnTrack]:
@@ -62,6 +81,18 @@ def test_a_see_through_overlay_looks_as_masks_drawn_into_the_frame(frame: int) -
     seen = Image.alpha_composite(Image.fromarray(image).convert("RGBA"), overlay).convert("RGB")
     difference = np.abs(np.asarray(seen).astype(int) - draw_frame(image, square_tracks(), frame))
     assert difference.max() <= 1  # alpha 128 of 255 is not quite a half
+
+
+def test_a_page_of_too_many_pictures_is_thinned(tmp_path: Path) -> None:
+    """Noise, which no JPEG can shrink: 48 frames of 640 x 480 take 14 MB."""
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.jpg")
+    video = Video(id=1, height=480, width=640, length=48, file_names=("noise.jpg",) * 48)
+    drawn = scrub_video(video, tmp_path, {"ground truth": []})
+    assert drawn.size > 13_000_000
+    (kept,) = within_budget([drawn])
+    assert 10_000_000 < kept.size <= 12_000_000 and 30 < len(kept.frames) < 48
+    assert len(json.dumps(asdict(kept))) < 12_100_000
 
 
 def test_precision_over_recall_is_that_of_cocoeval(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

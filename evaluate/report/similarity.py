@@ -85,7 +85,7 @@ def similarity_matrix(settings: Settings, videos: VideoSet, video: Video) -> Sim
     names = {category.id: category.name for category in videos.labels.categories}
     shown = [names[tracks[identity].category_id] for identity in targets.identities_N.tolist()]
     trained = outputs.frame_similarity_LBTQC is not None
-    return _compare(embedded, trained, targets.frame_queries_LTN[0], match, clip, shown)
+    return _compare(embedded, trained, targets.frame_queries_LTN[0], match, video.name, shown)
 
 
 def _clip(videos: VideoSet, video: Video) -> Clip:
@@ -106,7 +106,7 @@ def _clip(videos: VideoSet, video: Video) -> Clip:
 
 
 def _compare(
-    embedded: tuple[Tensor, Tensor], trained: bool, matches_TN: Tensor, match: ClipMatch, clip: Clip, objects: list[str]
+    embedded: tuple[Tensor, Tensor], trained: bool, matches_TN: Tensor, match: ClipMatch, video: str, objects: list[str]
 ) -> SimilarityMatrix | None:
     frames_TQC, videos_VC = embedded
     object_F, frame_F = (matches_TN.t() >= 0).nonzero(as_tuple=True)  # by object, then by frame
@@ -116,7 +116,7 @@ def _compare(
     chosen_FC = frames_TQC[frame_F, matches_TN[frame_F, object_F]]
     likeness_FM = chosen_FC @ videos_VC[query_M].t()
     return SimilarityMatrix(
-        video=clip.name,
+        video=video,
         objects=tuple(objects),
         trained=trained,
         values_FM=(likeness_FM.sigmoid() if trained else likeness_FM).double().cpu().numpy(),
