@@ -21,6 +21,7 @@ from configs.changes import changed_settings
 from configs.schema import Settings
 from evaluate.compare.runs import detector_in_words, num_parameters
 from evaluate.metrics.weighted import HEADLINE, precision_curves
+from evaluate.pictures.charts import COLOURS
 from evaluate.pictures.overlays import MIN_SCORE, TRUTH, DrawnTrack, evenly, labelled_tracks, predicted_tracks
 from evaluate.pictures.page import read_text, render
 from evaluate.report import figures, numbers
@@ -105,7 +106,8 @@ def _figures(
     tables: dict[str, numbers.Numbers] = {}
     logs = {side.title: log for side in sides if side.method == HEAD and (log := read_metrics_log(side.run))}
     if logs:
-        drawn["learning"], tables["learning"] = figures.learning_curves(logs), numbers.learning(logs)
+        colours = {side.title: f"C{index % len(COLOURS)}" for index, side in enumerate(sides)}
+        drawn["learning"], tables["learning"] = figures.learning_curves(logs, colours), numbers.learning(logs)
     if scored:
         names = [category.name for category in labels.categories]
         aps = {title: of.categories_K for title, of in scored.items()}
