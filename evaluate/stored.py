@@ -71,7 +71,7 @@ def stored_methods(run: Path, split: str | None = None) -> list[str]:
     """Names of the methods whose predictions a run keeps (where `split` is given, of that split), the head first."""
     others = sorted(path.parent.name for path in run.glob(f"*/{RESULTS_NAME}"))
     methods = [HEAD, *others] if (run / RESULTS_NAME).exists() else others
-    return [method for method in methods if split in (None, load_metrics(run, method).get("split", split))]
+    return [m for m in methods if split is None or load_metrics(run, m).get("split", split) == split]
 
 
 def require_predictions(run: Path, method: str) -> Path:
