@@ -12,6 +12,7 @@ from configs.load import load_settings
 from configs.schema import Device
 from evaluate import score
 from evaluate.compare import command as compare
+from evaluate.pictures.overlays import MIN_SCORE
 
 
 def main() -> int:
@@ -29,7 +30,7 @@ def main() -> int:
     predict = verbs.add_parser("predict", help="tracks, overlay and contact sheet of videos of your own")
     predict.add_argument("--head", type=Path, required=True, help="folder of the run")
     predict.add_argument("--output", type=Path, required=True, help="each video gets a folder in it")
-    predict.add_argument("--score", type=float, default=0.3, help="draw tracks of at least this score, 0 to 1")
+    predict.add_argument("--score", type=float, default=MIN_SCORE, help="draw tracks of at least this score, 0 to 1")
     predict.add_argument("config", help="a YAML file, or the short name of one in configs/")
     predict.add_argument("features", type=Path, help="what `python -m extract video` wrote: <cache.path>/video")
     predict.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")

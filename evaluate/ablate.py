@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cache.errors import ConfigError
-from cache.layout import video_group_name
+from cache.layout import video_group_name, write_file_atomically
 from cache.progress import with_progress
 from configs.schema import Settings
-from evaluate.metrics.video_ap import evaluate_tracks
+from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
 from evaluate.metrics.weighted import HEADLINE
 from evaluate.results import TrackPrediction
 from evaluate.score import percent
@@ -46,8 +46,7 @@ class _Run:
     videos: VideoSet
     predictor: HeadPredictor
 
-    def row(self, variant: str, predictions: list[TrackPrediction], seconds: float) -> Row:
-        metrics = evaluate_tracks(self.videos.labels, predictions)
+    def row(self, variant: str, metrics: VideoMetrics, seconds: float) -> Row:
         frames = sum(video.length for video in self.videos.labels.videos)
         values = {name: value for name, value in asdict(metrics).items() if name in HEADLINE}
         return Row(variant=variant, metrics=values, frames_per_second=frames / seconds)
@@ -56,7 +55,8 @@ class _Run:
         """Whole-video inference by a changed predictor."""
         started = time.perf_counter()
         predictions = predict_videos(self.videos, predictor, variant)
-        return self.row(variant, predictions, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return self.row(variant, evaluate_tracks(self.videos.labels, predictions), seconds)
 
 
 def ablate(what: str, settings: Settings) -> str:
@@ -70,9 +70,10 @@ def ablate(what: str, settings: Settings) -> str:
     found = _Run(settings=settings, videos=videos, predictor=head_predictor(settings, videos))
     rows = list(ABLATIONS[what](found))
     path = Path(settings.runs) / settings.name / f"ablate_{what}.json"
-    path.write_text(json.dumps({"split": videos.split, "rows": [asdict(row) for row in rows]}, indent=1))
+    content = {"split": videos.split, "rows": [asdict(row) for row in rows]}
+    write_file_atomically(path, json.dumps(content, indent=1).encode())
     table = markdown(what, rows)
-    path.with_suffix(".md").write_text(table + "\n")
+    write_file_atomically(path.with_suffix(".md"), f"{table}\n".encode())
     return f"{table}\nwritten: {path}, {path.with_suffix('.md').name}"
 
 
@@ -122,8 +123,9 @@ def _association(found: _Run) -> Iterator[Row]:
         seconds = time.perf_counter() - started  # the head once, both links
         for matching, tracks in predictions.items():
             method = f"clips{length}-{matching.value}"
-            store_predictions(found.settings, found.videos, method, tracks, seconds=seconds, trained=True)
-            yield found.row(f"clips of {length}, {matching.value}", tracks, seconds)
+            metrics = store_predictions(found.settings, found.videos, method, tracks, seconds=seconds, trained=True)
+            assert metrics is not None  # `ablate` asks for labels
+            yield found.row(f"clips of {length}, {matching.value}", metrics, seconds)
     yield found.whole_videos("whole videos", found.predictor)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 from cache.labels.annotations import load_labels
@@ -39,7 +40,7 @@ def score(annotations: Path, predictions: Path, output: Path | None = None) -> V
 
 
 def format_table(metrics: VideoMetrics) -> str:
-    """The numbers x 100 with one decimal, `-` where undefined; then the AP of each category."""
+    """The numbers x 100 with one decimal, `–` where undefined; then the AP of each category."""
     values = metrics.to_json()
     lines = []
     for names in (HEADLINE, BREAKDOWN):
@@ -53,5 +54,5 @@ def format_table(metrics: VideoMetrics) -> str:
 
 
 def percent(value: object) -> str:
-    """A fraction as a percentage with one decimal, `-` where undefined."""
-    return f"{100 * value:.1f}" if isinstance(value, int | float) else "-"
+    """A fraction as a percentage with one decimal, `–` where undefined (None, NaN)."""
+    return f"{100 * value:.1f}" if isinstance(value, int | float) and not math.isnan(value) else "–"

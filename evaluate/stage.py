@@ -21,7 +21,6 @@ class Evaluation:
     folder: Path
     split: str
     metrics: dict[str, VideoMetrics | None]
-    seconds: dict[str, float]
 
 
 def evaluate(settings: Settings) -> Evaluation:
@@ -32,7 +31,6 @@ def evaluate(settings: Settings) -> Evaluation:
     run = Path(settings.runs) / settings.name
     videos = open_evaluation_set(settings)
     metrics: dict[str, VideoMetrics | None] = {}
-    seconds: dict[str, float] = {}
     predictors: dict[str, VideoPredictor] = {
         HEAD: head_predictor(settings, videos),
         BASELINE: baseline_predictor(settings, videos),
@@ -40,11 +38,11 @@ def evaluate(settings: Settings) -> Evaluation:
     for method, predictor in predictors.items():
         started = time.perf_counter()
         predictions = predict_videos(videos, predictor, f"evaluate {method}")
-        seconds[method] = time.perf_counter() - started
+        seconds = time.perf_counter() - started
         metrics[method] = store_predictions(
-            settings, videos, method, predictions, seconds=seconds[method], trained=method == HEAD
+            settings, videos, method, predictions, seconds=seconds, trained=method == HEAD
         )
-    return Evaluation(folder=run, split=videos.split, metrics=metrics, seconds=seconds)
+    return Evaluation(folder=run, split=videos.split, metrics=metrics)
 
 
 def score_head(settings: Settings) -> float | None:

@@ -1,8 +1,8 @@
 """Predictions kept with a run, by method: written by `evaluate run` and the ablations, read by `evaluate compare`.
 
 A run's head keeps its own in `<run>/`; every other method that works from the same cache (the training-free
-baseline, clip-wise association ...) keeps them in `<run>/<method>/`. Each place holds results.json, its zip and,
-where the split has public labels, metrics.json.
+baseline, clip-wise association ...) keeps them in `<run>/<method>/`. Each place holds results.json, its zip and
+metrics.json, which says of which split they are and, where its labels are public, how good.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from cache.labels.tracks import Labels
 from cache.layout import write_file_atomically
 from configs.schema import Settings
 from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
+from evaluate.metrics.weighted import HEADLINE
 from evaluate.results import RESULTS_NAME, TrackPrediction, load_results, write_results
 from train_head.data.video_sets import VideoSet
 
@@ -52,11 +53,9 @@ def store_predictions(
     """
     folder = method_folder(Path(settings.runs) / settings.name, method)
     write_results(folder / RESULTS_NAME, predictions)
-    if not videos.labels.has_tracks:
-        return None
-    metrics = evaluate_tracks(videos.labels, predictions)
+    metrics = evaluate_tracks(videos.labels, predictions) if videos.labels.has_tracks else None
     content = {
-        **metrics.to_json(),
+        **(dict.fromkeys(HEADLINE) if metrics is None else metrics.to_json()),
         "split": videos.split,
         "num_videos": len(videos.video_ids),
         "labels_sha256": labels_digest(videos.labels),
@@ -68,10 +67,11 @@ def store_predictions(
     return metrics
 
 
-def stored_methods(run: Path) -> list[str]:
-    """Names of the methods whose predictions a run keeps, the head first."""
+def stored_methods(run: Path, split: str | None = None) -> list[str]:
+    """Names of the methods whose predictions a run keeps (where `split` is given, of that split), the head first."""
     others = sorted(path.parent.name for path in run.glob(f"*/{RESULTS_NAME}"))
-    return [HEAD, *others] if (run / RESULTS_NAME).exists() else others
+    methods = [HEAD, *others] if (run / RESULTS_NAME).exists() else others
+    return [m for m in methods if split is None or load_metrics(run, m).get("split", split) == split]
 
 
 def require_predictions(run: Path, method: str) -> Path:
@@ -93,7 +93,7 @@ def load_predictions(run: Path, method: str, labels: Labels) -> list[TrackPredic
 
 
 def load_metrics(run: Path, method: str) -> dict[str, Any]:
-    """Return metrics.json of a method; empty where it was not scored."""
+    """Return metrics.json of a method; empty where there is none."""
     path = method_folder(run, method) / METRICS_NAME
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return content

@@ -13,7 +13,7 @@ from evaluate.metrics.weighted import HEADLINE
 from evaluate.results import RESULTS_NAME
 from evaluate.score import percent
 from evaluate.stage import Evaluation
-from evaluate.stored import load_metrics, method_folder, stored_methods
+from evaluate.stored import HEAD, load_metrics, method_folder, stored_methods
 from train_head.checkpoint import CHECKPOINT
 from train_head.run_folder import read_metrics_log
 
@@ -37,7 +37,7 @@ def evaluation_table(evaluation: Evaluation) -> str:
 
 
 def metrics_table(rows: dict[str, dict[str, Any]]) -> str:
-    """One row per method, one decimal, `-` where undefined."""
+    """One row per method, one decimal, `–` where undefined."""
     width = max(len(name) for name in rows) + 2
     lines = [" " * width + "".join(f"{name:>7}" for name in HEADLINE)]
     lines += [
@@ -47,8 +47,9 @@ def metrics_table(rows: dict[str, dict[str, Any]]) -> str:
 
 
 def read_metrics(run: Path) -> dict[str, dict[str, Any]]:
-    """Return metrics.json of a run by method; empty where nothing is evaluated yet."""
-    found = {method: load_metrics(run, method) for method in stored_methods(run)}
+    """Return metrics.json of a run's head and of what else was evaluated on the same split; empty where nothing was."""
+    split = load_metrics(run, HEAD).get("split")
+    found = {method: load_metrics(run, method) for method in stored_methods(run, split)}
     return {method: metrics for method, metrics in found.items() if metrics}
 
 

@@ -12,7 +12,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import pytest
+
+INSTALL = "no Chromium here: `apt-get install chromium`"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+REQUIRED = os.environ.get("REQUIRE_CHROMIUM") == "1"  # then a missing browser fails
+needs_chromium = pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason=INSTALL)
 _OPTIONS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"),
@@ -24,10 +29,11 @@ class Page:
     the network for, but for data: and its own file."""
 
     def __init__(self, file: Path, profile: Path, size: tuple[int, int] = (1280, 900)) -> None:
+        assert CHROMIUM is not None, INSTALL
         self.file, self.messages, self.requests, self._number = file, list[str](), list[str](), 0
         theirs, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-        command = [str(CHROMIUM), *_OPTIONS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"]
+        command = [CHROMIUM, *_OPTIONS, f"--user-data-dir={profile}", f"--window-size={size[0]},{size[1]}"]
         # The protocol wants descriptors 3 and 4.
         script = f'exec "$@" 3<&{theirs} 4>&{theirs_out}'
         self._process = subprocess.Popen(

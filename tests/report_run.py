@@ -1,4 +1,4 @@
-"""A run whose category and video names want to break out of the page, for the tests of the report."""
+"""Two runs whose category names want to break out of the page, for the tests of report and comparison."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="d
 
 
 def hostile_run(data: Path, features: Path, trained: Settings, folder: Path) -> Path:
-    """The report of a copy of the trained run, on labels with the hostile names."""
+    """The report of a copy of the trained run, `tiny`, beside `other`, its copy; on labels with the hostile names."""
     shutil.copytree(features, folder / "features")
     shutil.copytree(Path(trained.runs) / trained.name, folder / "tiny")
     path = folder / "features" / "valid" / "annotations.json"
@@ -25,4 +25,8 @@ def hostile_run(data: Path, features: Path, trained: Settings, folder: Path) -> 
     path.write_text(json.dumps(labels))
     settings = tiny_settings(data, folder / "features", folder, "name=tiny")
     evaluate(settings)
-    return write_report(settings)
+    shutil.copytree(folder / "tiny", folder / "other")
+    for run in ("tiny", "other"):
+        config = folder / run / "config.yaml"
+        config.write_text(config.read_text().replace(str(features), str(folder / "features")))
+    return write_report(settings, [folder / "other"])

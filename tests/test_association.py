@@ -23,7 +23,7 @@ from evaluate.bench.max_frames import Fit, parse_bytes
 from evaluate.stage import evaluate
 from evaluate.stored import load_metrics, stored_methods
 from evaluate.tracks.association import ClipTracks, Matching, assign, clip_ranges, link
-from evaluate.tracks.predictors import keep_likeliest
+from evaluate.tracks.predictors import prune_queries
 from train_head.losses.detector_predictions import FrozenHeads
 
 HW = (4, 6)
@@ -101,11 +101,11 @@ def test_pruning_keeps_what_is_least_likely_nothing() -> None:
     float32 = {name: value.astype(np.float32) for name, value in arrays.items()}
     frozen = FrozenHeads(DetectorHeads(arrays=float32, category_names=()))
     queries = torch.tensor([[3.0, -1.0, 2.0, -4.0], [0.0, 1.0, 2.0, 3.0]])[..., None]
-    kept = keep_likeliest(frozen, queries, 0.5)
+    kept = prune_queries(frozen, queries, 0.5)
     assert kept.slots_tq.tolist() == [[1, 3], [0, 1]]
     assert kept.tokens_tqC[..., 0].tolist() == [[-1.0, -4.0], [0.0, 1.0]]
-    assert keep_likeliest(frozen, queries, 0.01).slots_tq.tolist() == [[3], [0]]
-    assert keep_likeliest(frozen, queries, 1.0).slots_tq.tolist() == [[0, 1, 2, 3]] * 2
+    assert prune_queries(frozen, queries, 0.01).slots_tq.tolist() == [[3], [0]]
+    assert prune_queries(frozen, queries, 1.0).slots_tq.tolist() == [[0, 1, 2, 3]] * 2
 
 
 def test_ablations_of_a_run(tiny_run: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
+from numpy.typing import NDArray
 
 from cache.heads import HEAD_SHAPES, DetectorHeads
 from cache.labels.category_map import category_pairs
 from cache.labels.tracks import Category
+from cache.layout import video_group_name
+from cache.reader import CachedVideo
+from configs.schema import Settings
 from evaluate.tracks.baseline import follow_queries, track_without_training
+from evaluate.tracks.predictors import baseline_predictor
+from train_head.data.video_sets import open_evaluation_set
 from train_head.losses.detector_predictions import FrozenHeads
 from train_head.losses.mask_folding import MapDecoding
 
@@ -21,6 +32,31 @@ def test_shuffled_queries_are_followed_back() -> None:
     followed_TQ = follow_queries(drifting_TQC)
     for order, row in zip(orders, followed_TQ, strict=True):
         assert torch.equal(order[row], torch.arange(6))
+    second_tQ = follow_queries(drifting_TQC[2:], drifting_TQC[1, followed_TQ[1]])  # a block that another went before
+    assert torch.equal(second_tQ, followed_TQ[2:])
+
+
+def test_a_video_is_read_in_blocks_and_their_size_does_not_matter(
+    tiny_run: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, read = list[int](), CachedVideo.frame_queries
+
+    def noted(video: CachedVideo, frames: Sequence[int] | None = None) -> NDArray[Any]:
+        sizes.append(6 if frames is None else len(frames))
+        return read(video, frames)
+
+    monkeypatch.setattr(CachedVideo, "frame_queries", noted)
+    found = []
+    for chunk in (2, 16):
+        settings = replace(tiny_run, evaluate=replace(tiny_run.evaluate, chunk_frames=chunk))
+        videos = open_evaluation_set(settings)
+        cached = videos.feature_cache.video(video_group_name(videos.video_ids[0]))
+        found.append(baseline_predictor(settings, videos)(cached))
+    assert sizes == [2, 2, 2] * 2 + [6] * 2  # frames; twice each
+    small, whole = found
+    assert small.labels == whole.labels and small.query_index == whole.query_index
+    assert small.scores == pytest.approx(whole.scores, abs=1e-6)
+    assert [list(masks_T) for masks_T in small.masks] == [list(masks_T) for masks_T in whole.masks]
 
 
 def test_tracks_of_a_detector_worked_by_hand() -> None:
@@ -39,8 +75,8 @@ def test_tracks_of_a_detector_worked_by_hand() -> None:
     map_TRHW[:, 1, :, 1] = 1.0
     tracks = track_without_training(
         frozen,
-        frozen.normed(queries_TQC),
-        [map_TRHW[:1], map_TRHW[1:]],
+        lambda: frozen.normed(queries_TQC).split(1),
+        map_TRHW.split(1),
         decoding=MapDecoding(),
         label_map_KJ=torch.tensor([[0.0, 1.0], [1.0, 0.0]]),  # label 0 is dog, label 1 is cat
         image_hw=(8, 8),

@@ -29,6 +29,7 @@ from cache.reader import FeatureCache
 from cache.upkeep.inspection import verify_root, verify_video
 from configs.load import load_settings
 from configs.schema import Settings
+from evaluate.report.write import write_report
 from evaluate.stage import evaluate
 from extract.__main__ import main as extract_main
 from extract.calibration import draw_frames
@@ -173,11 +174,25 @@ def test_a_head_serves_caches_of_other_codecs_but_is_not_trained_on(
     tiny_run: Settings, tiny_data: Path, caches: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(Path(tiny_run.runs) / tiny_run.name, tmp_path / "tiny")
-    other = tiny_settings(tiny_data, caches["int8"], tmp_path, "name=tiny", "cache.codec=int8")
+    other = tiny_settings(tiny_data, caches["logit"], tmp_path, "name=tiny", "cache.codec=logit")
     metrics = evaluate(other).metrics["head"]
     assert metrics is not None
-    with pytest.raises(ConfigError, match=r"cache.codec was float16, now int8"):
+    with pytest.raises(ConfigError, match=r"cache.codec was float16, now logit"):
         train(other)
+    page = write_report(other).read_text()
+    calibration = read_calibration(caches["logit"] / "valid")
+    assert calibration is not None and "mask IoU lost, %" in page
+    assert page.count("(used)</th>") == 1
+    for row in calibration.rows:
+        found = re.search(
+            rf'<th scope="row">{re.escape(row.label)}(?: \(used\))?</th>((?:<td>[\d.,]+</td>)+)</tr>', page
+        )
+        assert found is not None, row.label
+        shown = [float(cell.replace(",", "")) for cell in re.findall(r"<td>(.*?)</td>", found[1])]
+        expected = [row.bytes_per_frame, row.bytes_per_location, row.feature_error, row.logit_error]
+        expected += [row.mask_iou, row.mask_iou_p5, row.encode_ms, row.decode_ms]
+        assert shown == pytest.approx(expected, abs=0.51)
+        assert shown[2:] == pytest.approx(expected[2:], abs=0.0051)
 
 
 # The choice

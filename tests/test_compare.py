@@ -94,7 +94,7 @@ def test_tables_say_what_the_scorer_says(runs: Path, tiny_data: Path, tmp_path: 
     assert stored["rows"][1]["metrics"]["AP"]["interval"]["value"] == pytest.approx(scored[1].AP)
     page = paths.html.read_text()
     assert page.count("data:image/jpeg;base64,") == len(comparison.changed) * 3 * 4  # sides x frames
-    assert 'src="http' not in page and "http-equiv" not in page and "<svg" in page
+    assert 'src="http' not in page and "default-src 'none'" in page and "<svg" in page
     assert "| mine | 2 |" in paths.markdown.read_text() and "mine" in table(comparison)
 
 
@@ -135,9 +135,9 @@ def test_a_named_group_of_unlike_runs_is_named(runs: Path) -> None:
 
 
 def test_other_videos_cannot_be_paired(edited: Path) -> None:
-    edit(edited / "other" / "config.yaml", {"split: auto": "split: train"})
-    results = edited / "other" / "results.json"
-    results.write_text("[]")
+    metrics = edited / "other" / "metrics.json"  # says which split was evaluated, whatever the config
+    metrics.write_text(json.dumps({**json.loads(metrics.read_text()), "split": "train"}))
+    (edited / "other" / "results.json").write_text("[]")
     groups = read_groups([str(edited / "kind-0"), str(edited / "other")], [])
     with pytest.raises(ConfigError, match=r"other videos, so no pair can be made"):
         require_pairs(groups)
@@ -146,6 +146,11 @@ def test_other_videos_cannot_be_paired(edited: Path) -> None:
 def test_what_is_no_run_or_has_no_such_method_is_refused(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no run here"):
         read_groups([str(tmp_path / "absent")])
+    with pytest.raises(ConfigError, match=r"kind-9: no run here"):  # mistyped among others
+        read_groups([f"mine={runs / 'kind-0'},{runs / 'kind-9'}"])
+    (tmp_path / "kind-file").touch()
+    with pytest.raises(ConfigError, match=r"kind-\*: no folder matches"):
+        read_groups([f"mine={tmp_path}/kind-*"])
     with pytest.raises(CacheError, match=r"no predictions of clips.*head, baseline"):
         read_groups([str(runs / "other")], ["clips"])
     with pytest.raises(ConfigError, match="a run is given twice"):

@@ -50,13 +50,13 @@ def test_golden_stats(golden: VideoEvaluation, expected: dict[str, dict[str, flo
 
 
 def test_golden_video_ious(golden: VideoEvaluation, expected: dict[str, dict[str, list[list[float]]]]) -> None:
-    assert {key for key, ious in golden.ious.items() if ious.size} == {
+    assert {key for key, ious in golden._coco.ious.items() if ious.size} == {
         tuple(map(int, key.split(","))) for key, rows in expected["ious"].items() if np.size(rows)
     }
     for key, rows in expected["ious"].items():
         video, category = map(int, key.split(","))
         if np.size(rows):
-            np.testing.assert_allclose(golden.ious[video, category], rows, rtol=0, atol=1e-9)
+            np.testing.assert_allclose(golden._coco.ious[video, category], rows, rtol=0, atol=1e-9)
 
 
 @st.composite
@@ -113,7 +113,7 @@ def test_metrics_equal_the_naive_ones(scene: tuple[list[int], list[Object]], fra
         patch.setattr(masks, "MAX_PIXELS", frames_per_chunk * largest)
         evaluation = VideoEvaluation(labels, predictions)
     _assert_equal(evaluation.metrics(), naive_metrics(videos, CATEGORIES, objects))
-    for (video, category), ious in evaluation.ious.items():
+    for (video, category), ious in evaluation._coco.ious.items():
         here = [item for item in objects if (item.video, item.category) == (video, category)]
         found = sorted((item for item in here if item.score is not None), key=lambda item: -(item.score or 0))
         pairs = [[iou(item, label) for label in here if label.score is None] for item in found]
@@ -163,7 +163,7 @@ def test_hand_worked_ap() -> None:
     ]
     labels, predictions = as_files_have_it([2], objects)
     metrics = evaluate_tracks(labels, predictions)
-    assert VideoEvaluation(labels, predictions).ious[2, 3].tolist() == [[0.5], [0.0]]
+    assert VideoEvaluation(labels, predictions)._coco.ious[2, 3].tolist() == [[0.5], [0.0]]
     numbers = [metrics.AP, metrics.AP50, metrics.AP75, metrics.AR1]
     assert numbers == pytest.approx([0.1, 1.0, 0.0, 0.1])
     assert metrics.APl is None
@@ -181,7 +181,7 @@ def test_a_long_video_whose_object_comes_back() -> None:
     labels = Labels(categories=(Category(id=3, name="c3"),), videos=(video,), tracks=(track,), has_tracks=True)
     found = (*seen[:-2], here, here)
     prediction = TrackPrediction(video_id=1, category_id=3, score=0.5, segmentations=found)
-    assert VideoEvaluation(labels, [prediction]).ious[1, 3].tolist() == [[2 / 3]]
+    assert VideoEvaluation(labels, [prediction])._coco.ious[1, 3].tolist() == [[2 / 3]]
 
 
 def test_no_predictions_score_zero_and_no_labels_are_undefined() -> None:

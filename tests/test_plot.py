@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from PIL import Image
 
 from cache.errors import CacheError, ConfigError
 from evaluate.pictures.charts import drawing
-from evaluate.pictures.plot import convergence, gap, plot, read_ablation, read_convergence, read_gap
+from evaluate.pictures.plot import AXES, convergence, gap, plot, read_ablation, read_convergence, read_gap, variants
 
 
 def run_with_ap(folder: Path, aps: dict[int, float]) -> Path:
@@ -32,22 +33,42 @@ def test_convergence_is_mean_and_deviation_over_seeds_at_common_steps(tmp_path: 
     assert one.name == "sim_1" and not one.std_P.any()
 
 
-def test_ablations_are_read_by_variant(tmp_path: Path) -> None:
+def ablation(folder: Path, what: str, aps: dict[str, float | None]) -> Path:
+    rows = [
+        {"variant": variant, "metrics": {"AP": ap}, "frames_per_second": 10.0 * number}
+        for number, (variant, ap) in enumerate(aps.items(), start=1)
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / f"ablate_{what}.json").write_text(json.dumps({"split": "valid", "rows": rows}))
+    return folder
+
+
+def test_ablations_are_drawn_by_variant(tmp_path: Path) -> None:
     for number, ap in enumerate((0.2, 0.4)):
-        rows = [
-            {"variant": v, "metrics": {"AP": ap * k}, "frames_per_second": 10.0 * k}
-            for k, v in ((1, "W = 3"), (2, "all"))
-        ]
-        (tmp_path / f"r{number}").mkdir()
-        (tmp_path / f"r{number}" / "ablate_windows.json").write_text(json.dumps({"split": "valid", "rows": rows}))
+        ablation(tmp_path / f"r{number}", "windows", {"W = 3": ap, "W = all": 2 * ap})
     aps, speeds = read_ablation(f"head={tmp_path}/r*", "windows")
-    assert aps.places == ("W = 3", "all") and aps.mean_P == pytest.approx([30, 60])
+    assert aps.places == ("3", "all") and aps.mean_P == pytest.approx([30, 60])
     assert speeds.mean_P == pytest.approx([10, 20])
+    with drawing():
+        figure = variants({"AP": [aps], "Frames per second": [speeds]}, AXES["windows"])
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_xticklabels()] == ["3", "all"]
+    assert left.get_xlabel() == right.get_xlabel() == "Encoder window (frames)"
+    assert left.lines[0].get_ydata() == pytest.approx([30, 60]) and right.get_ylim()[0] == 0
     with pytest.raises(CacheError, match="evaluate ablate pruning"):
         read_ablation(str(tmp_path / "r0"), "pruning")
 
 
-def comparison(path: Path, aps: dict[str, float]) -> Path:
+def test_shares_are_numbers_and_an_undefined_ap_is_no_zero(tmp_path: Path) -> None:
+    aps, _ = read_ablation(str(ablation(tmp_path / "r", "pruning", {"kept 1.00": 0.5, "kept 0.25": None})), "pruning")
+    assert aps.places == (1.0, 0.25) and aps.mean_P == pytest.approx([50, math.nan], nan_ok=True)
+    rows = read_gap(comparison(tmp_path / "c.json", {"frozen": 0.4, "views": None, "tuned": 0.5}))
+    with drawing():
+        (axes,) = gap(rows, "frozen", "tuned").axes
+    assert math.isnan(axes.patches[0].get_width())
+
+
+def comparison(path: Path, aps: dict[str, float | None]) -> Path:
     rows = [{"name": n, "metrics": {"AP": {"interval": {"value": ap}, "spread": None}}} for n, ap in aps.items()]
     path.write_text(json.dumps({"rows": rows}))
     return path
@@ -61,13 +82,18 @@ def test_gap_closed_is_the_share_of_the_difference(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ending", ["png", "svg", "pdf"])
-def test_every_format_is_written(ending: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["convergence", "windows", "pruning", "gap"])
+def test_every_format_is_written(what: str, ending: str, tmp_path: Path) -> None:
     source = run_with_ap(tmp_path / "r", {10: 0.1, 20: 0.2})
-    written = plot("convergence", [str(source)], tmp_path / "new" / f"fig5.{ending}")
+    ablation(source, "windows", {"W = 3": 0.1, "W = all": 0.2})
+    ablation(source, "pruning", {"kept 1.00": 0.1, "kept 0.25": None})
+    if what == "gap":
+        source = comparison(tmp_path / "c.json", {"frozen": 0.1, "views": 0.12, "tuned": 0.2, "nothing": None})
+    written = plot(what, [str(source)], tmp_path / "new" / f"figure.{ending}")
     start = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[ending]
     assert written.read_bytes().startswith(start)
     if ending == "png":
-        assert min(Image.open(written).size) > 700  # sharp in print
+        assert max(Image.open(written).size) > 1400  # sharp in print
 
 
 def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
@@ -81,5 +107,12 @@ def test_what_cannot_be_drawn_is_said(tmp_path: Path) -> None:
     path = comparison(tmp_path / "c.json", {"a": 0.1, "b": 0.2})
     with pytest.raises(ConfigError, match="a, b"):
         plot("gap", [str(path)], tmp_path / "a.png", low="z")
+    with pytest.raises(ConfigError, match="one comparison"):
+        plot("gap", [str(path), str(path)], tmp_path / "a.png")
+    with pytest.raises(ConfigError, match="gap alone"):
+        plot("convergence", [str(silent)], tmp_path / "a.png", high="b")
+    nothing = comparison(tmp_path / "d.json", {"a": None, "b": 0.2})
+    with pytest.raises(ConfigError, match=r"no gap .*AP – of a, AP 20\.0 of b"):
+        plot("gap", [str(nothing)], tmp_path / "a.png")
     with pytest.raises(CacheError, match="compare RUNS"):
         plot("gap", [str(silent / "metrics.jsonl")], tmp_path / "a.png")

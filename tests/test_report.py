@@ -5,11 +5,13 @@ import io
 import json
 import re
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
@@ -17,15 +19,37 @@ from cache.errors import CacheError, ConfigError
 from cache.labels import masks
 from cache.labels.tracks import Video
 from configs.schema import Settings
+from evaluate.compare.runs import LabelFiles, read_entries
+from evaluate.metrics.weighted import precision_curves
 from evaluate.pictures.overlays import PALETTE, DrawnTrack, draw_frame, overlay_data_url
-from evaluate.report.precision_recall import precision_curves
 from evaluate.report.scrubber import ScrubbedSide, ScrubbedVideo, scrub_video, within_budget
+from evaluate.report.sides import read_sides
+from evaluate.report.similarity import _compare
 from evaluate.report.write import write_report
 from evaluate.score import percent
 from evaluate.stage import evaluate
-from evaluate.tables import metrics_table
+from evaluate.stored import load_metrics
+from evaluate.tables import metrics_table, run_summary
 from tests.conftest import tiny_settings
 from tests.report_run import HOSTILE, hostile_run
+from train_head.data.video_sets import open_evaluation_set
+from train_head.losses.matcher import ClipMatch
+
+
+def test_the_similarity_matrix_by_hand() -> None:
+    """Object 0 is seen in both frames, object 1 in the first; columns go by object."""
+    frames_TQC = torch.tensor([[[0.0, 2.0], [1.0, 0.0], [9.0, 9.0]], [[9.0, 9.0], [9.0, 9.0], [0.0, 1.0]]])
+    videos_VC = torch.tensor([[0.0, 1.0], [9.0, 9.0], [1.0, 0.0]])
+    matches_TN = torch.tensor([[1, 0], [2, -1]])
+    match = ClipMatch(query_DLM=torch.tensor([[[2, 0]]]), object_DLM=torch.tensor([[[0, 1]]]))
+    found = _compare((frames_TQC, videos_VC), True, matches_TN, match, "v", ["cat", "dog"])
+    assert found is not None and found.row_objects_F.tolist() == [0, 0, 1] and found.column_objects_M.tolist() == [0, 1]
+    dots = np.array([[1, 0], [0, 1], [0, 2]])  # the second frame's cat looks like the dog
+    assert found.values_FM == pytest.approx(1 / (1 + np.exp(-dots)))
+    assert found.agreement == pytest.approx(2 / 3)
+    cosines = _compare((frames_TQC, videos_VC), False, matches_TN, match, "v", ["cat", "dog"])
+    assert cosines is not None and cosines.values_FM == pytest.approx(dots)
+    assert _compare((frames_TQC, videos_VC), True, torch.full((2, 2), -1), match, "v", ["cat", "dog"]) is None
 
 
 def square_tracks() -> list[DrawnTrack]:
@@ -59,10 +83,21 @@ def test_a_see_through_overlay_looks_as_masks_drawn_into_the_frame(frame: int) -
     assert difference.max() <= 1  # alpha 128 of 255 is not quite a half
 
 
+def test_a_page_of_too_many_pictures_is_thinned(tmp_path: Path) -> None:
+    """Noise, which no JPEG can shrink: 48 frames of 640 x 480 take 14 MB."""
+    noise = np.random.default_rng(0).integers(0, 256, (480, 640, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.jpg")
+    video = Video(id=1, height=480, width=640, length=48, file_names=("noise.jpg",) * 48)
+    drawn = scrub_video(video, tmp_path, {"ground truth": []})
+    assert drawn.size > 13_000_000
+    (kept,) = within_budget([drawn])
+    assert 10_000_000 < kept.size <= 12_000_000 and 30 < len(kept.frames) < 48
+    assert len(json.dumps(asdict(kept))) < 12_100_000
+
+
 def test_precision_over_recall_is_that_of_cocoeval(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     from evaluate.metrics.video_ap import VideoEvaluation
     from evaluate.stored import load_predictions
-    from train_head.data.video_sets import open_evaluation_set
 
     evaluate(tiny_run)
     labels = open_evaluation_set(tiny_run).labels
@@ -81,7 +116,7 @@ def test_tables_print_percentages() -> None:
     row = {"AP": 0.1234, "AP50": None, "AP75": 1.0, "AR1": 0.0, "AR10": 0.5}
     header, line = metrics_table({"head": row}).splitlines()
     assert header.split() == ["AP", "AP50", "AP75", "AR1", "AR10"]
-    assert line.split() == ["head", "12.3", "-", "100.0", "0.0", "50.0"]
+    assert line.split() == ["head", "12.3", "–", "100.0", "0.0", "50.0"]
     assert percent(0.9999) == "100.0"
 
 
@@ -135,14 +170,62 @@ def test_two_runs_side_by_side_and_refusals(
     shutil.copytree(run, tmp_path / "other")
     config = (run / "config.yaml").read_text().replace("name: tiny", "name: other")
     (tmp_path / "other" / "config.yaml").write_text(config.replace(f"runs: {tiny_run.runs}", f"runs: {tmp_path}"))
-    page = write_report(tiny_run, [tmp_path / "other"]).read_text()
-    assert 'value="3" checked autocomplete="off"> other' in page and "other: " in page
+    shutil.copytree(tmp_path / "other", tmp_path / "second" / "other")  # of one name: the page must tell them apart
+    page = write_report(tiny_run, [tmp_path / "other", tmp_path / "second" / "other"]).read_text()
+    assert 'value="3" checked autocomplete="off"> other' in page and "<li>other: " in page
+    assert 'value="4" checked autocomplete="off"> second/other' in page and "<li>second/other: " in page
+    assert page.count('<th scope="row">second/other</th>') == 1 and "training of second/other" in page
+    with pytest.raises(ConfigError, match="shown already"):
+        write_report(tiny_run, [tmp_path / "other", tmp_path / "second" / ".." / "other"])
     missing = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=nobody")
     with pytest.raises(CacheError, match="make evaluate"):
         write_report(missing)
-    (tmp_path / "other" / "config.yaml").write_text(config.replace("split: auto", "split: train"))
+    of_train(tmp_path / "other")
     with pytest.raises(ConfigError, match="same videos"):
         write_report(tiny_run, [tmp_path / "other"])
+
+
+def of_train(folder: Path) -> None:
+    """Pretend that what lies in a folder was predicted for the train split: an empty list fits any."""
+    stored = json.loads((folder / "metrics.json").read_text())
+    (folder / "metrics.json").write_text(json.dumps({**stored, "split": "train"}))
+    (folder / "results.json").write_text("[]")
+
+
+def test_without_labels_and_log_the_page_is_written_and_old_scores_go(
+    tiny_data: Path, tiny_cache: Path, tiny_run: Settings, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_cache, tmp_path / "features")
+    shutil.copytree(Path(tiny_run.runs) / tiny_run.name, tmp_path / "tiny")
+    settings = tiny_settings(tiny_data, tmp_path / "features", tmp_path, "name=tiny")
+    evaluate(settings)
+    assert load_metrics(tmp_path / "tiny", "head")["AP"] is not None
+    path = tmp_path / "features" / "valid" / "annotations.json"
+    labels = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in labels.items() if key != "annotations"}))
+    (tmp_path / "tiny" / "metrics.jsonl").unlink()  # as of an imported release
+    evaluate(settings)
+    stored = load_metrics(tmp_path / "tiny", "head")
+    assert stored["AP"] is None and "per_category" not in stored and stored["split"] == "valid"
+    page = write_report(settings).read_text()
+    assert "labels of this split are not public" in page and "no log of the training" in page
+    assert page.count("<section class=") == 2 and "What the similarity loss did" not in page
+
+
+def test_methods_of_another_split_are_left_out(tiny_run: Settings, tmp_path: Path) -> None:
+    evaluate(tiny_run)
+    shutil.copytree(Path(tiny_run.runs) / tiny_run.name, tmp_path / "tiny")
+    settings = replace(tiny_run, runs=str(tmp_path))
+    shutil.copytree(tmp_path / "tiny" / "baseline", tmp_path / "tiny" / "clips5-greedy")
+    of_train(tmp_path / "tiny" / "clips5-greedy")
+    videos = open_evaluation_set(settings)
+    assert [side.title for side in read_sides(settings, videos, [])] == ["head", "baseline"]
+    assert "clips5-greedy" not in run_summary(settings)
+    assert [entry.method for entry in read_entries(tmp_path / "tiny", None, LabelFiles())] == ["head", "baseline"]
+    of_train(tmp_path / "tiny")
+    assert read_entries(tmp_path / "tiny", [], LabelFiles())[0].split == "train"
+    with pytest.raises(CacheError, match="split valid"):
+        read_sides(settings, videos, [])
 
 
 def test_without_frames_the_page_says_so(tiny_cache: Path, tiny_run: Settings, tmp_path: Path) -> None:

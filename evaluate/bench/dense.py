@@ -1,6 +1,6 @@
 """Whole-video inference the plain way: what `python -m evaluate bench` measures ours against.
 
-Written for the benchmark from VITA §3 and REFERENCE §3, §5. Windows by padding, rolling and masks through
+Written for the benchmark from VITA §3 and the release's inference. Windows by padding, rolling and masks through
 `torch.nn.MultiheadAttention`; the 1×1 convolution over the whole map; every candidate up-sampled on its own.
 
 Shapes: T frames, Q frame queries, V video queries, C channels, K categories, W frames of a window, N candidates,

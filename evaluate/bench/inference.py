@@ -33,7 +33,7 @@ Found = TypeVar("Found")
 
 @dataclass(frozen=True, kw_only=True)
 class VideoProblem:
-    """Sizes of the measured video and head; the defaults are those of REFERENCE §9."""
+    """Sizes of the measured video and head; by default the release's head on R50 features of 360×640."""
 
     frames: int = 36
     image_hw: tuple[int, int] = (360, 640)

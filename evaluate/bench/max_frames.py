@@ -20,7 +20,7 @@ from train_head.bench.measuring import Memory
 from train_head.heads.frame_spill import TokenBlock
 from train_head.heads.streaming import predict_stream
 
-_SHORT, _LONG = 48, 144  # frames that the line is drawn through; all windows divide them
+_SHORT, _LONG = 48, 144  # frames that the line is drawn through; the default windows divide them
 _STREAMED = 480
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 

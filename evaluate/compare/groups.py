@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,25 @@ def read_groups(arguments: Sequence[str], methods: Sequence[str] | None = None) 
 
 
 def runs_of(argument: str) -> tuple[str | None, list[Path]]:
-    """Split `name=run,run,pattern*`, or a pattern without a name, into the name (None) and the folders."""
+    """Split `name=run,run,pattern*`, or a pattern without a name, into the name (None) and the folders.
+
+    A path without wildcards is returned whether it is there or not: who reads it names it. Raises ConfigError for a
+    pattern that no folder matches.
+    """
     name, equals, rest = argument.partition("=")
     given_name = bool(equals) and not Path(argument).exists()
     patterns = rest.split(",") if given_name else [argument]
-    paths = [Path(pattern) for pattern in patterns]
-    runs = [run for path in paths for run in sorted(path.parent.glob(path.name)) or [path]]
-    return (name if given_name else None), [run for run in runs if run.is_dir() or len(runs) == 1]
+    return (name if given_name else None), [run for pattern in patterns for run in _folders(pattern)]
+
+
+def _folders(pattern: str) -> list[Path]:
+    path = Path(pattern)
+    if path.is_dir() or not has_magic(path.name):
+        return [path]
+    found = sorted(run for run in path.parent.glob(path.name) if run.is_dir())
+    if not found:
+        raise ConfigError("no folder matches", where=pattern, hint="name folders of runs/")
+    return found
 
 
 def _counts(chosen: Sequence[_Chosen]) -> dict[Path, int]:

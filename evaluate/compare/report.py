@@ -8,13 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import FrameError
+from cache.layout import write_file_atomically
 from evaluate.compare.figure import intervals_svg
 from evaluate.compare.groups import Group
 from evaluate.compare.result import Comparison, Measured, Row
 from evaluate.compare.videos import ChangedVideo
 from evaluate.metrics.weighted import HEADLINE
-from evaluate.pictures.overlays import Strip, draw_strip, evenly, labelled_tracks, predicted_tracks, read_image
+from evaluate.pictures.overlays import (
+    TRUTH,
+    Strip,
+    draw_strip,
+    evenly,
+    labelled_tracks,
+    predicted_tracks,
+    read_image,
+)
 from evaluate.pictures.page import render
+from evaluate.score import percent
 from train_head.data.video_sets import evaluation_split
 
 FRAMES_PER_VIDEO = 4
@@ -34,8 +44,8 @@ def write_comparison(comparison: Comparison, groups: Sequence[Group], folder: Pa
     """Write comparison.html, .md and .json into a folder. Without the data set's frames the page has no pictures."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = Paths(html=folder / "comparison.html", markdown=folder / "comparison.md", json=folder / "comparison.json")
-    paths.json.write_text(json.dumps(comparison.to_json(), indent=1))
-    paths.markdown.write_text(markdown(comparison))
+    write_file_atomically(paths.json, json.dumps(comparison.to_json(), indent=1).encode())
+    write_file_atomically(paths.markdown, markdown(comparison).encode())
     problem, sides = None, []
     try:
         sides = [_sides(groups, video, comparison.min_score) for video in comparison.changed]
@@ -51,7 +61,7 @@ def write_comparison(comparison: Comparison, groups: Sequence[Group], folder: Pa
         videos=list(zip(comparison.changed, sides, strict=True)),
         overlay_problem=problem,
     )
-    paths.html.write_text(page)
+    write_file_atomically(paths.html, page.encode())
     return paths
 
 
@@ -104,7 +114,7 @@ def markdown(comparison: Comparison) -> str:
     )
     lines += _table(
         ["video", "share of the AP difference", "AP alone, first", "AP alone, second"],
-        [[v.name, f"{100 * v.influence:+.2f}", _percent(v.ap_first), _percent(v.ap_group)] for v in comparison.changed],
+        [[v.name, f"{100 * v.influence:+.2f}", percent(v.ap_first), percent(v.ap_group)] for v in comparison.changed],
     )
     return "\n".join(lines)
 
@@ -128,7 +138,7 @@ def _sides(groups: Sequence[Group], video: ChangedVideo, min_score: float) -> li
     content = first.labels.video_by_id[video.video_id]
     frames = evenly(content.length, FRAMES_PER_VIDEO)
     images = [read_image(folder, content, frame) for frame in frames]
-    tracks = {"ground truth": labelled_tracks(first.labels, video.video_id)}
+    tracks = {TRUTH: labelled_tracks(first.labels, video.video_id)}
     for group in groups[:2]:
         entry = group.entries[0]
         tracks[group.name] = predicted_tracks(entry.labels, entry.predictions, video.video_id, min_score)
@@ -142,8 +152,8 @@ def _table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> list[s
 
 
 def _plain(measured: Measured) -> str:
-    text = _percent(measured.interval.value)
-    return text if measured.spread is None else f"{text} ± {_percent(measured.spread)}"
+    text = percent(measured.interval.value)
+    return text if measured.spread is None else f"{text} ± {percent(measured.spread)}"
 
 
 def _difference(measured: Measured) -> str:
@@ -154,10 +164,6 @@ def _difference(measured: Measured) -> str:
     if inside.value is None or inside.low is None or inside.high is None or p is None:
         return "–"
     return f"{100 * inside.value:+.1f} ({100 * inside.low:+.1f} to {100 * inside.high:+.1f}), p {p:.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f}"
 
 
 def _seconds(value: float | None) -> str:

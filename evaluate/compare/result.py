@@ -16,6 +16,7 @@ from evaluate.metrics.bootstrap import RESAMPLES, Difference, Interval, paired_d
 from evaluate.metrics.breakdown import Part, parts_of
 from evaluate.metrics.error_types import ErrorAnalysis, ErrorType, analyse_errors
 from evaluate.metrics.weighted import HEADLINE, FloatArray
+from evaluate.pictures.overlays import MIN_SCORE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,7 @@ def compare(
     *,
     resamples: int = RESAMPLES,
     num_changed: int = 6,
-    min_score: float = 0.3,
+    min_score: float = MIN_SCORE,
 ) -> Comparison:
     """Compare groups whose runs pair up (checks.require_pairs); the first is the reference."""
     first = groups[0].entries[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from cache.labels.annotations import load_labels
 from cache.labels.tracks import Labels
 from cache.reader import FeatureCache
 from configs.load import load_settings
-from configs.schema import Settings
+from configs.schema import Settings, Split
 from evaluate.metrics.video_ap import VideoEvaluation
 from evaluate.results import TrackPrediction
 from evaluate.stored import HEAD, load_metrics, load_predictions, require_predictions, stored_methods
@@ -82,7 +82,7 @@ class LabelFiles:
 
 
 def read_entries(run: Path, methods: Sequence[str] | None, label_files: LabelFiles) -> list[Entry]:
-    """Read a run's head and other methods (None: all that it keeps).
+    """Read a run's head and other methods (None: all that it keeps), on the split that the head was evaluated on last.
 
     Raises ConfigError where the folder is no run, CacheError where it was not evaluated, AnnotationError where its
     split has no public labels.
@@ -90,8 +90,13 @@ def read_entries(run: Path, methods: Sequence[str] | None, label_files: LabelFil
     if not (run / CONFIG).is_file():
         raise ConfigError("no run here", where=run, expected=f"a folder with {CONFIG}", hint="name folders of runs/")
     settings = load_settings(str(run / CONFIG))
+    chosen = Split(load_metrics(run, HEAD).get("split", settings.evaluate.split))
+    place = run.resolve()  # whatever the folder was called when it was trained
+    settings = replace(
+        settings, runs=str(place.parent), name=place.name, evaluate=replace(settings.evaluate, split=chosen)
+    )
     split, labels = label_files.of(settings)
-    names = list(dict.fromkeys(stored_methods(run) if methods is None else [HEAD, *methods])) or [HEAD]
+    names = list(dict.fromkeys(stored_methods(run, split) if methods is None else [HEAD, *methods])) or [HEAD]
     for method in names:
         require_predictions(run, method)
     checkpoint = load_checkpoint(run / CHECKPOINT)
@@ -134,8 +139,14 @@ def _tuning(run: Path, settings: Settings, checkpoint: Checkpoint) -> Checkpoint
 
 
 def num_parameters(checkpoint: Checkpoint) -> int:
-    """How many numbers a run trains, in its head and in its detector."""
-    return sum(tensor.numel() for part in (checkpoint.head, checkpoint.detector) for tensor in part.values())
+    """How many numbers a run trains, in its head and in its detector, whose batch norms stay frozen."""
+    parts = (checkpoint.head, checkpoint.detector)
+    return sum(
+        tensor.numel()
+        for part in parts
+        for name, tensor in part.items()
+        if f"{name.rpartition('.')[0]}.running_mean" not in part
+    )
 
 
 def detector_in_words(fingerprint: Fingerprint) -> str:

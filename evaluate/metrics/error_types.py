@@ -129,13 +129,13 @@ def _best_overlaps(evaluation: VideoEvaluation, objects: IntArray) -> _BestOverl
         own_DG = np.array(
             [[predictions[d].category_id == labels.tracks[g].category_id for g in wanted] for d in found], dtype=bool
         )
-        for values, objects, chosen_DG in (
+        for values, best_objects, chosen_DG in (
             (best.own_P, best.own_object_P, own_DG),
             (best.other_P, best.other_object_P, ~own_DG),
         ):
             masked_DG = np.where(chosen_DG, ious_DG, 0.0)
             values[found] = masked_DG.max(axis=1)
-            objects[found] = np.where(masked_DG.max(axis=1) > 0, np.array(wanted)[masked_DG.argmax(axis=1)], -1)
+            best_objects[found] = np.where(masked_DG.max(axis=1) > 0, np.array(wanted)[masked_DG.argmax(axis=1)], -1)
     return best
 
 

@@ -16,7 +16,7 @@ from evaluate.metrics.weighted import FloatArray
 
 
 def occlusion_rate(labels: Labels, video_id: int) -> float:
-    """MBOR of one video, in [0, 1]; 0 where no frame shows an object."""
+    """The mBOR of one video, in [0, 1]; 0 where no frame shows an object."""
     rates = []
     for frame in range(labels.video_by_id[video_id].length):
         masks = [track.segmentations[frame] for track in labels.tracks_of(video_id)]

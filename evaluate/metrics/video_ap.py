@@ -1,7 +1,7 @@
-"""Average precision and recall of tracks, as YouTube-VIS and OVIS define them (REFERENCE section 8).
+"""Average precision and recall of tracks, as YouTube-VIS and OVIS define them.
 
-Stock pycocotools' COCOeval matches tracks, once it is told their video IoUs, their areas and the benchmark's area
-ranges; `evaluate.metrics.weighted` accumulates its matches.
+The benchmarks' scorer is a copy of COCO's. Here stock pycocotools' COCOeval matches tracks, once it is told their
+video IoUs, their areas and the benchmarks' area ranges; `evaluate.metrics.weighted` accumulates its matches.
 """
 
 from __future__ import annotations
@@ -75,11 +75,6 @@ class VideoEvaluation:
             _ground_truth(labels, self.label_masks), _detections(labels, predictions, self.found_masks)
         )
         self.matches = self.matches_of(ALL_AREAS)
-
-    @property
-    def ious(self) -> dict[tuple[int, int], FloatArray]:
-        """Video IoUs by (video id, category id), (D, G): by descending score; labels in file order."""
-        return {(int(video), int(category)): ious for (video, category), ious in self._coco.ious.items()}
 
     def matches_of(self, areas: AreaRange, objects: Container[int] | None = None) -> list[CategoryMatches]:
         """Match objects whose mean area lies in a range of pixels, by category; COCO ignores the others.

@@ -1,4 +1,4 @@
-"""The overlap of tracks: sum over frames of intersections over sum of unions (REFERENCE section 8).
+"""The overlap of tracks, as YouTube-VIS defines it: sum over frames of intersections over sum of unions.
 
 The masks of a video, side by side, are one mask; so stock pycocotools intersects whole tracks.
 """

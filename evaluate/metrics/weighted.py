@@ -83,8 +83,32 @@ def weighted_scores(matches: Sequence[CategoryMatches], weights_SV: NDArray[np.i
     return Scores(ap_SKT=ap_SKT, recall_SKTN=recall_SKTN)
 
 
+def precision_curves(matches: Sequence[CategoryMatches]) -> FloatArray:
+    """Precision (T, R) at every recall of RECALLS, the mean over categories with objects; its mean over R is AP.
+
+    As COCO's, a curve never rises: it shows the best precision that is reached at this recall or beyond.
+    """
+    curves = []
+    for category in matches:
+        if category.objects_V.sum() > 0:
+            curves.append(np.zeros((len(category.hit_TD), len(RECALLS))))
+            _, envelope_1TH, newly_1TH = _recall_steps(category, np.ones((1, len(category.objects_V))))
+            for curve_R, envelope_H, newly_H in zip(curves[-1], envelope_1TH[0], newly_1TH[0], strict=True):
+                curve_R[: newly_H.sum()] = np.repeat(envelope_H, newly_H)
+    return np.mean(curves, axis=0) if curves else np.zeros((len(THRESHOLDS), len(RECALLS)))
+
+
 def _category_scores(matches: CategoryMatches, weights_SV: FloatArray) -> tuple[FloatArray, FloatArray]:
     """AP (S, T) and recall (S, T, N) of one category."""
+    recall_STN, envelope_STH, newly_STH = _recall_steps(matches, weights_SV)
+    ap_ST = (envelope_STH * newly_STH).sum(axis=-1) / len(RECALLS)
+    return np.where(np.isnan(recall_STN[..., 0]), np.nan, ap_ST), recall_STN
+
+
+def _recall_steps(matches: CategoryMatches, weights_SV: FloatArray) -> tuple[FloatArray, FloatArray, IntArray]:
+    """Recall (S, T, N); at every hit the best precision there or later, and how many of RECALLS it is the first to
+    reach, (S, T, H) each.
+    """
     objects_S1 = (weights_SV @ matches.objects_V)[:, None]
     objects_S1 = np.where(objects_S1 > 0, objects_S1, np.nan)
     weights_S1D = weights_SV[:, None, matches.video_D]
@@ -100,8 +124,7 @@ def _category_scores(matches: CategoryMatches, weights_SV: FloatArray) -> tuple[
     # COCO reads the envelope at 101 recalls; each falls to the first detection that reaches it.
     reached_STH = np.searchsorted(RECALLS, hits_STH / objects_S1[..., None], side="right")
     newly_STH = np.diff(np.where(hits_STH > 0, reached_STH, 0), axis=-1, prepend=0)
-    ap_ST = (envelope_STH * newly_STH).sum(axis=-1) / len(RECALLS)
-    return np.where(np.isnan(objects_S1), np.nan, ap_ST), recall_STN
+    return recall_STN, envelope_STH, newly_STH
 
 
 def _mean(values: FloatArray, axis: int | tuple[int, ...]) -> FloatArray:

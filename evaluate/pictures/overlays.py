@@ -20,6 +20,8 @@ from cache.labels.tracks import Labels, Video
 from cache.media.image_files import to_rgb
 from evaluate.results import TrackPrediction
 
+TRUTH = "ground truth"  # what the labels' tracks are called
+MIN_SCORE = 0.3  # tracks below it are not drawn, and no false alarms worth a count
 # Twelve colours that stay apart for most kinds of colour vision, none of them grey.
 PALETTE = (
     (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180),

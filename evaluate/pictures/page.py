@@ -6,6 +6,8 @@ from pathlib import Path
 
 import jinja2
 
+from evaluate.score import percent
+
 _FOLDER = Path(__file__).parents[1]  # evaluate/
 _ENVIRONMENT = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_FOLDER),
@@ -14,6 +16,7 @@ _ENVIRONMENT = jinja2.Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
+_ENVIRONMENT.globals["percent"] = percent
 
 
 def render(template: str, **values: object) -> str:

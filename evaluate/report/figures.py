@@ -14,17 +14,21 @@ from evaluate.report.similarity import SimilarityMatrix
 
 Log = Sequence[Mapping[str, float]]
 TERMS = ("class", "mask", "dice", "similarity")
+PRECISIONS = {"IoU 0.50": slice(0, 1), "IoU 0.75": slice(5, 6), "mean, IoU 0.50 to 0.95": slice(0, len(THRESHOLDS))}
 _MOST_POINTS = 400  # of a curve; the steps between are averaged
 
 
-def learning_curves(logs: Mapping[str, Log]) -> str:
-    """Loss of every run, the first run's terms, and AP where it was evaluated while training."""
+def learning_curves(logs: Mapping[str, Log], colours: Mapping[str, str]) -> str:
+    """Loss of every run, the first run's terms, and AP where it was evaluated while training.
+
+    `colours`: of the runs, as in the other figures.
+    """
     first = next(iter(logs.values()))
     evaluated = {name: [entry for entry in log if "AP" in entry] for name, log in logs.items()}
     with drawing():
         figure, axes = panels(3 if any(evaluated.values()) else 2, 10, 3)
         for name, log in logs.items():
-            axes[0].plot(*_curve(log, "loss"), label=name)
+            axes[0].plot(*_curve(log, "loss"), label=name, color=colours[name])
         for term in TERMS:
             axes[1].plot(*_curve(first, term), label=term)
         axes[0].set_title("total loss")
@@ -33,7 +37,8 @@ def learning_curves(logs: Mapping[str, Log]) -> str:
         axes[1].yaxis.set_major_formatter(_plain)
         axes[1].yaxis.set_minor_formatter(NullFormatter())
         for name, log in evaluated.items() if len(axes) == 3 else ():
-            axes[2].plot([e["step"] for e in log], [100 * e["AP"] for e in log], marker="o", label=name)
+            steps, aps = [entry["step"] for entry in log], [100 * entry["AP"] for entry in log]
+            axes[2].plot(steps, aps, marker="o", label=name, color=colours[name])
             axes[2].set_title("AP while training")
         for part in axes:
             part.set_xlabel("step")
@@ -72,10 +77,9 @@ def category_bars(names: Sequence[str], values: Mapping[str, FloatArray]) -> str
 
 def precision_recall(curves: Mapping[str, FloatArray]) -> str:
     """Precision (T, R) by method at IoU 0.5, at 0.75, and the mean over all thresholds."""
-    shown = {"IoU 0.50": slice(0, 1), "IoU 0.75": slice(5, 6), "mean, IoU 0.50 to 0.95": slice(0, len(THRESHOLDS))}
     with drawing():
-        figure, axes = panels(len(shown), 10, 3.2 + 0.2 * len(curves))
-        for part, (title, thresholds) in zip(axes, shown.items(), strict=True):
+        figure, axes = panels(len(PRECISIONS), 10, 3.2 + 0.2 * len(curves))
+        for part, (title, thresholds) in zip(axes, PRECISIONS.items(), strict=True):
             for method, curve_TR in curves.items():
                 mean_R = curve_TR[thresholds].mean(axis=0)
                 part.plot(100 * RECALLS, 100 * mean_R, label=f"{method} {100 * mean_R.mean():.1f}")

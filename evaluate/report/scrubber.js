@@ -1,13 +1,14 @@
 "use strict";
 // Moves through the videos of a report. All pictures are in the page, as JSON; nothing is ever fetched.
 const DATA = JSON.parse(document.getElementById("data").textContent);
+const PACE = matchMedia("(prefers-reduced-motion: reduce)").matches ? 1000 : 125; // milliseconds a frame
 
 function show(section, index) {
   const video = DATA.videos[Number(section.dataset.video)];
   const slider = section.querySelector("input[type=range]");
   const words = `frame ${video.frames[index] + 1} of ${video.length}`;
   slider.value = index;
-  slider.setAttribute("aria-valuetext", words);
+  if (!section.dataset.timer) slider.setAttribute("aria-valuetext", words); // while it plays, a reader would never end
   section.querySelector("output").textContent = words;
   section.querySelectorAll(".side").forEach((figure, number) => {
     const side = video.sides[number];
@@ -28,12 +29,15 @@ function play(section, button) {
   const running = Number(section.dataset.timer || 0);
   clearInterval(running);
   delete section.dataset.timer;
-  if (!running) {
+  section.querySelector("output").setAttribute("aria-live", running ? "polite" : "off"); // a pause is said
+  if (running) {
+    show(section, Number(slider.value));
+  } else {
     section.dataset.timer = setInterval(() => {
       show(section, (Number(slider.value) + 1) % (Number(slider.max) + 1));
-    }, 125);
+    }, PACE);
   }
-  button.textContent = running ? "Play" : "Pause";
+  button.querySelector("span").textContent = running ? "Play" : "Pause";
 }
 
 document.querySelectorAll("section.video").forEach((section) => {
@@ -52,3 +56,11 @@ document.querySelectorAll("#show input").forEach((box) => {
     }
   });
 });
+
+// On paper nothing can be opened: all tables are, and are closed again afterwards.
+let opened = [];
+addEventListener("beforeprint", () => {
+  opened = Array.from(document.querySelectorAll("details:not([open])"));
+  opened.forEach((details) => { details.open = true; });
+});
+addEventListener("afterprint", () => opened.forEach((details) => { details.open = false; }));

@@ -13,8 +13,10 @@ from evaluate.compare.runs import LabelFiles, read_entries
 from evaluate.metrics.bootstrap import Interval, split_and_draws
 from evaluate.metrics.video_ap import VideoEvaluation
 from evaluate.metrics.weighted import HEADLINE, FloatArray
+from evaluate.pictures.overlays import TRUTH
 from evaluate.results import TrackPrediction
 from evaluate.stored import HEAD, load_predictions, stored_methods
+from train_head.data.video_sets import VideoSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,18 +43,22 @@ class Scored:
     categories_K: FloatArray
 
 
-def read_sides(settings: Settings, labels: Labels, beside: Sequence[Path]) -> list[Side]:
-    """The run's own methods, its head first, then the heads of the runs beside it.
+def read_sides(settings: Settings, videos: VideoSet, beside: Sequence[Path]) -> list[Side]:
+    """The run's own methods, its head first, then the heads of the runs beside it; no title twice.
 
-    Raises CacheError where the run is not evaluated yet, ConfigError where a run beside it has other videos.
+    Raises CacheError where the run is not evaluated on these videos yet, ConfigError where a run beside it has others,
+    or is given twice.
     """
-    run = Path(settings.runs) / settings.name
-    methods = stored_methods(run)
+    run, labels = Path(settings.runs) / settings.name, videos.labels
+    methods = stored_methods(run, videos.split)
     if HEAD not in methods:
-        raise CacheError("nothing to report yet", where=run, hint="`make evaluate` with the same config comes first")
+        hint = "`make evaluate` with the same config comes first"
+        raise CacheError(f"nothing to report yet on split {videos.split}", where=run, hint=hint)
     sides = [_side(method, method, settings, load_predictions(run, method, labels), labels) for method in methods]
     files = LabelFiles()
     for path in beside:
+        if any(path.resolve() == side.run.resolve() for side in sides):
+            raise ConfigError("a run is shown already", where=path)
         entry = read_entries(path, [HEAD], files)[0]
         if entry.labels.videos != labels.videos or entry.labels.categories != labels.categories:
             raise ConfigError(
@@ -61,8 +67,15 @@ def read_sides(settings: Settings, labels: Labels, beside: Sequence[Path]) -> li
                 expected=f"{len(labels.videos)} videos as in {run}",
                 got=f"split {entry.split}, {len(entry.labels.videos)} videos",
             )
-        sides.append(_side(path.name, HEAD, entry.settings, entry.predictions, labels))
+        title = _free_title(path, [TRUTH, *(side.title for side in sides)])
+        sides.append(_side(title, HEAD, entry.settings, entry.predictions, labels))
     return sides
+
+
+def _free_title(run: Path, taken: Sequence[str]) -> str:
+    """The folder's name, with as many of the folders above it as make it another than those taken."""
+    parts = run.resolve().parts
+    return next(title for n in range(1, len(parts) + 1) if (title := "/".join(parts[-n:])) not in taken)
 
 
 def _side(title: str, method: str, settings: Settings, predictions: Sequence[TrackPrediction], labels: Labels) -> Side:

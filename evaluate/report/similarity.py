@@ -85,7 +85,7 @@ def similarity_matrix(settings: Settings, videos: VideoSet, video: Video) -> Sim
     names = {category.id: category.name for category in videos.labels.categories}
     shown = [names[tracks[identity].category_id] for identity in targets.identities_N.tolist()]
     trained = outputs.frame_similarity_LBTQC is not None
-    return _compare(embedded, trained, targets.frame_queries_LTN[0], match, clip, shown)
+    return _compare(embedded, trained, targets.frame_queries_LTN[0], match, video.name, shown)
 
 
 def _clip(videos: VideoSet, video: Video) -> Clip:
@@ -106,22 +106,22 @@ def _clip(videos: VideoSet, video: Video) -> Clip:
 
 
 def _compare(
-    embedded: tuple[Tensor, Tensor], trained: bool, matches_TN: Tensor, match: ClipMatch, clip: Clip, objects: list[str]
+    embedded: tuple[Tensor, Tensor], trained: bool, matches_TN: Tensor, match: ClipMatch, video: str, objects: list[str]
 ) -> SimilarityMatrix | None:
     frames_TQC, videos_VC = embedded
     object_F, frame_F = (matches_TN.t() >= 0).nonzero(as_tuple=True)  # by object, then by frame
-    order_M = match.object_DLM[-1, 0].argsort()
-    if not len(object_F) or not len(order_M):
+    object_M, query_M = match.object_DLM[-1, 0], match.query_DLM[-1, 0]
+    if not len(object_F) or not len(object_M):
         return None
     chosen_FC = frames_TQC[frame_F, matches_TN[frame_F, object_F]]
-    likeness_FM = chosen_FC @ videos_VC[match.query_DLM[-1, 0, order_M]].t()
+    likeness_FM = chosen_FC @ videos_VC[query_M].t()
     return SimilarityMatrix(
-        video=clip.name,
+        video=video,
         objects=tuple(objects),
         trained=trained,
         values_FM=(likeness_FM.sigmoid() if trained else likeness_FM).double().cpu().numpy(),
         row_objects_F=object_F.cpu().numpy(),
-        column_objects_M=match.object_DLM[-1, 0, order_M].cpu().numpy(),
+        column_objects_M=object_M.cpu().numpy(),
     )
 
 

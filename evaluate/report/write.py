@@ -10,21 +10,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import OmegaConf
 
-from cache.codecs.rate_distortion import read_calibration
+from cache.codecs.rate_distortion import Calibration, read_calibration
 from cache.errors import FrameError
 from cache.fingerprint import Provenance
 from cache.labels.tracks import Labels, Video
+from cache.layout import write_file_atomically
 from configs.changes import changed_settings
 from configs.schema import Settings
 from evaluate.compare.runs import detector_in_words, num_parameters
-from evaluate.metrics.weighted import HEADLINE
-from evaluate.pictures.overlays import DrawnTrack, evenly, labelled_tracks, predicted_tracks
+from evaluate.metrics.weighted import HEADLINE, precision_curves
+from evaluate.pictures.charts import COLOURS
+from evaluate.pictures.overlays import MIN_SCORE, TRUTH, DrawnTrack, evenly, labelled_tracks, predicted_tracks
 from evaluate.pictures.page import read_text, render
-from evaluate.report import figures
-from evaluate.report.precision_recall import precision_curves
+from evaluate.report import figures, numbers
 from evaluate.report.scrubber import ScrubbedVideo, scrub_video, within_budget
 from evaluate.report.sides import Scored, Side, read_sides, score_sides
 from evaluate.report.similarity import SimilarityMatrix, similarity_matrix, video_of_many_objects
@@ -34,7 +34,6 @@ from train_head.checkpoint import CHECKPOINT, load_checkpoint
 from train_head.data.video_sets import VideoSet, evaluation_split, open_evaluation_set
 from train_head.run_folder import PROVENANCE, read_metrics_log
 
-MIN_SCORE = 0.3  # tracks below it are not drawn
 SCRIPT = "report/scrubber.js"
 
 
@@ -45,8 +44,7 @@ def write_report(settings: Settings, beside: Sequence[Path] = ()) -> Path:
     evaluated yet, ConfigError where a run beside it was evaluated on other videos.
     """
     videos = open_evaluation_set(settings)
-    sides = read_sides(settings, videos.labels, beside)
-    scored = score_sides(sides)
+    sides = read_sides(settings, videos, beside)
     problem, scrubbed = None, list[ScrubbedVideo]()
     try:
         scrubbed = _scrubbed(settings, videos, sides)
@@ -54,6 +52,8 @@ def write_report(settings: Settings, beside: Sequence[Path] = ()) -> Path:
         problem = str(error)
     matrices = _similarity(videos, sides)
     calibration = read_calibration(videos.feature_cache.path)
+    scored = score_sides(sides)
+    drawn, tables = _figures(videos.labels, sides, scored, matrices, calibration)
     script = read_text(SCRIPT)
     page = render(
         "report/report.html.j2",
@@ -62,11 +62,9 @@ def write_report(settings: Settings, beside: Sequence[Path] = ()) -> Path:
         costs=stage_costs(settings),
         headline=HEADLINE,
         scored=scored,
-        categories=_categories(videos.labels, scored),
-        figures=_figures(videos.labels, sides, scored, matrices),
+        figures=drawn,
+        numbers=tables,
         similarity=matrices,
-        calibration=calibration,
-        distortion=None if calibration is None else figures.rate_distortion(calibration),
         min_score=MIN_SCORE,
         videos=scrubbed,
         problem=problem,
@@ -78,7 +76,7 @@ def write_report(settings: Settings, beside: Sequence[Path] = ()) -> Path:
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     path = sides[0].run / "report.html"
-    path.write_text(page, encoding="utf-8")
+    write_file_atomically(path, page.encode())
     return path
 
 
@@ -96,28 +94,31 @@ def _facts(settings: Settings, videos: VideoSet, run: Path) -> dict[str, str]:
     }
 
 
-def _categories(labels: Labels, scored: dict[str, Scored]) -> dict[str, list[float | None]]:
-    """AP (fractions, None where there is nothing to find) by category and side."""
-    values_NK = [[None if np.isnan(ap) else float(ap) for ap in of.categories_K] for of in scored.values()]
-    names = [category.name for category in labels.categories]
-    return {name: [values[k] for values in values_NK] for k, name in enumerate(names)} if scored else {}
-
-
 def _figures(
-    labels: Labels, sides: Sequence[Side], scored: dict[str, Scored], matrices: dict[str, SimilarityMatrix]
-) -> dict[str, str]:
-    found = {}
-    logs = {side.run.name: log for side in sides if side.method == HEAD and (log := read_metrics_log(side.run))}
+    labels: Labels,
+    sides: Sequence[Side],
+    scored: dict[str, Scored],
+    matrices: dict[str, SimilarityMatrix],
+    calibration: Calibration | None,
+) -> tuple[dict[str, str | None], dict[str, numbers.Numbers]]:
+    """Every figure, None where there is nothing to draw, and the tables of those that are drawn."""
+    drawn: dict[str, str | None] = dict.fromkeys(("learning", "categories", "precision", "similarity", "codecs"))
+    tables: dict[str, numbers.Numbers] = {}
+    logs = {side.title: log for side in sides if side.method == HEAD and (log := read_metrics_log(side.run))}
     if logs:
-        found["learning"] = figures.learning_curves(logs)
+        colours = {side.title: f"C{index % len(COLOURS)}" for index, side in enumerate(sides)}
+        drawn["learning"], tables["learning"] = figures.learning_curves(logs, colours), numbers.learning(logs)
     if scored:
         names = [category.name for category in labels.categories]
-        found["categories"] = figures.category_bars(names, {title: of.categories_K for title, of in scored.items()})
+        aps = {title: of.categories_K for title, of in scored.items()}
         curves = {side.title: precision_curves(side.evaluation.matches) for side in sides if side.evaluation}
-        found["precision"] = figures.precision_recall(curves)
+        drawn["categories"], tables["categories"] = figures.category_bars(names, aps), numbers.categories(names, aps)
+        drawn["precision"], tables["precision"] = figures.precision_recall(curves), numbers.precision(curves)
     if matrices:
-        found["similarity"] = figures.similarity_heat_maps(matrices)
-    return found
+        drawn["similarity"] = figures.similarity_heat_maps(matrices)
+    if calibration is not None:
+        drawn["codecs"], tables["codecs"] = figures.rate_distortion(calibration), numbers.codecs(calibration)
+    return drawn, tables
 
 
 def _similarity(videos: VideoSet, sides: Sequence[Side]) -> dict[str, SimilarityMatrix]:
@@ -129,7 +130,7 @@ def _similarity(videos: VideoSet, sides: Sequence[Side]) -> dict[str, Similarity
             own = videos if side is sides[0] else open_evaluation_set(side.settings)
             matrix = similarity_matrix(side.settings, own, video)
             if matrix is not None:
-                found[side.run.name] = matrix
+                found[side.title] = matrix
     return found
 
 
@@ -142,7 +143,7 @@ def _scrubbed(settings: Settings, videos: VideoSet, sides: Sequence[Side]) -> li
 
 
 def _drawn(labels: Labels, sides: Sequence[Side], video: Video) -> dict[str, list[DrawnTrack]]:
-    truth = {"ground truth": labelled_tracks(labels, video.id)} if labels.has_tracks else {}
+    truth = {TRUTH: labelled_tracks(labels, video.id)} if labels.has_tracks else {}
     return truth | {side.title: predicted_tracks(labels, side.predictions, video.id, MIN_SCORE) for side in sides}
 
 
@@ -155,5 +156,5 @@ def _provenance(videos: VideoSet, sides: Sequence[Side]) -> dict[str, dict[str, 
     for side in sides:
         path = side.run / PROVENANCE
         if side.method == HEAD and path.exists():
-            found[f"training of {side.run.name}"] = json.loads(path.read_text())
+            found[f"training of {side.title}"] = json.loads(path.read_text())
     return found | {"this page": asdict(Provenance.gather())}

@@ -1,4 +1,4 @@
-"""Tracks of a whole video from cached features (VITA §3.4; REFERENCE §5).
+"""Tracks of a whole video from cached features (VITA §3.4; scores and masks as in the release).
 
 Shapes: T frames, Q frame queries, V video queries, C channels, K categories, R stored channels, H×W the
 stored map, M decoded queries, N tracks.

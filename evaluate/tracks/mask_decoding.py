@@ -1,4 +1,4 @@
-"""Logit maps become masks at the original size, run-length encoded, and mask qualities (REFERENCE §5).
+"""Logit maps become masks at the original size, run-length encoded, and mask qualities, as in VITA's release.
 
 Shapes: t frames of a block, M queries, H×W the stride-4 map, G (frame, query) pairs whose mask is not empty,
 w×h a mask, column by column.

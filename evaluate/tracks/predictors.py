@@ -60,15 +60,22 @@ class HeadPredictor:
 
     def tokens(self, cached: CachedVideo, frames: Sequence[int]) -> Iterator[TokenBlock]:
         """The frame queries that the head sees, in blocks of `evaluate.chunk_frames`."""
-        for part in _blocks(frames, self.choices.chunk_frames):
-            stored_tLQC = torch.from_numpy(cached.frame_queries(part)).to(self.device)
-            yield keep_likeliest(self.frozen, self.frozen.normed(stored_tLQC[:, -1]), self.choices.keep_queries)
+        for normed_tQC in normed_queries(cached, self.frozen, frames, self.choices.chunk_frames, self.device):
+            yield prune_queries(self.frozen, normed_tQC, self.choices.keep_queries)
 
     def maps(self, cached: CachedVideo, frames: Sequence[int]) -> Iterator[Tensor]:
         """The stored maps (t, R, H, W), in the same blocks."""
         for map_tRHW in stored_maps(cached, frames, self.choices.chunk_frames, self.device):
             yield map_tRHW
             self.advance(len(map_tRHW))
+
+
+def normed_queries(
+    cached: CachedVideo, frozen: FrozenHeads, frames: Sequence[int], chunk_frames: int, device: torch.device
+) -> Iterator[Tensor]:
+    """The last detector layer's queries in blocks (t, Q, C), normed, read when they are needed."""
+    for part in _blocks(frames, chunk_frames):
+        yield frozen.normed(torch.from_numpy(cached.frame_queries(part)[:, -1]).to(device))
 
 
 def stored_maps(
@@ -83,7 +90,7 @@ def _blocks(frames: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     return (frames[start : start + size] for start in range(0, len(frames), size))
 
 
-def keep_likeliest(frozen: FrozenHeads, normed_tQC: Tensor, share: float) -> TokenBlock:
+def prune_queries(frozen: FrozenHeads, normed_tQC: Tensor, share: float) -> TokenBlock:
     """Of every frame keep the `share` of queries that the detector is least sure are no object (VITA, Table 6)."""
     if share >= 1:
         return TokenBlock.whole_frames(normed_tQC)
@@ -119,11 +126,11 @@ def baseline_predictor(settings: Settings, videos: VideoSet) -> VideoPredictor:
     label_map_KJ = label_map("category_map", len(categories), stored.num_classes, pairs).to(device)
 
     def predict(cached: CachedVideo) -> VideoTracks:
-        frames = range(cached.attributes.num_frames)
+        frames, chunk = range(cached.attributes.num_frames), settings.evaluate.chunk_frames
         return track_without_training(
             frozen,
-            frozen.normed(torch.from_numpy(cached.frame_queries())[:, -1].to(device)),
-            read_ahead(stored_maps(cached, frames, settings.evaluate.chunk_frames, device)),
+            lambda: read_ahead(normed_queries(cached, frozen, frames, chunk, device)),
+            read_ahead(stored_maps(cached, frames, chunk, device)),
             decoding=decoding,
             label_map_KJ=label_map_KJ,
             image_hw=cached.attributes.image_hw,
