@@ -14,8 +14,9 @@ from cache.codecs import Codec, select_codec
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
 from cache.fingerprint import Fingerprint
 from cache.heads import DetectorHeads
-from cache.labels.annotations import Labels, parse_labels
+from cache.labels.annotations import parse_labels
 from cache.labels.json_entries import parse_json
+from cache.labels.tracks import Labels
 from cache.layout import (
     ANNOTATIONS,
     CODEC,

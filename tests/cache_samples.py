@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.codecs import select_codec
+from cache.codecs.float16 import Float16
 from cache.fingerprint import Fingerprint
 from cache.heads import HEAD_SHAPES, DetectorHeads
 from cache.layout import VideoAttributes
@@ -71,7 +71,7 @@ def labels_of(lengths: dict[int, int], prefix: str = "") -> bytes:
 
 
 def open_writer(path: Path, labels: bytes | None = None, fingerprint: Fingerprint = FINGERPRINT) -> CacheWriter:
-    codec = select_codec("float16")
+    codec = Float16()
     return CacheWriter.open(path, fingerprint=fingerprint, heads=random_heads(), codec=codec, labels_json=labels)
 
 

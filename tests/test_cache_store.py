@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from cache.__main__ import main
 from cache.codecs import select_codec
+from cache.codecs.float16 import Float16
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
 from cache.layout import VideoAttributes, View, crop_map, video_group_name
 from cache.reader import FeatureCache
@@ -354,13 +355,13 @@ def test_other_format_versions_are_refused(path: Path) -> None:
 
 def test_unknown_codecs_are_refused(path: Path) -> None:
     with pytest.raises(CacheError, match=r"unknown codec.*float16.*jpeg"):
-        select_codec("jpeg")
+        select_codec("jpeg", {}, {})
     with pytest.raises(CacheError, match="codec differs"):
         CacheWriter.open(
             path,
             fingerprint=replace(FINGERPRINT, codec="int8"),
             heads=random_heads(),
-            codec=select_codec("float16"),
+            codec=Float16(),
             labels_json=None,
         )
 

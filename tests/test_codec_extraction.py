@@ -22,7 +22,6 @@ from cache.codecs.rate_distortion import (
     smallest_faithful,
     write_calibration,
 )
-from cache.detector_masks import predict_queries
 from cache.errors import ConfigError, CorruptData, FingerprintMismatch
 from cache.labels.annotations import load_labels
 from cache.reader import FeatureCache
@@ -32,6 +31,7 @@ from configs.schema import Settings
 from evaluate.stage import evaluate
 from extract.__main__ import main as extract_main
 from extract.calibration import draw_frames
+from extract.detector_masks import predict_queries
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels

@@ -135,7 +135,7 @@ def test_fits_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(CorruptData, match="positive"):
         select_codec("int8", {}, {"step": np.zeros(3, np.float32), "offset": np.zeros(3, np.float32)})
     with pytest.raises(CacheError, match="unknown codec"):
-        select_codec("int9")
+        select_codec("int9", {}, {})
 
 
 # The container

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cache.codecs import select_codec
+from cache.codecs.float16 import Float16
 from cache.errors import AnnotationError, CorruptData, FingerprintMismatch
 from cache.fingerprint import Fingerprint, Provenance, sha256_file, source_digest
 from cache.layout import View, video_group_name
@@ -144,7 +144,7 @@ def test_row_provenance_never_matters(path: Path) -> None:
         path,
         fingerprint=FINGERPRINT,
         heads=random_heads(),
-        codec=select_codec("float16"),
+        codec=Float16(),
         labels_json=None,
         provenance=elsewhere,
     )

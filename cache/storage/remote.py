@@ -1,7 +1,7 @@
 """Caches in object stores (`s3://`, `gs://`, `az://`, `https://`), read through obstore (the extra `remote`).
 
 Credentials and endpoints come from the environment, as for every other tool (AWS_ACCESS_KEY_ID, AWS_ENDPOINT, ...).
-A clip is two requests a shard at most: its index, once, and the wanted frames, which obstore fetches at a time.
+A clip is two requests a shard at most: its index, once, and the wanted frames, which obstore fetches in parallel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import CacheError, CorruptData
+from cache.errors import CacheError, CorruptData, first_line
 from cache.layout import METADATA, VIDEOS
 from cache.storage.compression import decompress
 from cache.storage.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SCHEME = re.compile(r"^(s3|gs|az|https?):/+")
 REQUESTS = 16
-"""At a time."""
+"""In parallel."""
 RETRY_HINT = "if the object store is at fault, try again; else extract this video anew"
 
 
@@ -49,13 +49,8 @@ def object_store(url: str) -> ObjectStore:
     try:
         store: ObjectStore = from_url(url, client_options={"allow_http": True} if url.startswith("http:") else None)
     except Exception as error:
-        raise CacheError(f"not a usable address: {_first_line(error)}", where=url) from error
+        raise CacheError(f"not a usable address: {first_line(error)}", where=url) from error
     return store
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong; obstore adds a page of internals."""
-    return str(error).strip().partition("\n")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +137,7 @@ class RemoteStore:
             obstore.put(self.objects, name, file)
         except (obstore.exceptions.BaseError, OSError) as error:
             raise CacheError(
-                f"cannot be written: {_first_line(error)}", where=f"{self.url}/{name}", hint=RETRY_HINT
+                f"cannot be written: {first_line(error)}", where=f"{self.url}/{name}", hint=RETRY_HINT
             ) from error
 
     def names(self, group: str) -> list[str]:
@@ -173,7 +168,7 @@ class RemoteStore:
             return None
         except (obstore.exceptions.BaseError, OSError) as error:
             raise CacheError(
-                f"cannot be read: {_first_line(error)}", where=f"{self.url}/{name}", hint=RETRY_HINT
+                f"cannot be read: {first_line(error)}", where=f"{self.url}/{name}", hint=RETRY_HINT
             ) from error
 
 
@@ -226,7 +221,7 @@ class RemoteFrames:
             starts, lengths = [entry[0] for entry in entries], [entry[1] for entry in entries]
             found = obstore.get_ranges(self.store.objects, file, starts=starts, lengths=lengths)
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise self._corrupt(f"shard cannot be read: {_first_line(error)}", frames[0]) from error
+            raise self._corrupt(f"shard cannot be read: {first_line(error)}", frames[0]) from error
         return [bytes(chunk) for chunk in found]
 
     def _index(self, file: str, frame: int) -> list[tuple[int, int]]:

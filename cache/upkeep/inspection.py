@@ -97,7 +97,7 @@ def verify_root(feature_cache: FeatureCache) -> Iterator[Finding]:
 
 
 def _own_codec(feature_cache: FeatureCache) -> Codec:
-    """The codec, if it is the one that the fingerprint tells of."""
+    """The codec, if it is the one that the fingerprint names."""
     codec, wanted = feature_cache.codec, feature_cache.fingerprint.codec
     if codec_identity(codec) != wanted:
         raise CorruptData("codec and fingerprint disagree", expected=wanted, got=codec_identity(codec))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.errors import CacheError
+from cache.errors import CacheError, some
 from cache.layout import ANNOTATIONS, FORMAT_VERSION, VIDEOS
 from cache.reader import FeatureCache, Root
 from cache.storage.locks import VideoLocks
@@ -77,10 +77,10 @@ def differences(first: FeatureCache, second: FeatureCache) -> Iterator[str]:
     names = set(first.video_names()), set(second.video_names())
     for here, only in (("here", names[0] - names[1]), ("there", names[1] - names[0])):
         if only:
-            yield f"videos: {len(only)} only {here}: {_some(sorted(only))}"
+            yield f"videos: {len(only)} only {here}: {some(sorted(only))}"
     other_frames = [name for name in sorted(names[0] & names[1]) if _shown(first, name) != _shown(second, name)]
     if other_frames:
-        yield f"videos: {len(other_frames)} show other frames, such as {_some(other_frames)}"
+        yield f"videos: {len(other_frames)} show other frames, such as {some(other_frames)}"
     if first.store.read_file(ANNOTATIONS) != second.store.read_file(ANNOTATIONS):
         yield "labels: the label files differ"
     yield from _origins(first.root.sessions, second.root.sessions)
@@ -105,7 +105,3 @@ def _flat(session: dict[str, Any]) -> dict[str, Any]:
     for key, value in session.items():
         flat |= {f"{key}: {inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
     return flat
-
-
-def _some(names: list[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

@@ -57,7 +57,7 @@ def fetch_all_but_videos(store: RemoteStore, folder: Path) -> None:
 
 
 def _fetch_video(store: RemoteStore, group: str, folder: Path) -> None:
-    """All of a video's files, at a time, the commit marker last."""
+    """All of a video's files in parallel, the commit marker last."""
     marker = f"{group}/{METADATA}"
     _fetch_all(store, [name for name in store.listing(f"{group}/") if name != marker], folder)
     sync_tree(folder / group)
