@@ -16,7 +16,8 @@ from cache.heads import DetectorHeads
 from cache.layout import METADATA, VIDEOS, VideoAttributes
 from cache.reader import FeatureCache
 from cache.sink import VideoSink
-from cache.storage.remote import RemoteStore, remote_url
+from cache.storage.connection import remote_url
+from cache.storage.remote import RemoteStore
 from cache.upkeep.staging import fetch_all_but_videos, staged_folder
 from cache.upkeep.upload import put_all_but_videos, put_video
 from cache.writer import CacheWriter, check_continuation, video_sources

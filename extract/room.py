@@ -18,7 +18,7 @@ from cache.codecs.rate_distortion import Calibration, Distortion
 from cache.errors import CacheError
 from cache.layout import Size, VideoAttributes
 from cache.remote_writer import LOCAL_VIDEOS
-from cache.storage.remote import remote_url
+from cache.storage.connection import remote_url
 from cache.storage.stores import extraction_store
 from configs.schema import Settings
 from configs.splits import SplitPaths

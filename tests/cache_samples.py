@@ -120,5 +120,5 @@ def write_until_killed(path: Path, fatal_event: int) -> None:
 
 
 def read_in_worker(feature_cache: FeatureCache) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-    video = feature_cache.video("7")
+    video = feature_cache.video("1")
     return video.frame_queries([3, 1]), video.mask_features([66])

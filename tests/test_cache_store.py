@@ -34,7 +34,6 @@ from tests.cache_samples import (
     open_writer,
     random_features,
     random_heads,
-    read_in_worker,
     write_all_pending,
     write_until_killed,
     write_video,
@@ -129,18 +128,6 @@ def test_views_have_groups_of_their_own(path: Path) -> None:
         writer.video("7@edge320", attributes_of(3)),
     ):
         pass
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_opened_caches_travel_to_worker_processes(path: Path, method: str) -> None:
-    write_video(open_writer(path), "7", 70)
-    feature_cache = FeatureCache.open(path)
-    here = read_in_worker(feature_cache)
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        there = pool.apply(read_in_worker, (feature_cache,))
-    np.testing.assert_array_equal(there[0], here[0])
-    np.testing.assert_array_equal(there[1], here[1])
 
 
 def test_preloaded_videos_stay_in_memory_but_do_not_travel(path: Path) -> None:

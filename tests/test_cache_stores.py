@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
 import h5py
 import numpy as np
@@ -16,7 +19,8 @@ import pytest
 from cache.__main__ import main
 from cache.errors import CacheError, CorruptData, FingerprintMismatch, IncompleteVideo
 from cache.reader import ClipArrays, FeatureCache
-from cache.storage.remote import remote_url
+from cache.storage.connection import remote_url
+from cache.storage.remote import RemoteStore
 from cache.upkeep.staging import stage
 from cache.upkeep.transfer import export_hdf5, import_hdf5
 from cache.upkeep.upload import upload
@@ -28,6 +32,7 @@ from tests.cache_samples import (
     labels_of,
     open_writer,
     random_features,
+    read_in_worker,
     write_video,
 )
 from tests.object_store import local_s3
@@ -117,6 +122,25 @@ def test_travels_to_other_processes_unopened(original: Path, place: Place) -> No
     before = feature_cache.video("2").frame_queries([4])
     again: FeatureCache = pickle.loads(pickle.dumps(feature_cache))
     np.testing.assert_array_equal(again.video("2").frame_queries([4]), before)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_caches_in_use_travel_to_worker_processes(original: Path, place: Place, method: str) -> None:
+    feature_cache = FeatureCache.open(place(original))
+    here = read_in_worker(feature_cache)
+    is_remote = isinstance(feature_cache.store, RemoteStore)
+    if is_remote and method == "forkserver":
+        pytest.skip("where another test has started the fork server, that does not know this S3 server's address")
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        reading = pool.apply_async(read_in_worker, (feature_cache,))
+        if is_remote and method == "fork":  # Without the refusal it would hang.
+            with pytest.raises(CacheError, match=r"forked[\s\S]*forkserver"):
+                reading.get(20)
+            return
+        there = reading.get(60)
+    np.testing.assert_array_equal(there[0], here[0])
+    np.testing.assert_array_equal(there[1], here[1])
 
 
 def test_only_committed_videos_are_there(original: Path, place: Place, tmp_path: Path) -> None:
@@ -255,3 +279,47 @@ def test_damage_in_the_object_store_is_found(original: Path, bucket: str, tmp_pa
         video.mask_features([3])
     with pytest.raises(CacheError, match="no feature cache here"):
         FeatureCache.open(f"{bucket}/nothing")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "3", "{", '{"attributes": 3}'])
+def test_damaged_metadata_in_the_object_store_harm_their_video_alone(
+    original: Path, bucket: str, tmp_path: Path, content: str
+) -> None:
+    address = f"{bucket}/{tmp_path.name}"
+    upload(original, address)
+    (tmp_path / "damaged").write_text(content)
+    RemoteStore(url=address).put("videos/2/mask_features/zarr.json", tmp_path / "damaged")
+    with pytest.raises(CorruptData, match=r"videos/2/mask_features.*layout"):
+        FeatureCache.open(address).video("2").mask_features()
+    RemoteStore(url=address).put("videos/2/zarr.json", tmp_path / "damaged")
+    feature_cache = FeatureCache.open(address)
+    assert (feature_cache.video_names(), feature_cache.incomplete()) == (["1"], ["2"])
+    with pytest.raises(CorruptData, match=r"videos/2/zarr\.json"):
+        feature_cache.video("2")
+
+
+class _Denying(BaseHTTPRequestHandler):
+    """An object store that lets nobody in."""
+
+    def do_GET(self) -> None:
+        self.send_response(403)
+        self.end_headers()
+
+    def log_message(self, *arguments: object) -> None: ...
+
+
+def test_a_refused_request_is_told_as_such(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with HTTPServer(("127.0.0.1", 0), _Denying) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+        store = RemoteStore(url="s3://private/a")
+        for request, what in ((store.names, "listed"), (store.listing, "listed"), (store.get, "read")):
+            with pytest.raises(CacheError, match=rf"s3://private/a/videos.* cannot be {what}[\s\S]*credentials"):
+                request("videos")
+        server.shutdown()
+
+
+def test_a_plain_web_server_is_refused_with_a_hint() -> None:
+    with pytest.raises(CacheError, match=r"https://example\.org/a: a web server does not list[\s\S]*hint: .*s3://"):
+        FeatureCache.open("https://example.org/a")

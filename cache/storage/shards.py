@@ -60,14 +60,16 @@ class ShardedFrames:
     _shards: dict[int, _Shard] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def recognise(cls, folder: Path, metadata: dict[str, Any]) -> ShardedFrames | None:
-        """The array, if its metadata has exactly the prescribed layout, else None."""
-        shape = tuple(metadata["shape"])
-        if metadata["data_type"] not in DTYPES or len(shape) < 2 or min(shape) < 1:
-            return None
-        dtype = np.dtype(DTYPES[metadata["data_type"]])
-        frames_per_shard = int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
-        if metadata != metadata | prescribed_metadata(shape, dtype, frames_per_shard, metadata["codecs"]):
+    def recognise(cls, folder: Path, metadata: Any) -> ShardedFrames | None:
+        """The array, if its metadata (any JSON) has exactly the prescribed layout, else None."""
+        try:
+            shape, dtype = tuple(metadata["shape"]), np.dtype(DTYPES[metadata["data_type"]])
+            frames_per_shard = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+            if len(shape) < 2 or any(type(size) is not int or size < 1 for size in (*shape, frames_per_shard)):
+                return None
+            if metadata != metadata | prescribed_metadata(shape, dtype, frames_per_shard, metadata["codecs"]):
+                return None
+        except (KeyError, TypeError, IndexError, AttributeError):
             return None
         return cls(
             folder=folder,
@@ -138,9 +140,9 @@ class ShardedFrames:
 
     def _read_index(self, descriptor: int, number: int, file_bytes: int) -> list[tuple[int, int]]:
         """Offset and size of each chunk of the shard."""
-        content = bytearray(index_bytes(self.frames_per_shard))
-        start, first_frame = file_bytes - len(content), number * self.frames_per_shard
-        if start < 0 or not _read_fully(descriptor, memoryview(content), start):
+        size, first_frame = index_bytes(self.frames_per_shard), number * self.frames_per_shard
+        content = bytearray(min(size, file_bytes))
+        if len(content) < size or not _read_fully(descriptor, memoryview(content), file_bytes - size):
             raise self._corrupt("shard is shorter than its index", first_frame)
         index = decode_index(content)
         if index is None:

@@ -68,7 +68,8 @@ def committed(store: Store, video: str) -> dict[str, Any] | None:
 
 def open_store(path: Path | str) -> Store:
     """The store that a path names; whether there is a cache in it shows when it is read."""
-    from cache.storage.remote import RemoteStore, remote_url
+    from cache.storage.connection import remote_url
+    from cache.storage.remote import RemoteStore
 
     url = remote_url(path)
     if url is not None:
@@ -84,7 +85,8 @@ def open_store(path: Path | str) -> Store:
 
 def extraction_store(path: Path | str) -> Store:
     """The store that an extraction to `path` begins or continues: an address or a folder, never a file beside it."""
-    from cache.storage.remote import RemoteStore, remote_url
+    from cache.storage.connection import remote_url
+    from cache.storage.remote import RemoteStore
 
     url = remote_url(path)
     return FolderStore(path=Path(path)) if url is None else RemoteStore(url=url)

@@ -9,8 +9,9 @@ from cache.errors import CacheError
 from cache.layout import CODEC, DETECTOR, METADATA, VIDEOS, write_file_atomically
 from cache.progress import with_progress
 from cache.reader import FeatureCache
+from cache.storage.connection import remote_url
 from cache.storage.locks import locked
-from cache.storage.remote import REQUESTS, RemoteStore, remote_url
+from cache.storage.remote import REQUESTS, RemoteStore
 from cache.storage.stores import FolderStore, committed
 from cache.writer import sync_tree
 
