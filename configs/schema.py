@@ -146,7 +146,9 @@ class CacheSettings:
     identity_share: float = 0.1  # λ of the logit codec: how much it cares for what the detector does not look at
     calibration_frames: int = 96  # that codecs are fitted to and, every third one, judged on
     preload: bool = False  # keep every video read in memory: for sets that fit
-    stage_to: str | None = None  # local folder for a remote path: training copies to it, extraction writes there first
+    stage_to: str | None = (
+        None  # folder on a local disk: training copies to it; extraction to an address passes through it
+    )
     ignore_space: bool = False  # extract even if the features do not seem to fit on the disk
 
 

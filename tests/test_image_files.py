@@ -108,8 +108,8 @@ def test_empty_folders_odd_ones_out_and_broken_images(tmp_path: Path) -> None:
     with pytest.raises(FrameError, match=r"2\.png: not a readable image"):
         look_through(tmp_path)
     (tmp_path / "2.png").unlink()
-    (footage,) = look_through(tmp_path)
     (tmp_path / "1.jpg").write_bytes((tmp_path / "1.jpg").read_bytes()[:-800])
+    (footage,) = look_through(tmp_path)
     with pytest.raises(FrameError, match=r"1\.jpg: not a readable image"):
         list(footage.frames())
 

@@ -22,7 +22,7 @@ from cache.storage.compression import decompress
 from cache.storage.connection import in_words, object_store, require_connecting_process
 from cache.storage.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
 from cache.storage.shards import ShardedFrames, checked_output
-from cache.storage.stores import committed, require_finite
+from cache.storage.stores import committed, is_record, require_finite
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -112,8 +112,8 @@ class RemoteStore:
             return {entry["path"]: entry["size"] for entry in obstore.list(self.objects, prefix=prefix).collect()}
 
     def files(self) -> list[str]:
-        """Names of the objects at the top, sorted."""
-        return sorted(entry["path"] for entry in self._entries("")["objects"])
+        """See Store."""
+        return sorted(entry["path"] for entry in self._entries("")["objects"] if is_record(entry["path"]))
 
     def put(self, name: str, file: Path) -> None:
         """Store a file's bytes. Raises CacheError where the store refuses them."""
@@ -121,6 +121,18 @@ class RemoteStore:
             import obstore
 
             obstore.put(self.objects, name, file)
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy an object's bytes to the file `target`. Raises CacheError where the store cannot be reached."""
+        with target.open("wb") as file:
+            for piece in self._pieces(name):
+                file.write(piece)
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        with in_words(f"{self.url}/{name}"):
+            import obstore
+
+            yield from map(bytes, obstore.get(self.objects, name).stream())
 
     def names(self, group: str) -> list[str]:
         """Names of the groups and arrays in a group, sorted."""
