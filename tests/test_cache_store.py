@@ -20,6 +20,7 @@ from cache.codecs import select_codec
 from cache.codecs.float16 import Float16
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
 from cache.layout import VideoAttributes, View, crop_map, video_group_name
+from cache.preload import available_bytes, held_bytes, require_memory
 from cache.reader import FeatureCache
 from cache.writer import CacheWriter
 from tests.cache_samples import (
@@ -146,6 +147,21 @@ def test_preloaded_videos_stay_in_memory_but_do_not_travel(path: Path) -> None:
     np.testing.assert_array_equal(again.frame_queries([4, 4, 2]), expected)
     with pytest.raises(IndexError, match="20"):
         again.frame_queries([-1])
+
+
+def test_preloading_is_refused_where_memory_is_short(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = open_writer(path)
+    write_video(writer, "1", 20)
+    write_video(writer, "2", 5)
+    feature_cache = FeatureCache.open(path, preload=True)
+    videos = [feature_cache.video(name) for name in ("1", "2")]
+    held = sum(video.frame_queries().nbytes + video.mask_features().nbytes for video in videos)
+    assert held_bytes(feature_cache, ["1", "2"]) == held
+    assert (available_bytes() or 2**40) > 2**20
+    monkeypatch.setattr("cache.preload.available_bytes", lambda: 3 * held)
+    require_memory(feature_cache, ["1", "2"], 3)
+    with pytest.raises(CacheError, match=r"2 videos in the memory of each of 4 processes[\s\S]*cache\.preload=false"):
+        require_memory(feature_cache, ["1", "2"], 4)
 
 
 def test_memory_does_not_grow_with_the_video(path: Path) -> None:
