@@ -121,13 +121,14 @@ def verify(path: str, as_json: bool) -> int:
     names = feature_cache.video_names()
     for name in with_progress(names, "verify", unit="video"):
         findings += verify_video(feature_cache, name)
+    defects = sum(not finding.warning for finding in findings)
     if as_json:
         print(json.dumps({"videos": len(names), "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         for finding in findings:
-            print(f"{finding.where}: {finding.rule}: {finding.message}")
-        print(f"{path}: {len(names)} videos, {len(findings)} defects")
-    return 1 if findings else 0
+            print(f"{finding.where}: {'warning: ' if finding.warning else ''}{finding.rule}: {finding.message}")
+        print(f"{path}: {len(names)} videos, {defects} defects")
+    return 1 if defects else 0
 
 
 def prune_videos(path: str, delete: bool) -> int:

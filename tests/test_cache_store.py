@@ -7,7 +7,7 @@ import multiprocessing
 import pickle
 import shutil
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +18,13 @@ from numpy.typing import NDArray
 from cache.__main__ import main
 from cache.codecs import select_codec
 from cache.codecs.float16 import Float16
+from cache.codecs.int8 import Int8
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
 from cache.layout import VideoAttributes, View, crop_map, video_group_name
 from cache.preload import available_bytes, held_bytes, require_memory
 from cache.reader import FeatureCache
+from cache.storage.shard_writer import ShardWriter
+from cache.upkeep.inspection import verify_root
 from cache.writer import CacheWriter
 from tests.cache_samples import (
     FINGERPRINT,
@@ -431,6 +434,27 @@ def spoil_attribute(path: Path, name: str, value: object) -> None:
     file.write_text(json.dumps(document))
 
 
+def spoil_fingerprint(path: Path) -> None:
+    document = json.loads((path / "zarr.json").read_text())
+    document["attributes"]["fingerprint"]["short_edge"] = 25
+    (path / "zarr.json").write_text(json.dumps(document))
+
+
+def spoil_shape(path: Path, field: str, shape: tuple[int, ...]) -> None:
+    """Another array in the prescribed layout, of another detector or codec."""
+    shutil.rmtree(path / "videos/1" / field)
+    values = np.ones(shape, np.float16)
+    writer = ShardWriter(path / "videos/1" / field, shape[0], values, ("T", "a", "b", "c"))
+    writer.append(values)
+    writer.finish()
+
+
+def spoil_labels(path: Path, **fields: object) -> None:
+    document = json.loads((path / "annotations.json").read_text())
+    document["videos"][0] |= fields
+    (path / "annotations.json").write_text(json.dumps(document))
+
+
 def spoil_tracks(path: Path) -> None:
     """An object with masks for four of five frames."""
     document = json.loads((path / "annotations.json").read_text())
@@ -452,13 +476,20 @@ def truncate(file: Path) -> None:
         (lambda path: (path / "videos/1/mask_features/c.0.0.0.0").unlink(), ["mask_features"]),
         (lambda path: (path / "detector/class_embed.bias/c.0").unlink(), ["detector"]),
         (lambda path: (path / "annotations.json").write_text("{}"), ["labels"]),
-        (lambda path: (path / "annotations.json").write_bytes(labels_of({2: 5})), ["labels"]),
+        (lambda path: (path / "annotations.json").write_bytes(labels_of({2: 5})), ["labels", "absent"]),
         (lambda path: (path / "annotations.json").write_bytes(labels_of({1: 6})), ["labels"]),
         (spoil_tracks, ["labels"]),
         (lambda path: spoil_attribute(path, "num_frames", 4), ["labels", "frame_queries", "mask_features"]),
         (lambda path: spoil_attribute(path, "image_hw", [16, 40]), ["mask_features"]),
         (lambda path: spoil_attribute(path, "image_hw", "large"), ["attributes"]),
         (lambda path: truncate(path / "videos/1/mask_features/c.0.0.0.0"), ["mask_features"]),
+        (spoil_fingerprint, ["fingerprint"]),
+        (lambda path: spoil_attribute(path, "original_hw", [80, 48]), ["labels"]),
+        (lambda path: spoil_labels(path, width=81), ["labels"]),
+        (lambda path: spoil_attribute(path, "view", {**asdict(View(flip=True))}), ["attributes"]),
+        (lambda path: spoil_shape(path, "frame_queries", (5, 3, 4, 7)), ["frame_queries"]),
+        (lambda path: spoil_shape(path, "frame_queries", (5, 2, 4, 6)), ["frame_queries"]),
+        (lambda path: spoil_shape(path, "mask_features", (5, 7, 7, 11)), ["mask_features"]),
     ],
 )
 def test_verify_finds_every_defect(
@@ -470,6 +501,20 @@ def test_verify_finds_every_defect(
     assert main(["verify", str(path), "--json"]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert [finding["rule"] for finding in findings] == rules
+
+
+def test_a_codec_for_other_channels_than_the_heads_is_found(path: Path) -> None:
+    codec = Int8(step_C=np.ones(5, np.float32), offset_C=np.zeros(5, np.float32))
+    open_writer(path, codec=codec)
+    (finding,) = verify_root(FeatureCache.open(path))
+    assert finding.rule == "codec" and "not for 6 channels" in finding.message
+
+
+def test_labelled_videos_that_are_absent_are_worth_a_warning(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(open_writer(path, labels_of({1: 5, 2: 3})), "1", 5)
+    assert main(["verify", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "warning: absent: 1 of 2 labelled videos are not in the cache: 2\n" in said and "0 defects" in said
 
 
 def test_the_command_line_reports_bad_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cache.codecs import Codec, codec_identity
-from cache.errors import CorruptData, VitaCacheError
+from cache.codecs import codec_identity
+from cache.errors import CorruptData, VitaCacheError, some
 from cache.fingerprint import Fingerprint
 from cache.labels.annotations import parse_labels
-from cache.layout import ANNOTATIONS, FRAME_QUERIES, MASK_FEATURES, shard_ranges
+from cache.layout import ANNOTATIONS, AXES, FRAME_QUERIES, MASK_FEATURES, shard_ranges
 from cache.reader import CachedVideo, FeatureCache
 from cache.writer import video_sources
 
@@ -56,39 +56,48 @@ class Finding:
     where: str
     rule: str
     message: str
+    warning: bool = False
+    """Whether it is worth knowing, but no defect."""
 
 
 def summarise(path: Path | str) -> Summary:
     """Count what is in the cache at `path`. Raises CacheError where there is none."""
     feature_cache = FeatureCache.open(path)
     videos = [feature_cache.video(name) for name in feature_cache.video_names()]
+    query_bytes, map_bytes = (
+        [video.store.size(video.name, field) for video in videos] for field in (FRAME_QUERIES, MASK_FEATURES)
+    )
     return Summary(
         videos=len(videos),
-        views=_views(videos),
+        views=_views(videos, map(sum, zip(query_bytes, map_bytes, strict=True))),
         incomplete=feature_cache.incomplete(),
         frames=sum(video.attributes.num_frames for video in videos),
-        frame_query_bytes=sum(video.store.size(video.name, FRAME_QUERIES) for video in videos),
-        mask_feature_bytes=sum(video.store.size(video.name, MASK_FEATURES) for video in videos),
+        frame_query_bytes=sum(query_bytes),
+        mask_feature_bytes=sum(map_bytes),
         fingerprint=feature_cache.fingerprint,
         fingerprint_sha256=feature_cache.fingerprint.digest(),
         provenance=list(feature_cache.root.sessions),
     )
 
 
-def _views(videos: Sequence[CachedVideo]) -> list[ViewSummary]:
+def _views(videos: Sequence[CachedVideo], video_bytes: Iterable[int]) -> list[ViewSummary]:
     sizes: dict[str, list[int]] = {}
-    for video in videos:
-        size = video.store.size(video.name, FRAME_QUERIES) + video.store.size(video.name, MASK_FEATURES)
+    for video, size in zip(videos, video_bytes, strict=True):
         sizes.setdefault(video.attributes.view.kind, []).append(size)
     return [ViewSummary(kind=kind, videos=len(held), bytes=sum(held)) for kind, held in sorted(sizes.items())]
 
 
 def verify_root(feature_cache: FeatureCache) -> Iterator[Finding]:
-    """Check all but the videos: heads, codec, labels, unfinished videos, and videos unknown to the labels."""
+    """Check all but the videos: root, heads, codec, labels, unfinished videos, and how videos and labels agree."""
     where = str(feature_cache.path)
-    for rule, load in (("codec", lambda: _own_codec(feature_cache)), ("detector", lambda: feature_cache.heads)):
+    checks = (
+        ("fingerprint", lambda: _check_digest(feature_cache)),
+        ("detector", lambda: feature_cache.heads),
+        ("codec", lambda: _check_codec(feature_cache)),
+    )
+    for rule, check in checks:
         try:
-            load()
+            check()
         except VitaCacheError as error:
             yield Finding(where=where, rule=rule, message=str(error))
     for name in feature_cache.incomplete():
@@ -96,12 +105,26 @@ def verify_root(feature_cache: FeatureCache) -> Iterator[Finding]:
     yield from _verify_labels(feature_cache)
 
 
-def _own_codec(feature_cache: FeatureCache) -> Codec:
-    """The codec, if it is the one that the fingerprint names."""
+def _check_digest(feature_cache: FeatureCache) -> None:
+    root, digest = feature_cache.store.attributes("") or {}, feature_cache.fingerprint.digest()
+    stored = root.get("fingerprint_sha256")
+    if stored != digest:
+        raise CorruptData("the fingerprint is not that of fingerprint_sha256", expected=stored, got=digest)
+
+
+def _check_codec(feature_cache: FeatureCache) -> None:
+    """Raise CorruptData unless the codec is the one that the fingerprint names, and fits the heads."""
     codec, wanted = feature_cache.codec, feature_cache.fingerprint.codec
     if codec_identity(codec) != wanted:
         raise CorruptData("codec and fingerprint disagree", expected=wanted, got=codec_identity(codec))
-    return codec
+    try:
+        num_channels = feature_cache.heads.feature_dim
+    except VitaCacheError:
+        return  # Reported already.
+    try:
+        codec.fold(np.zeros((1, num_channels), np.float32))
+    except ValueError as error:
+        raise CorruptData(f"the codec is not for {num_channels} channels, which the heads have") from error
 
 
 def _verify_labels(feature_cache: FeatureCache) -> Iterator[Finding]:
@@ -115,17 +138,22 @@ def _verify_labels(feature_cache: FeatureCache) -> Iterator[Finding]:
     except VitaCacheError as error:
         yield Finding(where=str(labels), rule="labels", message=str(error))
         return
-    lengths = {str(video["id"]): len(video["file_names"]) for video in document["videos"]}
-    for name in feature_cache.video_names():
-        message = _misalignment(feature_cache, name, sources, lengths)
+    listed, names = {str(video["id"]): video for video in document["videos"]}, feature_cache.video_names()
+    for name in names:
+        message = _misalignment(feature_cache, name, sources, listed)
         if message is not None:
             yield Finding(where=f"{labels}: video {name!r}", rule="labels", message=f"the video {message}")
+    begun = {name.partition("@")[0] for name in (*names, *feature_cache.incomplete())}
+    absent = sorted(listed.keys() - begun)
+    if absent:
+        message = f"{len(absent)} of {len(listed)} labelled videos are not in the cache: {some(absent)}"
+        yield Finding(where=str(labels), rule="absent", message=message, warning=True)
 
 
 def _misalignment(
-    feature_cache: FeatureCache, name: str, sources: Mapping[str, str], lengths: Mapping[str, int]
+    feature_cache: FeatureCache, name: str, sources: Mapping[str, str], listed: Mapping[str, Any]
 ) -> str | None:
-    """How a video contradicts the labels' digests of frames and numbers of frames, None where it agrees."""
+    """How a video contradicts the labels' digests, sizes and numbers of frames, None where it agrees."""
     video_id = name.partition("@")[0]
     if video_id not in sources:
         return "is not in the labels"
@@ -135,8 +163,11 @@ def _misalignment(
         return None  # Reported where the video is verified.
     if video.source not in (None, sources[video_id]):
         return "shows other frames than the labels list"
-    stored, listed = video.attributes.num_frames, lengths[video_id]
-    return None if stored == listed else f"has {stored} frames, the labels list {listed}"
+    stored, wanted = video.attributes, listed[video_id]
+    if stored.num_frames != len(wanted["file_names"]):
+        return f"has {stored.num_frames} frames, the labels list {len(wanted['file_names'])}"
+    size = stored.view.crop[2:] if stored.view.crop else (wanted["height"], wanted["width"])
+    return None if stored.original_hw == size else f"has frames of {stored.original_hw}, by labels and view {size}"
 
 
 def verify_video(feature_cache: FeatureCache, name: str) -> Iterator[Finding]:
@@ -147,6 +178,9 @@ def verify_video(feature_cache: FeatureCache, name: str) -> Iterator[Finding]:
     except VitaCacheError as error:
         yield Finding(where=where, rule="attributes", message=str(error))
         return
+    if video.attributes.view.name != name.partition("@")[2]:
+        message = f"the group's name does not follow from its view, {video.attributes.view.name!r}"
+        yield Finding(where=where, rule="attributes", message=message)
     for field in (FRAME_QUERIES, MASK_FEATURES):
         try:
             message = _defect(feature_cache, video, field)
@@ -157,14 +191,29 @@ def verify_video(feature_cache: FeatureCache, name: str) -> Iterator[Finding]:
 
 
 def _defect(feature_cache: FeatureCache, video: CachedVideo, field: str) -> str | None:
+    array = video.queries if field == FRAME_QUERIES else video.maps
     dtype = np.dtype("<f2") if field == FRAME_QUERIES else feature_cache.codec.dtype
+    if array.dtype != dtype:
+        return f"dtype {array.dtype} instead of {dtype}"
+    for axis, size in _expected_sizes(feature_cache, field).items():
+        stored = array.shape[AXES[field].index(axis)]
+        if stored != size:
+            return f"{stored} instead of {size} on the axis {axis}, by fingerprint, heads and codec"
     for frames in shard_ranges(video.attributes.num_frames):
-        block = video.frame_queries(frames) if field == FRAME_QUERIES else video.mask_features(frames)
-        if block.dtype != dtype:
-            return f"dtype {block.dtype} instead of {dtype}"
-        if field == FRAME_QUERIES and block.shape[1] != feature_cache.fingerprint.num_layers:
-            return f"{block.shape[1]} detector layers instead of {feature_cache.fingerprint.num_layers}"
+        block = array.read(frames)
         finite = np.isfinite(block).all(axis=(1, 2, 3))
         if not finite.all():
             return f"frame {frames[int(np.argmin(finite))]} is not finite"
     return None
+
+
+def _expected_sizes(feature_cache: FeatureCache, field: str) -> dict[str, int]:
+    """Axis -> size, where the cache itself says it."""
+    sizes = {"L": feature_cache.fingerprint.num_layers} if field == FRAME_QUERIES else {}
+    try:
+        codec, heads = feature_cache.codec, feature_cache.heads
+    except VitaCacheError:
+        return sizes  # Reported by verify_root.
+    if field == FRAME_QUERIES:
+        return {**sizes, "C": heads.hidden_dim}
+    return {"R": codec.stored_channels(heads.feature_dim)}
