@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -175,11 +175,7 @@ class CacheWriter:
 
     def total_bytes(self) -> int:
         """Of all the cache's files; those that another process removes meanwhile do not count."""
-        total = 0
-        for file in self.path.rglob("*"):
-            with suppress(FileNotFoundError):
-                total += file.stat().st_size if file.is_file() else 0
-        return total
+        return sum(self._store.listing("").values())
 
     def record_session(self) -> None:
         """Add this process to the provenance, once, and only when it writes features."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -141,9 +142,14 @@ class FolderStore:
         return sum(self.listing(f"{VIDEOS}/{video}/{field}/").values())
 
     def listing(self, prefix: str) -> dict[str, int]:
-        """Names and bytes of all files in a folder, given as `videos/`."""
-        found = (file for file in (self.path / prefix).rglob("*") if file.is_file())
-        return {str(file.relative_to(self.path)): file.stat().st_size for file in found}
+        """Names and bytes of all files in a folder, given as `videos/`, or of all of the cache for ""."""
+        found = {}
+        for folder, _, names in os.walk(self.path / prefix):
+            for name in names:
+                file = Path(folder, name)
+                with suppress(FileNotFoundError):  # Another process has removed it.
+                    found[str(file.relative_to(self.path))] = file.stat().st_size
+        return found
 
     def files(self) -> list[str]:
         """See Store."""

@@ -183,11 +183,11 @@ def verify_video(feature_cache: FeatureCache, name: str) -> Iterator[Finding]:
         yield Finding(where=where, rule="attributes", message=message)
     for field in (FRAME_QUERIES, MASK_FEATURES):
         try:
-            message = _defect(feature_cache, video, field)
+            defect = _defect(feature_cache, video, field)
         except VitaCacheError as error:
-            message = str(error)
-        if message:
-            yield Finding(where=where, rule=field, message=message)
+            defect = str(error)
+        if defect:
+            yield Finding(where=where, rule=field, message=defect)
 
 
 def _defect(feature_cache: FeatureCache, video: CachedVideo, field: str) -> str | None:
