@@ -57,7 +57,7 @@ class Root:
                 where=path,
                 expected=FORMAT_VERSION,
                 got=attributes.get("format_version"),
-                hint=_version_hint(attributes.get("format_version")),
+                hint=_version_hint(attributes.get("format_version"), path),
             )
         try:
             return cls(
@@ -70,11 +70,11 @@ class Root:
             raise CorruptData(f"unreadable root attributes: {error!r}", where=path) from error
 
 
-def _version_hint(found: object) -> str:
+def _version_hint(found: object, path: Path) -> str:
     """The command that makes a cache of another version readable. Every version to come reads format 1."""
     again = "`make extract CONFIG=... cache.path=<a new path>` extracts again"
     if isinstance(found, int) and found > FORMAT_VERSION:
-        update = "`git pull && make install`, then `python -m cache upgrade <the cache>`"
+        update = f"`git pull && make install`, then `python -m cache upgrade {path}`"
         return f"a later release wrote it: update vita-cache ({update}); or {again}"
     return f"no release wrote this version; {again}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -109,6 +110,8 @@ PARAMETERS = {"num_wide": 1, "relative_step": 0.01, "identity_share": 0.01}
         ("int8", {}, {"step": (6, 1), "offset": (6,)}, "'step' does not fit"),
         ("logit", PARAMETERS, FIT | {"basis": (6, 4)}, "'basis' does not fit"),
         ("logit", PARAMETERS | {"num_wide": 4}, FIT, "num_wide"),
+        ("logit", PARAMETERS | {"num_wide": "1"}, FIT, "num_wide.*'1'"),
+        ("logit", PARAMETERS | {"num_wide": 0.5}, FIT, "num_wide"),
         ("logit", {}, FIT, "parameters"),
     ],
 )
@@ -165,14 +168,26 @@ def test_damage_in_compressed_frames_is_found(compressed: Path, tmp_path: Path) 
         array.read([5])
 
 
+def test_compressed_frames_are_verified_at_every_reading(compressed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(compressed, tmp_path / "rotten")
+    array, file = open_frames(folder), folder / "c.0.0.0.0"
+    array.read([5])
+    state = file.stat()
+    flip_bit(file, int.from_bytes(file.read_bytes()[-16 * 64 - 4 + 16 * 5 :][:8], "little") + 9)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(CorruptData, match=r"checksum mismatch"):
+        array.read([5])
+
+
 def test_a_chunk_that_is_no_frame_is_refused(tmp_path: Path) -> None:
-    """Sound checksums, but Zstandard of another length, or no Zstandard."""
+    """Sound checksums, but Zstandard of another length, of a promised petabyte, or no Zstandard."""
     from cache.storage.compression import compress
     from cache.storage.shard_layout import crc32c, encode_index
 
     path = write_cache(tmp_path / "features", fitted_codec("logit"), num_frames=2)
     folder = path / "videos" / "7" / "mask_features"
-    for content in (compress(np.zeros(7, np.int8)), b"no zstandard here"):
+    endless = bytes.fromhex("28b52ffd") + b"\xe0" + (2**50).to_bytes(8, "little") + b"\1\0\0"
+    for content in (compress(np.zeros(7, np.int8)), endless, b"no zstandard here"):
         chunk = content + crc32c(content).to_bytes(4, "little")
         (folder / "c.0.0.0.0").write_bytes(chunk + encode_index([(0, len(chunk))], 2))
         with pytest.raises(CorruptData, match=r"does not unpack to a frame"):

@@ -78,7 +78,7 @@ def test_lists_name_images_or_videos(tmp_path: Path) -> None:
     listed.write_text(f"b.png\n\n{tmp_path / 'a b.png'}\n")
     (footage,) = look_through(listed)
     assert [frame[0, 0, 0] for frame in footage.frames()] == [0, 1]
-    listed.write_text("v.mp4\n.\n")
+    listed.write_text("v.mp4\n.\n", encoding="utf-8-sig")  # as Windows' editors write it
     assert [(piece.name, len(piece.seconds)) for piece in look_through(listed)] == [("v", 2), (tmp_path.name, 2)]
 
 
