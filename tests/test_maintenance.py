@@ -12,6 +12,7 @@ import pytest
 
 from cache.__main__ import main
 from cache.codecs.float16 import Float16
+from cache.codecs.rate_distortion import read_calibration
 from cache.errors import FormatVersionError
 from cache.fingerprint import Provenance
 from cache.heads import DetectorHeads
@@ -187,6 +188,26 @@ def test_every_version_reads_format_1() -> None:
         feature_cache.heads.arrays["class_embed.bias"], random_heads().arrays["class_embed.bias"]
     )
     assert main(["verify", str(FORMAT_1)]) == 0
+
+
+@pytest.mark.parametrize("name", ["int8", "logit"])
+def test_every_version_reads_the_fitted_codecs_of_format_1(name: str) -> None:
+    path = FORMAT_1.with_name(f"format1_{name}")
+    feature_cache, expected = FeatureCache.open(path), np.load(path.with_suffix(".npz"))
+    assert feature_cache.video_names() == ["7", "8", "8@flip"] and feature_cache.video("8@flip").attributes.view.flip
+    assert [video.length for video in feature_cache.labels().videos] == [66, 3]
+    calibration, codec = read_calibration(path), feature_cache.codec
+    assert calibration is not None and calibration.rows[0].codec == codec.name == name
+    embeddings_NR, constant_N = codec.fold(expected["embeddings"])
+    assert constant_N is not None
+    for video in ("7", "8@flip"):
+        frames, key = expected[f"frames_{video.replace('@', '_')}"].tolist(), video.replace("@", "_")
+        clip = feature_cache.video(video).read_clip(frames)
+        np.testing.assert_array_equal(clip.frame_queries, expected[f"queries_{key}"])
+        np.testing.assert_allclose(codec.decode(clip.mask_features), expected[f"features_{key}"], rtol=1e-5, atol=1e-4)
+        logits = np.einsum("nr,trhw->tnhw", embeddings_NR, clip.mask_features) + constant_N[:, None, None]
+        np.testing.assert_allclose(logits, expected[f"logits_{key}"], rtol=1e-5, atol=1e-3)
+    assert main(["verify", str(path)]) == 0
 
 
 def test_format_1_is_upgraded_by_doing_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
