@@ -25,7 +25,10 @@ from cache.upkeep.upload import upload
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns 0 where all is well, 1 where `verify` or `diff` found something, else see run_command."""
+    """Run one verb.
+
+    Returns 0 where all is well, 1 where `verify` or `diff` found or `prune` left something, else see run_command.
+    """
     chosen = _parser().parse_args(arguments)
     return run_command(lambda: _run(chosen), verbose=chosen.verbose)
 
@@ -50,7 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     verb("diff", "say in words what sets two caches apart", "path", "other")
     verb("export", "write a cache to one HDF5 file", "path", "file")
     verb("import", "write the cache of an HDF5 file to a folder", "file", "path")
-    verb("stage", "copy a remote cache to a folder, continuing where it stopped", "path", "folder")
+    verb(
+        "stage",
+        "copy a cache to a folder on a local disk, continuing where it stopped",
+        "path",
+        "folder",
+    )
     verb("upload", "copy a cache in a folder to an address, continuing where it stopped", "path", "address")
     verb("upgrade", "convert a cache of an older format", "path")
     command = verb("bench", "measure reading against bare preadv and other libraries")
