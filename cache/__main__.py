@@ -17,11 +17,12 @@ from cache.bench.reading import bench
 from cache.command import add_verbose, run_command
 from cache.progress import with_progress
 from cache.reader import FeatureCache
-from cache.upkeep.inspection import summarise, verify_root, verify_video
+from cache.upkeep.inspection import summarise
 from cache.upkeep.maintenance import UNREADABLE, differences, prunable, prune, upgrade
 from cache.upkeep.staging import stage
 from cache.upkeep.transfer import export_hdf5, import_hdf5
 from cache.upkeep.upload import upload
+from cache.upkeep.verification import verify_root, verify_video
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -24,7 +24,7 @@ from cache.layout import VideoAttributes, View, crop_map, video_group_name
 from cache.preload import available_bytes, held_bytes, require_memory
 from cache.reader import FeatureCache
 from cache.storage.shard_writer import ShardWriter
-from cache.upkeep.inspection import verify_root
+from cache.upkeep.verification import verify_root
 from cache.writer import CacheWriter
 from tests.cache_samples import (
     FINGERPRINT,

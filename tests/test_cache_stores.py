@@ -29,6 +29,7 @@ from cache.storage.remote import RemoteStore
 from cache.upkeep.staging import local_copy, stage
 from cache.upkeep.transfer import export_hdf5, import_hdf5
 from cache.upkeep.upload import upload
+from cache.upkeep.verification import verify_root
 from tests.cache_samples import (
     FINGERPRINT,
     attributes_of,
@@ -223,6 +224,8 @@ def test_damage_beside_the_frames_is_found_too(tmp_path: Path, name: str) -> Non
     flip_bit(tmp_path / "x.h5", offset + 5)
     with pytest.raises(CorruptData, match="unreadable"):
         feature_cache = FeatureCache.open(tmp_path / "x.h5")
+        found = [finding.rule for finding in verify_root(feature_cache)]
+        assert found == [{"codec/basis": "codec", "detector/class_embed.bias": "detector"}.get(name, "labels")]
         print(feature_cache.labels_json(), feature_cache.codec, feature_cache.heads)
 
 

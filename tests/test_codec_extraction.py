@@ -25,7 +25,7 @@ from cache.codecs.rate_distortion import (
 from cache.errors import ConfigError, CorruptData, FingerprintMismatch
 from cache.labels.annotations import load_labels
 from cache.reader import FeatureCache
-from cache.upkeep.inspection import verify_root, verify_video
+from cache.upkeep.verification import verify_root, verify_video
 from configs.load import load_settings
 from configs.schema import Settings
 from evaluate.stage import evaluate

@@ -19,7 +19,7 @@ from cache.errors import CacheError, CorruptData
 from cache.reader import FeatureCache
 from cache.storage.frames import open_frames
 from cache.storage.shards import ShardedFrames
-from cache.upkeep.inspection import verify_root
+from cache.upkeep.verification import verify_root
 from cache.writer import CacheWriter
 from tests.cache_samples import (
     FINGERPRINT,

@@ -20,7 +20,7 @@ from cache.labels.stills import load_stills
 from cache.labels.tracks import Category
 from cache.media.geometry import Transform
 from cache.reader import FeatureCache
-from cache.upkeep.inspection import verify_root, verify_video
+from cache.upkeep.verification import verify_root, verify_video
 from configs.schema import PseudoSettings, Settings
 from extract.demo.stills import write_stills
 from extract.pseudo import draw_pseudo_videos
