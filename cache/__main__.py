@@ -17,15 +17,19 @@ from cache.bench.reading import bench
 from cache.command import add_verbose, run_command
 from cache.progress import with_progress
 from cache.reader import FeatureCache
-from cache.upkeep.inspection import summarise, verify_root, verify_video
-from cache.upkeep.maintenance import differences, prunable, prune, upgrade
+from cache.upkeep.inspection import summarise
+from cache.upkeep.maintenance import UNREADABLE, differences, prunable, prune, upgrade
 from cache.upkeep.staging import stage
 from cache.upkeep.transfer import export_hdf5, import_hdf5
 from cache.upkeep.upload import upload
+from cache.upkeep.verification import verify_root, verify_video
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb. Returns 0 where all is well, 1 where `verify` or `diff` found something, else see run_command."""
+    """Run one verb.
+
+    Returns 0 where all is well, 1 where `verify` or `diff` found or `prune` left something, else see run_command.
+    """
     chosen = _parser().parse_args(arguments)
     return run_command(lambda: _run(chosen), verbose=chosen.verbose)
 
@@ -46,10 +50,16 @@ def _parser() -> argparse.ArgumentParser:
     verb("verify", "check every stored byte", "path").add_argument("--json", action="store_true")
     command = verb("prune", "list videos that are unfinished or not in the labels", "path")
     command.add_argument("--delete", action="store_true", help="delete them")
+    command.add_argument("--unreadable", action="store_true", help="also those whose marker is damaged")
     verb("diff", "say in words what sets two caches apart", "path", "other")
     verb("export", "write a cache to one HDF5 file", "path", "file")
     verb("import", "write the cache of an HDF5 file to a folder", "file", "path")
-    verb("stage", "copy a remote cache to a folder, continuing where it stopped", "path", "folder")
+    verb(
+        "stage",
+        "copy a cache to a folder on a local disk, continuing where it stopped",
+        "path",
+        "folder",
+    )
     verb("upload", "copy a cache in a folder to an address, continuing where it stopped", "path", "address")
     verb("upgrade", "convert a cache of an older format", "path")
     command = verb("bench", "measure reading against bare preadv and other libraries")
@@ -69,7 +79,7 @@ def _run(chosen: argparse.Namespace) -> int:
         case "verify":
             return verify(chosen.path, chosen.json)
         case "prune":
-            return prune_videos(chosen.path, chosen.delete)
+            return prune_videos(chosen.path, chosen.delete, chosen.unreadable)
         case "diff":
             return diff(chosen.path, chosen.other)
         case "export":
@@ -121,25 +131,30 @@ def verify(path: str, as_json: bool) -> int:
     names = feature_cache.video_names()
     for name in with_progress(names, "verify", unit="video"):
         findings += verify_video(feature_cache, name)
+    defects = sum(not finding.warning for finding in findings)
     if as_json:
         print(json.dumps({"videos": len(names), "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         for finding in findings:
-            print(f"{finding.where}: {finding.rule}: {finding.message}")
-        print(f"{path}: {len(names)} videos, {len(findings)} defects")
-    return 1 if findings else 0
+            print(f"{finding.where}: {'warning: ' if finding.warning else ''}{finding.rule}: {finding.message}")
+        print(f"{path}: {len(names)} videos, {defects} defects")
+    return 1 if defects else 0
 
 
-def prune_videos(path: str, delete: bool) -> int:
-    """List what may go and, if asked to, delete it."""
+def prune_videos(path: str, delete: bool, unreadable: bool) -> int:
+    """List what may go and, if asked to, delete it; 1 where other processes write some of it."""
     found = prunable(FeatureCache.open(path))
     for entry in found:
-        print(f"{entry.folder}: {entry.reason}, {entry.bytes / 1e6:.2f} MB")
-    if delete:
-        prune(found)
+        kept = " (kept, unless --unreadable)" if entry.reason == UNREADABLE and not unreadable else ""
+        print(f"{entry.folder}: {entry.reason}, {entry.bytes / 1e6:.2f} MB{kept}")
+    found = [entry for entry in found if unreadable or entry.reason != UNREADABLE]
+    busy = prune(found) if delete else []
+    for error in busy:
+        print(f"left alone: {error}")
     done = "deleted" if delete else "to delete (nothing done yet; add --delete)"
-    print(f"{path}: {len(found)} videos, {sum(entry.bytes for entry in found) / 1e6:.2f} MB {done}")
-    return 0
+    size = sum(entry.bytes for entry in found) / 1e6
+    print(f"{path}: {len(found)} videos, {size:.2f} MB {done}{f', but for {len(busy)}' if busy else ''}")
+    return 1 if busy else 0
 
 
 def diff(path: str, other: str) -> int:

@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from cache.errors import VitaCacheError
+from cache.errors import VitaCacheError, first_line
 
 INTERRUPTED = 130
 
@@ -56,7 +56,7 @@ def _in_words(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}"
-    reason = " ".join(str(error).split("\n", 1)[0].split())
+    reason = " ".join(first_line(error).split())
     hint = "not a mistake of yours: the same command with -v shows where, for a bug report"
     return f"{type(error).__name__}: {reason}\n  hint: {hint}"
 

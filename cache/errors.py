@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+
+def some(items: Iterable[object], shown: int = 5) -> str:
+    """The first few of many names, for messages."""
+    listed = [str(item) for item in items]
+    return ", ".join(listed[:shown]) + (f", ... ({len(listed)} in all)" if len(listed) > shown else "")
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, without the page of internals that libraries add; the error's type where it says nothing."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
 
 class VitaCacheError(ValueError):
     """Base of every error caused by input (files, settings, weights), never by a bug.

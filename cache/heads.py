@@ -1,8 +1,8 @@
 """The detector's frozen prediction heads, as the cache carries them.
 
 They are tiny, exported once per cache, and turn pre-norm frame queries back into everything the detector
-predicts: normed queries, class logits, mask embeddings and, with the stored FPN map, masks (REFERENCE
-section 2).
+predicts: normed queries, class logits, mask embeddings and, with the stored FPN map, masks (Mask2Former's
+predictor, arXiv 2112.01527, section 3).
 
 Shape legend: C query channels, K categories (the class layer has K + 1 rows, the last is "no object"),
 E mask-embedding channels, F channels of the FPN map.
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import WeightsError
+from cache.errors import VitaCacheError, WeightsError
 
 HEAD_SHAPES: Mapping[str, tuple[str, ...]] = {
     "decoder_norm.weight": ("C",),
@@ -33,6 +34,27 @@ HEAD_SHAPES: Mapping[str, tuple[str, ...]] = {
     "mask_features.bias": ("E",),
 }
 """Required arrays, named as in official checkpoints relative to the predictor, with symbolic shapes."""
+
+
+def axis_sizes(
+    arrays: Mapping[str, NDArray[Any]],
+    shapes: Mapping[str, tuple[str, ...]],
+    refusal: type[VitaCacheError],
+    where: str,
+) -> dict[str, int]:
+    """The size of every symbolic axis. Raises `refusal` for arrays that contradict each other or are not float32."""
+    sizes: dict[str, int] = {}
+    for name, symbols in shapes.items():
+        array = arrays[name]
+        expected = tuple(sizes.setdefault(s, n) for s, n in zip(symbols, array.shape, strict=False))
+        if array.dtype != np.float32 or array.shape != expected or array.ndim != len(symbols):
+            raise refusal(
+                f"array {name!r} does not fit",
+                where=where,
+                expected=f"float32 ({', '.join(symbols)}) with {sizes}",
+                got=f"{array.dtype} {array.shape}",
+            )
+    return sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +80,7 @@ class DetectorHeads:
                 where="detector heads",
                 expected=f"the {len(HEAD_SHAPES)} arrays of a Mask2Former predictor",
             )
-        sizes = self._check_shapes()
+        sizes = axis_sizes(self.arrays, HEAD_SHAPES, WeightsError, "detector heads")
         if self.category_names and len(self.category_names) != sizes["K+1"] - 1:
             raise WeightsError(
                 "the number of category names differs from the class layer",
@@ -66,20 +88,6 @@ class DetectorHeads:
                 expected=sizes["K+1"] - 1,
                 got=len(self.category_names),
             )
-
-    def _check_shapes(self) -> dict[str, int]:
-        sizes: dict[str, int] = {}
-        for name, symbols in HEAD_SHAPES.items():
-            array = self.arrays[name]
-            expected = tuple(sizes.setdefault(s, n) for s, n in zip(symbols, array.shape, strict=False))
-            if array.dtype != np.float32 or array.shape != expected or array.ndim != len(symbols):
-                raise WeightsError(
-                    f"{name} does not fit the other arrays",
-                    where="detector heads",
-                    expected=f"float32 ({', '.join(symbols)}) with {sizes}",
-                    got=f"{array.dtype} {array.shape}",
-                )
-        return sizes
 
     @property
     def hidden_dim(self) -> int:

@@ -180,11 +180,11 @@ def group_metadata(attributes: Mapping[str, Any]) -> bytes:
     return json.dumps(document, indent=2, ensure_ascii=False).encode()
 
 
-def read_metadata(folder: Path | str) -> Any:
-    """The zarr.json in `folder`. Raises OSError, and ValueError where it is no JSON."""
-    # A cache of thousands of videos has three each: no pathlib, buffer or guess of the encoding.
+def read_metadata(folder: Path | str) -> bytes:
+    """The zarr.json in `folder`. Raises OSError."""
+    # A cache of thousands of videos has three each: no pathlib, no buffer.
     with FileIO(f"{folder}/{METADATA}") as file:
-        return json.loads(file.readall().decode())
+        return file.readall()
 
 
 def read_group_attributes(folder: Path | str) -> dict[str, Any] | None:
@@ -193,13 +193,20 @@ def read_group_attributes(folder: Path | str) -> dict[str, Any] | None:
     Raises CorruptData where its zarr.json is not a group's.
     """
     try:
-        attributes = read_metadata(folder)["attributes"]
+        content = read_metadata(folder)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptData(f"unreadable group metadata: {error!r}", where=f"{folder}/{METADATA}") from error
+    return parse_group_attributes(content, f"{folder}/{METADATA}")
+
+
+def parse_group_attributes(content: bytes, where: str) -> dict[str, Any]:
+    """The attributes in a group's zarr.json. Raises CorruptData where it is not a group's."""
+    try:
+        attributes = json.loads(content.decode())["attributes"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CorruptData(f"unreadable group metadata: {error!r}", where=where) from error
     if not isinstance(attributes, dict):
-        raise CorruptData("group attributes are not a mapping", where=f"{folder}/{METADATA}")
+        raise CorruptData("group attributes are not a mapping", where=where)
     return attributes
 
 

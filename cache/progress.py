@@ -17,7 +17,7 @@ Item = TypeVar("Item")
 
 
 class StageProgress:
-    """Tells of `total` units of work, of which `done` are done already; of no work it tells nothing."""
+    """Shows `total` units of work, of which `done` are done already; it is silent where nothing is left to do."""
 
     def __init__(self, title: str, *, unit: str, total: int, done: int = 0, shown: bool = True) -> None:
         shown = shown and total > done
@@ -38,14 +38,14 @@ class StageProgress:
             self._print_line()
 
     def advance(self, count: int = 1) -> None:
-        """So many units more are done."""
+        """Count `count` more units as done."""
         self._done += count
         self._bar.update(count)
         if self._as_lines and monotonic() - self._told >= LINE_SECONDS:
             self._print_line()
 
     def show(self, **values: str) -> None:
-        """From the next update on, what stands at the end."""
+        """Set what stands at the end of the line, from the next update on."""
         self._values = ", ".join(f"{name}={value}" for name, value in values.items())
         self._bar.set_postfix_str(self._values, refresh=False)
 

@@ -14,8 +14,9 @@ from cache.codecs import Codec, select_codec
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
 from cache.fingerprint import Fingerprint
 from cache.heads import DetectorHeads
-from cache.labels.annotations import Labels, parse_labels
+from cache.labels.annotations import parse_labels
 from cache.labels.json_entries import parse_json
+from cache.labels.tracks import Labels
 from cache.layout import (
     ANNOTATIONS,
     CODEC,
@@ -56,7 +57,7 @@ class Root:
                 where=path,
                 expected=FORMAT_VERSION,
                 got=attributes.get("format_version"),
-                hint=_version_hint(attributes.get("format_version")),
+                hint=_version_hint(attributes.get("format_version"), path),
             )
         try:
             return cls(
@@ -69,11 +70,11 @@ class Root:
             raise CorruptData(f"unreadable root attributes: {error!r}", where=path) from error
 
 
-def _version_hint(found: object) -> str:
+def _version_hint(found: object, path: Path) -> str:
     """The command that makes a cache of another version readable. Every version to come reads format 1."""
     again = "`make extract CONFIG=... cache.path=<a new path>` extracts again"
     if isinstance(found, int) and found > FORMAT_VERSION:
-        update = "`git pull && make install`, then `python -m cache upgrade <the cache>`"
+        update = f"`git pull && make install`, then `python -m cache upgrade {path}`"
         return f"a later release wrote it: update vita-cache ({update}); or {again}"
     return f"no release wrote this version; {again}"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from cache.storage.stores import FolderStore, Store, committed
 
 
 class CacheWriter:
-    """Creates a cache or continues one. Several processes may write different videos of it at a time."""
+    """Creates a cache or continues one. Several processes may write different videos of it at the same time."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class CacheWriter:
         return [name for name in names if checked_name(name) not in complete]
 
     def claim(self, name: str) -> bool:
-        """Lock a video before its frames are read, until it is written or `claims` ends.
+        """Lock a video before its frames are read, until it is written.
 
         Returns False where it is complete already. Raises VideoBusy where another process writes it.
         """
@@ -109,12 +109,23 @@ class CacheWriter:
         return True
 
     @contextmanager
-    def claims(self) -> Iterator[None]:
-        """Give back, at the end of the block, what was claimed in it and never written."""
+    def claims(self) -> Iterator[Callable[[str], bool]]:
+        """As `claim`; at the end of the block, what was claimed through it and never written is given back.
+
+        Threads may share the writer: each gives back only what is its own.
+        """
+        claimed: list[str] = []
+
+        def claim(name: str) -> bool:
+            if not self.claim(name):
+                return False
+            claimed.append(name)
+            return True
+
         try:
-            yield
+            yield claim
         finally:
-            self._locks.release_all()
+            self._locks.release_unwritten(claimed)
 
     @contextmanager
     def video(self, name: str, attributes: VideoAttributes) -> Iterator[VideoSink]:
@@ -164,20 +175,17 @@ class CacheWriter:
 
     def total_bytes(self) -> int:
         """Of all the cache's files; those that another process removes meanwhile do not count."""
-        total = 0
-        for file in self.path.rglob("*"):
-            with suppress(FileNotFoundError):
-                total += file.stat().st_size if file.is_file() else 0
-        return total
+        return sum(self._store.listing("").values())
 
     def record_session(self) -> None:
         """Add this process to the provenance, once, and only when it writes features."""
         if self._recorded:
             return
         with locked(self.path):
-            root = Root.read(self._store)
-            _write_root(self.path, self.fingerprint, self.codec, [*root.sessions, asdict(self.provenance)])
-        self._recorded = True
+            if not self._recorded:  # By another thread, while this one waited.
+                root = Root.read(self._store)
+                _write_root(self.path, self.fingerprint, self.codec, [*root.sessions, asdict(self.provenance)])
+            self._recorded = True
 
 
 def video_sources(labels_json: bytes) -> dict[str, str]:

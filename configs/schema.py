@@ -145,8 +145,8 @@ class CacheSettings:
     logit_step: float = 1 / 64  # of codec=logit: share of the logits' standard deviation; auto chooses it
     identity_share: float = 0.1  # λ of the logit codec: how much it cares for what the detector does not look at
     calibration_frames: int = 96  # that codecs are fitted to and, every third one, judged on
-    preload: bool = False  # keep every video read in memory: for sets that fit
-    stage_to: str | None = None  # local folder for a remote path: training copies to it, extraction writes there first
+    preload: bool = False  # every data worker keeps the videos it has read in memory: for sets that fit so often
+    stage_to: str | None = None  # a local folder: training copies to it, extraction to an address writes there first
     ignore_space: bool = False  # extract even if the features do not seem to fit on the disk
 
 

@@ -21,7 +21,6 @@ from cache.codecs.rate_distortion import (
     read_calibration,
     smallest_faithful,
 )
-from cache.detector_masks import predict_queries
 from cache.errors import FingerprintMismatch, FrameError
 from cache.labels.annotations import load_labels
 from cache.labels.tracks import Video
@@ -33,6 +32,7 @@ from cache.storage.stores import extraction_store
 from configs.schema import CacheSettings, CodecName, Settings
 from configs.splits import all_splits, train_split
 from extract.detector.frozen import FrameDetector
+from extract.detector_masks import predict_queries
 from extract.distortion import DistortionMeter, JudgedFrame
 from extract.frames import load_frame
 

@@ -16,11 +16,11 @@ from torch.nn import functional
 
 from cache.codecs import Codec
 from cache.codecs.rate_distortion import Distortion
-from cache.detector_masks import QueryPredictions, predict_queries
 from cache.heads import DetectorHeads
 from cache.layout import STRIDE, Size
 from cache.storage.compression import compress, decompress
 from cache.storage.shard_layout import CRC_BYTES
+from extract.detector_masks import QueryPredictions, predict_queries
 
 JUDGED_QUERIES = 10
 """Per frame, those most likely to be an object: tracks are made of these."""

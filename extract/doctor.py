@@ -19,7 +19,7 @@ import torch
 from cache.errors import ConfigError, VitaCacheError
 from cache.labels.annotations import load_labels
 from cache.reader import FeatureCache
-from cache.storage.remote import object_store, remote_url
+from cache.storage.connection import object_store, remote_url
 from configs.schema import DetectorEngine, Settings
 from configs.splits import SplitPaths, all_splits
 from extract.detector.loading import load_model

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from cache.errors import ConfigError
 from cache.progress import StageProgress
-from cache.storage.remote import remote_url
+from cache.storage.connection import remote_url
 from cache.writer import CacheWriter
 from configs.command import device_name
 from configs.schema import Settings

@@ -14,14 +14,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from cache.errors import FrameError
-from cache.labels.annotations import Video
+from cache.errors import FrameError, some
+from cache.labels.tracks import Video
 from cache.layout import Size
 from cache.media.geometry import Transform
 from cache.media.image_files import to_rgb
 
 _AHEAD = 4  # decoded batches that may wait for the detector
-_MAX_REPORTED = 5
 
 
 def require_frames(videos: Sequence[Video], folder: Path) -> None:
@@ -35,9 +34,8 @@ def require_files(names: Iterable[str], folder: Path) -> None:
         raise FrameError("no such folder of frames", where=folder, hint="check data.root and data.*_frames")
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
-        listed = ", ".join(missing[:_MAX_REPORTED]) + (", ..." if len(missing) > _MAX_REPORTED else "")
         raise FrameError(
-            f"{len(missing)} frames named by the labels are not there: {listed}",
+            f"{len(missing)} frames named by the labels are not there: {some(missing)}",
             where=folder,
             hint="check data.root and data.*_frames, or fetch the missing files",
         )

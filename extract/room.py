@@ -17,9 +17,9 @@ import torch
 from cache.codecs.rate_distortion import Calibration, Distortion
 from cache.errors import CacheError
 from cache.layout import Size, VideoAttributes
-from cache.storage.remote import remote_url
+from cache.remote_writer import LOCAL_VIDEOS
+from cache.storage.connection import remote_url
 from cache.storage.stores import extraction_store
-from cache.upkeep.upload import LOCAL_VIDEOS
 from configs.schema import Settings
 from configs.splits import SplitPaths
 from extract.calibration import ChosenCodec

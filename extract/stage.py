@@ -13,8 +13,8 @@ from cache.codecs import Codec, codec_identity
 from cache.codecs.rate_distortion import format_table
 from cache.errors import FrameError
 from cache.fingerprint import Fingerprint, Provenance
+from cache.remote_writer import opened_writer
 from cache.storage.locks import sweep_locks
-from cache.upkeep.upload import opened_writer
 from configs.cards import write_cache_card
 from configs.schema import CodecName, Settings
 from extract import room
@@ -31,7 +31,7 @@ from extract.room import TIMED_FRAMES, Workload, require_room
 def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: bool = False) -> None:
     """Extract every split of a config that is not yet in its cache; everything checkable is checked first.
 
-    A remote cache (`cache.path=s3://...`) is uploaded video by video (cache.upkeep.upload). `clear_dead_locks`: take
+    A remote cache (`cache.path=s3://...`) is uploaded video by video (cache.remote_writer). `clear_dead_locks`: take
     over videos whose writers on other machines are dead. Raises VitaCacheError for unreadable labels, frames, weights,
     a cache of other content, or a disk without room.
     """

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache.background import BackgroundWriter
 from cache.errors import FeatureError, FrameError, VideoBusy, VitaCacheError
-from cache.storage.background import BackgroundWriter
 from cache.writer import CacheWriter
 from extract.batches import BatchRunner
 from extract.frames import FrameFile, decoded_batches
@@ -46,11 +46,11 @@ def extract_videos(
     by_name = {job.name: job for job in jobs}
     busy: dict[str, VideoBusy] = {}
     with (
-        writer.claims(),
+        writer.claims() as claim,
         ThreadPoolExecutor(max_workers=max(1, (os.cpu_count() or 2) - 1)) as pool,
         BackgroundWriter(writer) as background,
     ):
-        files = _claimed_files(writer, sorted(jobs, key=lambda job: job.attributes.image_hw), busy)
+        files = _claimed_files(claim, sorted(jobs, key=lambda job: job.attributes.image_hw), busy)
         batches = decoded_batches(files, runner.batch_frames, pool)
         parts = _video_parts(runner, batches, writer.codec.dtype)
         for first in parts:
@@ -93,10 +93,12 @@ def _missing(writer: CacheWriter, jobs: Sequence[VideoJob], outcome: Outcome) ->
     return sorted((job for job in jobs if job.name in missing), key=lambda job: job.attributes.image_hw)
 
 
-def _claimed_files(writer: CacheWriter, jobs: Iterable[VideoJob], busy: dict[str, VideoBusy]) -> Iterator[FrameFile]:
+def _claimed_files(
+    claim: Callable[[str], bool], jobs: Iterable[VideoJob], busy: dict[str, VideoBusy]
+) -> Iterator[FrameFile]:
     for job in jobs:
         try:
-            claimed = writer.claim(job.name)
+            claimed = claim(job.name)
         except VideoBusy as error:
             busy[job.name] = error
             continue

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cache.background import BackgroundWriter
 from cache.codecs.float16 import Float16
 from cache.errors import FrameError, WeightsError
 from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint, Provenance
 from cache.layout import VideoAttributes, video_group_name
 from cache.media.footage import RECORD, Footage, look_through, read_record, write_record
 from cache.progress import StageProgress
-from cache.storage.background import BackgroundWriter
 from cache.writer import CacheWriter
 from configs.cards import write_cache_card
 from configs.load import load_settings

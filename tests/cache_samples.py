@@ -6,12 +6,17 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.codecs import select_codec
+from cache.codecs import Codec, codec_identity
+from cache.codecs.fit import StatisticsAccumulator
+from cache.codecs.float16 import Float16
+from cache.codecs.int8 import Int8
+from cache.codecs.logit import Logit
 from cache.fingerprint import Fingerprint
 from cache.heads import HEAD_SHAPES, DetectorHeads
 from cache.layout import VideoAttributes
@@ -70,8 +75,22 @@ def labels_of(lengths: dict[int, int], prefix: str = "") -> bytes:
     return json.dumps({"videos": videos, "annotations": [], "categories": []}).encode()
 
 
-def open_writer(path: Path, labels: bytes | None = None, fingerprint: Fingerprint = FINGERPRINT) -> CacheWriter:
-    codec = select_codec("float16")
+def fitted_codec(name: str) -> Codec:
+    """Fitted to random_features."""
+    if name == "float16":
+        return Float16()
+    accumulator = StatisticsAccumulator(NUM_CHANNELS)
+    rng = np.random.default_rng(3)
+    accumulator.add(random_features(8)[1], rng.standard_normal((30, NUM_CHANNELS)) * [9, 9, 1, 1, 0.1, 0.1])
+    found = accumulator.statistics()
+    return Int8.fit(found) if name == "int8" else Logit.fit(found, relative_step=1 / 40, identity_share=0.01)
+
+
+def open_writer(
+    path: Path, labels: bytes | None = None, fingerprint: Fingerprint = FINGERPRINT, codec: Codec | None = None
+) -> CacheWriter:
+    codec = codec or Float16()
+    fingerprint = replace(fingerprint, codec=codec_identity(codec))
     return CacheWriter.open(path, fingerprint=fingerprint, heads=random_heads(), codec=codec, labels_json=labels)
 
 
@@ -120,5 +139,5 @@ def write_until_killed(path: Path, fatal_event: int) -> None:
 
 
 def read_in_worker(feature_cache: FeatureCache) -> tuple[NDArray[np.float16], NDArray[np.float16]]:
-    video = feature_cache.video("7")
+    video = feature_cache.video("1")
     return video.frame_queries([3, 1]), video.mask_features([66])

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from cache.errors import AnnotationError
 from cache.labels import masks
-from cache.labels.annotations import Labels, load_labels, parse_labels
+from cache.labels.annotations import load_labels, parse_labels
+from cache.labels.tracks import Labels
 
 GOLDEN = Path(__file__).parent / "golden"
 MASK = {"size": [2, 3], "counts": [1, 2, 3]}  # Column by column: two pixels.

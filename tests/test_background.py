@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cache.background import WAITING_BATCHES, BackgroundWriter
 from cache.errors import CacheError
 from cache.reader import FeatureCache
-from cache.storage.background import WAITING_BATCHES, BackgroundWriter
 from cache.writer import CacheWriter
 from tests.cache_samples import attributes_of, files_below, open_writer, random_features, write_video
 
@@ -74,7 +74,7 @@ def test_a_full_disk_names_the_video(tmp_path: Path) -> None:
     code = f"""
 import resource, signal
 from pathlib import Path
-from cache.storage.background import BackgroundWriter
+from cache.background import BackgroundWriter
 from tests.cache_samples import open_writer
 from tests.test_background import write_in_background
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

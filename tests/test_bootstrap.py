@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom
 
 from cache.labels import masks
-from cache.labels.annotations import Labels
+from cache.labels.tracks import Labels
 from evaluate.metrics.bootstrap import Interval, draw_weights, paired_difference
 from evaluate.metrics.breakdown import parts_of, thirds
 from evaluate.metrics.occlusion import box_occlusion, occlusion_rate

@@ -257,7 +257,17 @@ def test_array_of_another_shape_than_the_video(tmp_path: Path) -> None:
         FeatureCache.open(path).video("7").frame_queries()
 
 
-def test_unreadable_array_metadata(damaged: Path) -> None:
-    (damaged / "zarr.json").write_text("{")
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "null", '{"shape": [3, 2], "data_type": 7}'])
+def test_unreadable_array_metadata(damaged: Path, content: str) -> None:
+    (damaged / "zarr.json").write_text(content)
     with pytest.raises(CorruptData, match="metadata"):
         open_frames(damaged)
+
+
+@pytest.mark.parametrize("frames_per_shard", [0, -1, 2**40, "64", None])
+def test_impossible_shards(damaged: Path, frames_per_shard: object) -> None:
+    metadata = json.loads((damaged / "zarr.json").read_text())
+    metadata["chunk_grid"]["configuration"]["chunk_shape"][0] = frames_per_shard
+    (damaged / "zarr.json").write_text(json.dumps(metadata))
+    with pytest.raises(CorruptData):
+        open_frames(damaged).read([0])

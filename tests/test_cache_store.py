@@ -7,7 +7,7 @@ import multiprocessing
 import pickle
 import shutil
 import tracemalloc
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +17,14 @@ from numpy.typing import NDArray
 
 from cache.__main__ import main
 from cache.codecs import select_codec
+from cache.codecs.float16 import Float16
+from cache.codecs.int8 import Int8
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
 from cache.layout import VideoAttributes, View, crop_map, video_group_name
+from cache.preload import available_bytes, held_bytes, require_memory
 from cache.reader import FeatureCache
+from cache.storage.shard_writer import ShardWriter
+from cache.upkeep.verification import verify_root
 from cache.writer import CacheWriter
 from tests.cache_samples import (
     FINGERPRINT,
@@ -33,7 +38,6 @@ from tests.cache_samples import (
     open_writer,
     random_features,
     random_heads,
-    read_in_worker,
     write_all_pending,
     write_until_killed,
     write_video,
@@ -130,18 +134,6 @@ def test_views_have_groups_of_their_own(path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_opened_caches_travel_to_worker_processes(path: Path, method: str) -> None:
-    write_video(open_writer(path), "7", 70)
-    feature_cache = FeatureCache.open(path)
-    here = read_in_worker(feature_cache)
-    with multiprocessing.get_context(method).Pool(1) as pool:
-        there = pool.apply(read_in_worker, (feature_cache,))
-    np.testing.assert_array_equal(there[0], here[0])
-    np.testing.assert_array_equal(there[1], here[1])
-
-
 def test_preloaded_videos_stay_in_memory_but_do_not_travel(path: Path) -> None:
     write_video(open_writer(path), "7", 20)
     feature_cache = FeatureCache.open(path, preload=True)
@@ -158,6 +150,21 @@ def test_preloaded_videos_stay_in_memory_but_do_not_travel(path: Path) -> None:
     np.testing.assert_array_equal(again.frame_queries([4, 4, 2]), expected)
     with pytest.raises(IndexError, match="20"):
         again.frame_queries([-1])
+
+
+def test_preloading_is_refused_where_memory_is_short(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = open_writer(path)
+    write_video(writer, "1", 20)
+    write_video(writer, "2", 5)
+    feature_cache = FeatureCache.open(path, preload=True)
+    videos = [feature_cache.video(name) for name in ("1", "2")]
+    held = sum(video.frame_queries().nbytes + video.mask_features().nbytes for video in videos)
+    assert held_bytes(feature_cache, ["1", "2"]) == held
+    assert (available_bytes() or 2**40) > 2**20
+    monkeypatch.setattr("cache.preload.available_bytes", lambda: 3 * held)
+    require_memory(feature_cache, ["1", "2"], 3)
+    with pytest.raises(CacheError, match=r"2 videos in the memory of each of 4 processes[\s\S]*cache\.preload=false"):
+        require_memory(feature_cache, ["1", "2"], 4)
 
 
 def test_memory_does_not_grow_with_the_video(path: Path) -> None:
@@ -354,13 +361,13 @@ def test_other_format_versions_are_refused(path: Path) -> None:
 
 def test_unknown_codecs_are_refused(path: Path) -> None:
     with pytest.raises(CacheError, match=r"unknown codec.*float16.*jpeg"):
-        select_codec("jpeg")
+        select_codec("jpeg", {}, {})
     with pytest.raises(CacheError, match="codec differs"):
         CacheWriter.open(
             path,
             fingerprint=replace(FINGERPRINT, codec="int8"),
             heads=random_heads(),
-            codec=select_codec("float16"),
+            codec=Float16(),
             labels_json=None,
         )
 
@@ -427,6 +434,27 @@ def spoil_attribute(path: Path, name: str, value: object) -> None:
     file.write_text(json.dumps(document))
 
 
+def spoil_fingerprint(path: Path) -> None:
+    document = json.loads((path / "zarr.json").read_text())
+    document["attributes"]["fingerprint"]["short_edge"] = 25
+    (path / "zarr.json").write_text(json.dumps(document))
+
+
+def spoil_shape(path: Path, field: str, shape: tuple[int, ...]) -> None:
+    """Another array in the prescribed layout, of another detector or codec."""
+    shutil.rmtree(path / "videos/1" / field)
+    values = np.ones(shape, np.float16)
+    writer = ShardWriter(path / "videos/1" / field, shape[0], values, ("T", "a", "b", "c"))
+    writer.append(values)
+    writer.finish()
+
+
+def spoil_labels(path: Path, **fields: object) -> None:
+    document = json.loads((path / "annotations.json").read_text())
+    document["videos"][0] |= fields
+    (path / "annotations.json").write_text(json.dumps(document))
+
+
 def spoil_tracks(path: Path) -> None:
     """An object with masks for four of five frames."""
     document = json.loads((path / "annotations.json").read_text())
@@ -448,13 +476,20 @@ def truncate(file: Path) -> None:
         (lambda path: (path / "videos/1/mask_features/c.0.0.0.0").unlink(), ["mask_features"]),
         (lambda path: (path / "detector/class_embed.bias/c.0").unlink(), ["detector"]),
         (lambda path: (path / "annotations.json").write_text("{}"), ["labels"]),
-        (lambda path: (path / "annotations.json").write_bytes(labels_of({2: 5})), ["labels"]),
+        (lambda path: (path / "annotations.json").write_bytes(labels_of({2: 5})), ["labels", "absent"]),
         (lambda path: (path / "annotations.json").write_bytes(labels_of({1: 6})), ["labels"]),
         (spoil_tracks, ["labels"]),
         (lambda path: spoil_attribute(path, "num_frames", 4), ["labels", "frame_queries", "mask_features"]),
         (lambda path: spoil_attribute(path, "image_hw", [16, 40]), ["mask_features"]),
         (lambda path: spoil_attribute(path, "image_hw", "large"), ["attributes"]),
         (lambda path: truncate(path / "videos/1/mask_features/c.0.0.0.0"), ["mask_features"]),
+        (spoil_fingerprint, ["fingerprint"]),
+        (lambda path: spoil_attribute(path, "original_hw", [80, 48]), ["labels"]),
+        (lambda path: spoil_labels(path, width=81), ["labels"]),
+        (lambda path: spoil_attribute(path, "view", {**asdict(View(flip=True))}), ["attributes"]),
+        (lambda path: spoil_shape(path, "frame_queries", (5, 3, 4, 7)), ["frame_queries"]),
+        (lambda path: spoil_shape(path, "frame_queries", (5, 2, 4, 6)), ["frame_queries"]),
+        (lambda path: spoil_shape(path, "mask_features", (5, 7, 7, 11)), ["mask_features"]),
     ],
 )
 def test_verify_finds_every_defect(
@@ -466,6 +501,20 @@ def test_verify_finds_every_defect(
     assert main(["verify", str(path), "--json"]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert [finding["rule"] for finding in findings] == rules
+
+
+def test_a_codec_for_other_channels_than_the_heads_is_found(path: Path) -> None:
+    codec = Int8(step_C=np.ones(5, np.float32), offset_C=np.zeros(5, np.float32))
+    open_writer(path, codec=codec)
+    (finding,) = verify_root(FeatureCache.open(path))
+    assert finding.rule == "codec" and "not for 6 channels" in finding.message
+
+
+def test_labelled_videos_that_are_absent_are_worth_a_warning(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(open_writer(path, labels_of({1: 5, 2: 3})), "1", 5)
+    assert main(["verify", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "warning: absent: 1 of 2 labelled videos are not in the cache: 2\n" in said and "0 defects" in said
 
 
 def test_the_command_line_reports_bad_paths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

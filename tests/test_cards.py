@@ -9,7 +9,8 @@ import pytest
 from cache.errors import CacheError
 from cache.layout import CARD
 from cache.reader import FeatureCache
-from cache.upkeep.inspection import summarise, verify_root
+from cache.upkeep.inspection import summarise
+from cache.upkeep.verification import verify_root
 from cache.writer import CacheWriter
 from configs.cards import write_cache_card, write_run_card
 from configs.load import load_settings

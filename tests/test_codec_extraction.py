@@ -22,17 +22,17 @@ from cache.codecs.rate_distortion import (
     smallest_faithful,
     write_calibration,
 )
-from cache.detector_masks import predict_queries
 from cache.errors import ConfigError, CorruptData, FingerprintMismatch
 from cache.labels.annotations import load_labels
 from cache.reader import FeatureCache
-from cache.upkeep.inspection import verify_root, verify_video
+from cache.upkeep.verification import verify_root, verify_video
 from configs.load import load_settings
 from configs.schema import Settings
 from evaluate.report.write import write_report
 from evaluate.stage import evaluate
 from extract.__main__ import main as extract_main
 from extract.calibration import draw_frames
+from extract.detector_masks import predict_queries
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels

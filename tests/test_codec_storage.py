@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -13,42 +14,28 @@ import pytest
 import zarr
 
 from cache.codecs import Codec, codec_identity, select_codec
-from cache.codecs.fit import StatisticsAccumulator
-from cache.codecs.float16 import Float16
-from cache.codecs.int8 import Int8
 from cache.codecs.logit import Logit
 from cache.errors import CacheError, CorruptData
 from cache.reader import FeatureCache
 from cache.storage.frames import open_frames
 from cache.storage.shards import ShardedFrames
-from cache.upkeep.inspection import verify_root
+from cache.upkeep.verification import verify_root
 from cache.writer import CacheWriter
-from tests.cache_samples import FINGERPRINT, attributes_of, flip_bit, random_features, random_heads
+from tests.cache_samples import (
+    FINGERPRINT,
+    attributes_of,
+    fitted_codec,
+    flip_bit,
+    open_writer,
+    random_features,
+    random_heads,
+)
 
 NAMES = ("float16", "int8", "logit")
 
 
-CACHE_CHANNELS = 6
-
-
-def cache_codec(name: str) -> Codec:
-    """Fitted to what cache_samples writes."""
-    accumulator = StatisticsAccumulator(CACHE_CHANNELS)
-    rng = np.random.default_rng(3)
-    accumulator.add(random_features(8)[1], rng.standard_normal((30, CACHE_CHANNELS)) * [9, 9, 1, 1, 0.1, 0.1])
-    found = accumulator.statistics()
-    if name == "float16":
-        return Float16()
-    return Int8.fit(found) if name == "int8" else Logit.fit(found, relative_step=1 / 40, identity_share=0.01)
-
-
-def open_writer(path: Path, codec: Codec, identity: str | None = None) -> CacheWriter:
-    fingerprint = replace(FINGERPRINT, codec=identity or codec_identity(codec))
-    return CacheWriter.open(path, fingerprint=fingerprint, heads=random_heads(), codec=codec, labels_json=None)
-
-
 def write_cache(path: Path, codec: Codec, num_frames: int = 70) -> Path:
-    writer = open_writer(path, codec)
+    writer = open_writer(path, codec=codec)
     queries, maps = random_features(num_frames)
     with writer.video("7", attributes_of(num_frames)) as sink:
         sink.append(queries, maps)
@@ -57,7 +44,7 @@ def write_cache(path: Path, codec: Codec, num_frames: int = 70) -> Path:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cache_carries_its_codec(tmp_path: Path, name: str) -> None:
-    codec = cache_codec(name)
+    codec = fitted_codec(name)
     feature_cache = FeatureCache.open(write_cache(tmp_path / "features", codec))
     loaded = pickle.loads(pickle.dumps(feature_cache)).codec
     assert loaded.name == name and loaded.parameters == codec.parameters
@@ -72,7 +59,7 @@ def test_a_cache_carries_its_codec(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_frames_that_are_not_finite_are_refused(tmp_path: Path, name: str) -> None:
-    writer = open_writer(tmp_path / "features", cache_codec(name))
+    writer = open_writer(tmp_path / "features", codec=fitted_codec(name))
     queries, maps = random_features(4)
     maps[2, 1, 3, 3] = np.nan
     with (
@@ -83,7 +70,7 @@ def test_frames_that_are_not_finite_are_refused(tmp_path: Path, name: str) -> No
 
 
 def test_another_fit_is_another_cache(tmp_path: Path) -> None:
-    first, second = cache_codec("logit"), cache_codec("logit")
+    first, second = fitted_codec("logit"), fitted_codec("logit")
     assert isinstance(second, Logit)
     assert codec_identity(first) == codec_identity(second)
     second = replace(second, mean_C=second.mean_C + np.float32(1))
@@ -92,11 +79,17 @@ def test_another_fit_is_another_cache(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="mask feature codec: logit:"):
         write_cache(tmp_path / "features", second)
     with pytest.raises(CacheError, match="codec differs from the fingerprint"):
-        open_writer(tmp_path / "x", second, codec_identity(first))
+        CacheWriter.open(
+            tmp_path / "x",
+            fingerprint=replace(FINGERPRINT, codec=codec_identity(first)),
+            heads=random_heads(),
+            codec=second,
+            labels_json=None,
+        )
 
 
 def test_a_damaged_codec_is_found(tmp_path: Path) -> None:
-    path = write_cache(tmp_path / "features", cache_codec("logit"))
+    path = write_cache(tmp_path / "features", fitted_codec("logit"))
     array = zarr.open_array(str(path / "codec" / "mean"), mode="r+")
     array[0] = 5.0
     findings = list(verify_root(FeatureCache.open(path)))
@@ -117,6 +110,8 @@ PARAMETERS = {"num_wide": 1, "relative_step": 0.01, "identity_share": 0.01}
         ("int8", {}, {"step": (6, 1), "offset": (6,)}, "'step' does not fit"),
         ("logit", PARAMETERS, FIT | {"basis": (6, 4)}, "'basis' does not fit"),
         ("logit", PARAMETERS | {"num_wide": 4}, FIT, "num_wide"),
+        ("logit", PARAMETERS | {"num_wide": "1"}, FIT, "num_wide.*'1'"),
+        ("logit", PARAMETERS | {"num_wide": 0.5}, FIT, "num_wide"),
         ("logit", {}, FIT, "parameters"),
     ],
 )
@@ -135,7 +130,7 @@ def test_fits_that_are_not_numbers_are_refused() -> None:
     with pytest.raises(CorruptData, match="positive"):
         select_codec("int8", {}, {"step": np.zeros(3, np.float32), "offset": np.zeros(3, np.float32)})
     with pytest.raises(CacheError, match="unknown codec"):
-        select_codec("int9")
+        select_codec("int9", {}, {})
 
 
 # The container
@@ -143,7 +138,7 @@ def test_fits_that_are_not_numbers_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = write_cache(tmp_path_factory.mktemp("compressed") / "features", cache_codec("logit"))
+    path = write_cache(tmp_path_factory.mktemp("compressed") / "features", fitted_codec("logit"))
     return path / "videos" / "7" / "mask_features"
 
 
@@ -173,14 +168,26 @@ def test_damage_in_compressed_frames_is_found(compressed: Path, tmp_path: Path) 
         array.read([5])
 
 
+def test_compressed_frames_are_verified_at_every_reading(compressed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(compressed, tmp_path / "rotten")
+    array, file = open_frames(folder), folder / "c.0.0.0.0"
+    array.read([5])
+    state = file.stat()
+    flip_bit(file, int.from_bytes(file.read_bytes()[-16 * 64 - 4 + 16 * 5 :][:8], "little") + 9)
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    with pytest.raises(CorruptData, match=r"checksum mismatch"):
+        array.read([5])
+
+
 def test_a_chunk_that_is_no_frame_is_refused(tmp_path: Path) -> None:
-    """Sound checksums, but Zstandard of another length, or no Zstandard."""
+    """Sound checksums, but Zstandard of another length, of a promised petabyte, or no Zstandard."""
     from cache.storage.compression import compress
     from cache.storage.shard_layout import crc32c, encode_index
 
-    path = write_cache(tmp_path / "features", cache_codec("logit"), num_frames=2)
+    path = write_cache(tmp_path / "features", fitted_codec("logit"), num_frames=2)
     folder = path / "videos" / "7" / "mask_features"
-    for content in (compress(np.zeros(7, np.int8)), b"no zstandard here"):
+    endless = bytes.fromhex("28b52ffd") + b"\xe0" + (2**50).to_bytes(8, "little") + b"\1\0\0"
+    for content in (compress(np.zeros(7, np.int8)), endless, b"no zstandard here"):
         chunk = content + crc32c(content).to_bytes(4, "little")
         (folder / "c.0.0.0.0").write_bytes(chunk + encode_index([(0, len(chunk))], 2))
         with pytest.raises(CorruptData, match=r"does not unpack to a frame"):

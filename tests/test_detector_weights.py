@@ -205,7 +205,7 @@ def test_heads_must_fit_together(tmp_path: Path) -> None:
     expected = official_state("r50")["sem_seg_head.pixel_decoder.mask_features.weight"][:, :, 0, 0]
     assert np.array_equal(heads.arrays["mask_features.weight"], expected.numpy())
     for name, array, message in [
-        ("class_embed.bias", np.zeros(80, np.float32), r"class_embed.bias .*got float32 \(80,\)"),
+        ("class_embed.bias", np.zeros(80, np.float32), r"class_embed.bias. .*got float32 \(80,\)"),
         ("mask_embed.layers.1.weight", np.zeros((64, 64)), "float64"),
         ("decoder_norm.weight", np.zeros((64, 1), np.float32), "decoder_norm.weight"),
         ("surplus", np.zeros(1, np.float32), "unexpected .*surplus"),

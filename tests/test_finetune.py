@@ -16,8 +16,8 @@ from transformers import Mask2FormerForUniversalSegmentation
 
 from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.labels import masks
-from cache.labels.annotations import Video
 from cache.labels.stills import load_stills
+from cache.labels.tracks import Video
 from cache.media.geometry import Transform
 from configs.schema import Settings
 from evaluate.compare.runs import LabelFiles, read_entries

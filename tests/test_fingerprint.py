@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import shutil
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cache.codecs import select_codec
+from cache.codecs.float16 import Float16
 from cache.errors import AnnotationError, CorruptData, FingerprintMismatch
 from cache.fingerprint import Fingerprint, Provenance, sha256_file, source_digest
 from cache.layout import View, video_group_name
 from cache.reader import FeatureCache
 from cache.writer import CacheWriter
 from tests.cache_samples import FINGERPRINT, labels_of, open_writer, random_heads, write_video
+
+TESTS = Path(__file__).parent
 
 OTHER_VALUES: dict[str, Any] = {
     "weights_sha256": "cd" * 32,
@@ -84,6 +88,46 @@ def test_unreadable_fingerprints_are_refused(stored: Any) -> None:
 
 # The table of FORMAT.md
 
+TABLE = {
+    "detector weights, architecture or number of stored layers": "test_row_changed_features_need_another_cache",
+    "short edge, mean, deviation, padding divisor, precision": "test_row_changed_features_need_another_cache",
+    "codec, or another fit of the same codec": "test_codec_storage.py::test_another_fit_is_another_cache",
+    "settings of the fit": "test_codec_extraction.py::test_a_continued_cache_keeps_its_fit",
+    "format version": "test_cache_store.py::test_other_format_versions_are_refused",
+    "videos added to the label file": "test_row_added_videos_are_the_only_ones_extracted",
+    "videos removed from the label file": "test_row_removed_videos_stay_unused",
+    "objects, masks, categories or": "test_row_changed_objects_and_categories_only_replace_the_label_file",
+    "no label file given": "test_row_no_label_file_keeps_the_old_one",
+    "a video's frames renamed, reordered": "test_row_other_frames_under_a_known_name_are_refused",
+    "pixels changed under the same file names": "test_row_changed_pixels_are_not_noticed",
+    "a view added": "test_row_added_views_are_extracted_beside",
+    "a view changed": "test_row_a_changed_view_is_another_view",
+    "crops of pseudo-videos changed": "test_pseudo.py::test_more_images_only_extend_and_other_crops_are_refused",
+    "`detector.batch_frames`, threads, device": "test_extraction_batches.py::test_features_are_those_of_single_frames",
+    "library versions, host, device, date, paths": "test_row_provenance_never_matters",
+    "extraction interrupted": "test_cache_store.py::test_killed_at_any_moment_and_resumed_gives_the_same_bytes",
+}
+"""How each row begins, and its test."""
+
+
+def test_every_row_has_a_test_and_every_test_a_row() -> None:
+    section = (TESTS.parent / "cache" / "FORMAT.md").read_text().partition("### What forces re-extraction")[2]
+    rows = re.findall(r"^\| (.+?) \| .+ \|$", section.partition("\n## ")[0], re.MULTILINE)[1:]
+    assert len(rows) == len(TABLE)
+    for row, (beginning, name) in zip(rows, TABLE.items(), strict=True):
+        assert row.startswith(beginning)
+        file, _, test = name.rpartition("::")
+        assert f"\ndef {test}(" in (TESTS / (file or "test_fingerprint.py")).read_text()
+    own = re.findall(r"^def (test_row_\w+)\(", Path(__file__).read_text(), re.MULTILINE)
+    assert set(own) - set(TABLE.values()) == {"test_row_a_moved_cache_is_the_same_cache"}  # of provenance's row
+
+
+def test_row_changed_pixels_are_not_noticed(path: Path) -> None:
+    """Labels know names, order and size alone; footage of one's own is another matter (test_video_files.py)."""
+    assert open_writer(path, labels_of({1: 5, 2: 3})).pending(["1", "2"]) == []
+    shutil.rmtree(path / "videos" / "2")  # as the table tells
+    assert open_writer(path, labels_of({1: 5, 2: 3})).pending(["1", "2"]) == ["2"]
+
 
 @pytest.mark.parametrize("field", OTHER_VALUES.keys() - {"codec", "format_version"})
 def test_row_changed_features_need_another_cache(path: Path, field: str) -> None:
@@ -144,7 +188,7 @@ def test_row_provenance_never_matters(path: Path) -> None:
         path,
         fingerprint=FINGERPRINT,
         heads=random_heads(),
-        codec=select_codec("float16"),
+        codec=Float16(),
         labels_json=None,
         provenance=elsewhere,
     )

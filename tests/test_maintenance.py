@@ -12,12 +12,17 @@ import pytest
 
 from cache.__main__ import main
 from cache.codecs.float16 import Float16
+from cache.codecs.rate_distortion import read_calibration
 from cache.errors import FormatVersionError
+from cache.fingerprint import Provenance
+from cache.heads import DetectorHeads
 from cache.reader import FeatureCache
-from cache.upkeep.maintenance import prunable, prune
+from cache.upkeep.maintenance import differences, prunable, prune
+from cache.writer import CacheWriter
 from tests.cache_samples import (
     FINGERPRINT,
     attributes_of,
+    flip_bit,
     labels_of,
     open_writer,
     random_features,
@@ -60,11 +65,25 @@ def test_prune_without_labels_orphans_nothing(tmp_path: Path) -> None:
 
 def test_prune_leaves_a_video_alone_that_is_being_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "a"
+    begun_and_left(path, "2")
     with open_writer(path).video("1", attributes_of(5)) as sink:
-        assert main(["prune", str(path), "--delete"]) == 2
-        assert "another process is writing" in capsys.readouterr().err
+        assert main(["prune", str(path), "--delete"]) == 1
+        said = capsys.readouterr().out
+        assert "another process is writing" in said and "2 videos" in said and "deleted, but for 1" in said
         sink.append(*random_features(5))
-    assert FeatureCache.open(path).video_names() == ["1"]
+    assert FeatureCache.open(path).video_names() == ["1"] and not (path / "videos/2").exists()
+
+
+def test_a_damaged_marker_alone_does_not_delete_a_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a"
+    write_video(open_writer(path), "1", 5)
+    flip_bit(path / "videos/1/zarr.json", 0)
+    assert main(["prune", str(path), "--delete"]) == 0
+    said = capsys.readouterr().out
+    assert "zarr.json is damaged" in said and "kept, unless --unreadable" in said and "0 videos" in said
+    assert (path / "videos/1/mask_features").exists()
+    assert main(["prune", str(path), "--delete", "--unreadable"]) == 0
+    assert not (path / "videos/1").exists()
 
 
 def test_a_video_that_was_finished_meanwhile_is_not_pruned(tmp_path: Path) -> None:
@@ -99,6 +118,55 @@ def test_diff_says_in_words_what_differs(tmp_path: Path, capsys: pytest.CaptureF
     assert "not interchangeable" in shown
 
 
+def test_diff_compares_heads_and_category_names(tmp_path: Path) -> None:
+    heads = random_heads()
+    write_video(open_writer(tmp_path / "a"), "1", 5)
+    arrays = {name: array + (name == "class_embed.bias") for name, array in heads.arrays.items()}
+    CacheWriter.open(
+        tmp_path / "b",
+        fingerprint=FINGERPRINT,
+        heads=DetectorHeads(arrays=arrays, category_names=("circle", "square")),
+        codec=Float16(),
+        labels_json=None,
+    )
+    found = list(differences(FeatureCache.open(tmp_path / "a"), FeatureCache.open(tmp_path / "b")))
+    assert "heads: the category names differ" in found and "heads: other numbers in class_embed.bias" in found
+    (tmp_path / "b/detector/class_embed.bias/c.0").unlink()
+    found = list(differences(FeatureCache.open(tmp_path / "a"), FeatureCache.open(tmp_path / "b")))
+    assert any(line.startswith("heads: cannot be read there: ") for line in found)
+
+
+def test_diff_goes_on_after_a_video_that_cannot_be_read(tmp_path: Path) -> None:
+    write_video(open_writer(tmp_path / "a"), "1", 5)
+    write_video(open_writer(tmp_path / "a"), "2", 5)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    marker = tmp_path / "b/videos/1/zarr.json"
+    marker.write_text(marker.read_text().replace('"num_frames": 5', '"num_frames": "five"'))
+    marker = tmp_path / "b/videos/2/zarr.json"
+    marker.write_text(marker.read_text().replace('"num_frames": 5', '"num_frames": 6'))
+    found = list(differences(FeatureCache.open(tmp_path / "a"), FeatureCache.open(tmp_path / "b")))
+    assert found == ["videos: 1 cannot be read there: 1", "videos: 1 show other frames, such as 2"]
+
+
+def test_diff_tells_where_two_caches_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, host, torch in (("a", "earth", "2.11"), ("b", "moon", "2.12")):
+        writer = CacheWriter.open(
+            tmp_path / name,
+            fingerprint=FINGERPRINT,
+            heads=random_heads(),
+            codec=Float16(),
+            labels_json=None,
+            provenance=Provenance(date="d", host=host, command="c", libraries={"torch": torch}, paths={}),
+        )
+        write_video(writer, "1", 5)
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0  # Where from does not matter.
+    assert capsys.readouterr().out.splitlines() == [
+        "origin: host: earth here, moon there",
+        "origin: libraries: torch: 2.11 here, 2.12 there",
+        "the features are interchangeable",
+    ]
+
+
 def test_diff_of_a_copy_finds_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_video(open_writer(tmp_path / "a"), "1", 5)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
@@ -122,6 +190,26 @@ def test_every_version_reads_format_1() -> None:
     assert main(["verify", str(FORMAT_1)]) == 0
 
 
+@pytest.mark.parametrize("name", ["int8", "logit"])
+def test_every_version_reads_the_fitted_codecs_of_format_1(name: str) -> None:
+    path = FORMAT_1.with_name(f"format1_{name}")
+    feature_cache, expected = FeatureCache.open(path), np.load(path.with_suffix(".npz"))
+    assert feature_cache.video_names() == ["7", "8", "8@flip"] and feature_cache.video("8@flip").attributes.view.flip
+    assert [video.length for video in feature_cache.labels().videos] == [66, 3]
+    calibration, codec = read_calibration(path), feature_cache.codec
+    assert calibration is not None and calibration.rows[0].codec == codec.name == name
+    embeddings_NR, constant_N = codec.fold(expected["embeddings"])
+    assert constant_N is not None
+    for video in ("7", "8@flip"):
+        frames, key = expected[f"frames_{video.replace('@', '_')}"].tolist(), video.replace("@", "_")
+        clip = feature_cache.video(video).read_clip(frames)
+        np.testing.assert_array_equal(clip.frame_queries, expected[f"queries_{key}"])
+        np.testing.assert_allclose(codec.decode(clip.mask_features), expected[f"features_{key}"], rtol=1e-5, atol=1e-4)
+        logits = np.einsum("nr,trhw->tnhw", embeddings_NR, clip.mask_features) + constant_N[:, None, None]
+        np.testing.assert_allclose(logits, expected[f"logits_{key}"], rtol=1e-5, atol=1e-3)
+    assert main(["verify", str(path)]) == 0
+
+
 def test_format_1_is_upgraded_by_doing_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = shutil.copytree(FORMAT_1, tmp_path / "a")
     assert main(["upgrade", str(path)]) == 0
@@ -136,7 +224,9 @@ def test_a_later_version_names_the_command_that_helps(tmp_path: Path, capsys: py
     root = json.loads((path / "zarr.json").read_text())
     root["attributes"]["format_version"] = 2
     (path / "zarr.json").write_text(json.dumps(root))
-    with pytest.raises(FormatVersionError, match=r"git pull[\s\S]*python -m cache upgrade[\s\S]*make extract"):
+    with pytest.raises(
+        FormatVersionError, match=r"git pull[\s\S]*python -m cache upgrade /[^<]*/a`[\s\S]*make extract"
+    ):
         FeatureCache.open(path)
     before = (path / "zarr.json").read_bytes()
     assert main(["upgrade", str(path)]) == 2

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from cache.errors import AnnotationError
 from cache.labels import masks
-from cache.labels.annotations import Category, Labels, Track, load_labels
-from cache.labels.tracks import mask_areas
+from cache.labels.annotations import load_labels
+from cache.labels.tracks import Category, Labels, Track, mask_areas
 from evaluate import score
 from evaluate.metrics.video_ap import VideoEvaluation, VideoMetrics, evaluate_tracks
 from evaluate.results import TrackPrediction, load_results

@@ -20,7 +20,7 @@ from cache.labels.stills import load_stills
 from cache.labels.tracks import Category
 from cache.media.geometry import Transform
 from cache.reader import FeatureCache
-from cache.upkeep.inspection import verify_root, verify_video
+from cache.upkeep.verification import verify_root, verify_video
 from configs.schema import PseudoSettings, Settings
 from extract.demo.stills import write_stills
 from extract.pseudo import draw_pseudo_videos
@@ -65,7 +65,10 @@ def test_polygons_and_run_lengths_become_masks(tmp_path: Path) -> None:
         ([[1, 2, 3, 4]], "less than three points"),
         ([], "not a segmentation"),
         ("polygon", "not a segmentation"),
-        ([["a", 1, 2, 3, 4, 5]], "not a segmentation"),
+        ([["a", 1, 2, 3, 4, 5]], "a coordinate of 'a'"),
+        ([[1e8, 1, 2, 3, 4, 5]], r"a coordinate of 100000000\.0"),  # would keep pycocotools busy for hours
+        ([[float("nan"), 1, 2, 3, 4, 5]], "a coordinate of nan"),
+        ([[10**400, 1, 2, 3, 4, 5]], "a coordinate of 1000"),
         ({"size": [30, 20], "counts": [600]}, "size is not the image's"),
         ({"size": [20, 30], "counts": [1, 2]}, "add up to 3"),
         ({"counts": [600]}, "not a segmentation"),

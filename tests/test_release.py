@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from cache.codecs import select_codec
+from cache.codecs.float16 import Float16
 from cache.fingerprint import sha256_file
 from cache.heads import HEAD_SHAPES, DetectorHeads
 from cache.layout import VideoAttributes
@@ -181,7 +181,7 @@ def write_full_size_cache(path: Path, tensors: dict[str, Tensor]) -> None:
         path,
         fingerprint=FINGERPRINT,
         heads=DetectorHeads(arrays=arrays, category_names=()),
-        codec=select_codec("float16"),
+        codec=Float16(),
         labels_json=json.dumps(content).encode(),
     )
     attributes = VideoAttributes(num_frames=1, image_hw=(32, 32), padded_hw=(32, 32), original_hw=(48, 80))

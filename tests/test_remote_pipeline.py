@@ -5,6 +5,7 @@ from a staged copy and from one HDF5 file. All of it must equal what a folder gi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from multiprocessing.forkserver import _forkserver
 from pathlib import Path
 
 import pytest
@@ -49,11 +50,17 @@ def test_a_bucket_holds_what_a_folder_holds(remote: str, tiny_cache: Path, split
     assert features(f"{remote}/{split}") == features(tiny_cache / split)
 
 
-@pytest.fixture(params=["bucket", "staged", "hdf5"])
+@pytest.fixture(params=["bucket", "bucket, by a worker", "staged", "hdf5"])
 def elsewhere(request: pytest.FixtureRequest, tiny_cache: Path, tmp_path: Path) -> Elsewhere:
     def in_bucket() -> list[str]:
-        # No worker: where another test has started the fork server already, that does not know this server's address.
         return [f"cache.path={request.getfixturevalue('remote')}", "train.workers=0"]
+
+    def by_a_worker() -> list[str]:
+        address = request.getfixturevalue("remote")
+        # Another test may have started the fork server, which then does not know the address of this test's S3 server.
+        _forkserver._stop()  # type: ignore[attr-defined]
+        request.addfinalizer(_forkserver._stop)  # type: ignore[attr-defined]
+        return [f"cache.path={address}", "train.workers=1", "cache.preload=false"]
 
     def staged() -> list[str]:
         return [
@@ -66,9 +73,10 @@ def elsewhere(request: pytest.FixtureRequest, tiny_cache: Path, tmp_path: Path) 
         (tmp_path / "files").mkdir()
         for split in ("train", "valid"):
             export_hdf5(FeatureCache.open(tiny_cache / split), tmp_path / "files" / f"{split}.h5")
-        return [f"cache.path={tmp_path / 'files'}", "train.workers=1"]
+        return [f"cache.path={tmp_path / 'files'}", "train.workers=1", "cache.preload=false"]
 
-    return {"bucket": in_bucket, "staged": staged, "hdf5": in_files}[request.param]
+    kinds = {"bucket": in_bucket, "bucket, by a worker": by_a_worker, "staged": staged, "hdf5": in_files}
+    return kinds[request.param]
 
 
 def test_training_and_evaluation_equal_those_from_a_folder(

@@ -17,7 +17,7 @@ from cache.errors import CacheError
 from cache.labels.annotations import load_labels
 from cache.layout import View
 from cache.reader import FeatureCache
-from cache.upkeep.upload import LOCAL_VIDEOS
+from cache.remote_writer import LOCAL_VIDEOS
 from configs.splits import SplitPaths
 from extract import room
 from extract.__main__ import main as extract_main

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from cache.errors import AnnotationError, ConfigError
-from cache.labels.annotations import Labels, parse_labels
+from cache.labels.annotations import parse_labels
 from cache.labels.splits import holdout_split
+from cache.labels.tracks import Labels
 
 
 def _many_videos(numbers: range) -> Labels:

@@ -9,8 +9,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from threading import Barrier
+from time import sleep
 
 import pytest
 import torch
@@ -56,6 +59,27 @@ def test_a_lock_names_its_holder_and_goes_with_it(tmp_path: Path) -> None:
     write_video(second, "2", 4)
     assert not second.claim("1")  # complete
     assert not (tmp_path / "a" / LOCKS).exists()
+
+
+def test_threads_that_share_a_writer_keep_their_own_claims(tmp_path: Path) -> None:
+    writer, other = open_writer(tmp_path / "a"), open_writer(tmp_path / "a")
+    in_turn = Barrier(2)
+
+    def extraction(name: str) -> None:
+        with writer.claims() as claim:
+            assert claim(name)
+            in_turn.wait(10)
+            if name == "1":  # Leaves its block, unwritten, while the other thread still has its video to write.
+                return
+            while (tmp_path / "a" / LOCKS / "1").exists():
+                sleep(0.001)
+            with pytest.raises(VideoBusy):
+                other.claim(name)
+            write_video(writer, name, 4)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(extraction, ("1", "2")))
+    assert other.pending(["1", "2"]) == ["1"] and other.claim("1")
 
 
 def test_a_lock_of_another_machine_is_respected_until_it_is_said_to_be_dead(tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from cache.__main__ import main
-from cache.codecs import select_codec
+from cache.codecs.float16 import Float16
 from cache.errors import CacheError, FingerprintMismatch
 from cache.fingerprint import Fingerprint
 from cache.reader import FeatureCache
+from cache.remote_writer import opened_writer
 from cache.storage.remote import RemoteStore
 from cache.upkeep.staging import stage, staged_folder
-from cache.upkeep.upload import opened_writer
 from cache.writer import CacheWriter
 from tests.cache_samples import FINGERPRINT, files_below, labels_of, open_writer, random_heads, write_video
 from tests.object_store import local_s3
@@ -52,7 +52,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def opened(
     address: str, stage_to: str | None, lengths: dict[int, int] = LENGTHS, fingerprint: Fingerprint = FINGERPRINT
 ) -> AbstractContextManager[CacheWriter]:
-    codec, heads, labels = select_codec("float16"), random_heads(), labels_of(lengths)
+    codec, heads, labels = Float16(), random_heads(), labels_of(lengths)
     return opened_writer(Path(address), stage_to, fingerprint=fingerprint, heads=heads, codec=codec, labels_json=labels)
 
 

@@ -16,8 +16,9 @@ from cache.labels import masks
 from cache.labels.tracks import Video
 from cache.layout import View
 from cache.reader import FeatureCache
-from cache.upkeep.inspection import summarise, verify_root, verify_video
+from cache.upkeep.inspection import summarise
 from cache.upkeep.maintenance import prunable
+from cache.upkeep.verification import verify_root, verify_video
 from configs.schema import Settings, ViewSettings
 from configs.views import train_views
 from extract.stage import extract

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from cache.codecs.rate_distortion import CALIBRATION
 from cache.layout import ANNOTATIONS, CARD, METADATA
 from cache.reader import FeatureCache
-from cache.upkeep.inspection import verify_root, verify_video
 from cache.upkeep.transfer import export_hdf5, import_hdf5
+from cache.upkeep.verification import verify_root, verify_video
 from configs.schema import Settings
 from extract.demo.videos import write_split
 from extract.detector.engines import configured_detector

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cache.labels import masks
-from cache.labels.annotations import Category, Labels, Track, Video
+from cache.labels.tracks import Category, Labels, Track, Video
 from evaluate.results import TrackPrediction
 from tests.naive_video_ap import Object
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cache.archives import require_sound_archive
-from cache.errors import ConfigError, FingerprintMismatch, WeightsError
+from cache.errors import ConfigError, FingerprintMismatch, WeightsError, first_line
 from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint
 from cache.reader import FeatureCache
 from configs.schema import HeadKind
@@ -127,7 +127,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
             detector=state.get("detector", {}),
         )
     except Exception as error:  # a damaged file can fail anywhere in its reader
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = first_line(error)
         raise WeightsError(
             f"not a checkpoint of vita-cache: {reason}", where=path, hint="delete it to train anew"
         ) from error

@@ -78,5 +78,5 @@ class Pace:
             f"train: the last {WINDOW} steps waited for data {share:.0%} of their time: reading features takes longer "
             f"than a step ({1e3 * judged.data / WINDOW:.0f} ms of waiting, {1e3 * judged.step / WINDOW:.0f} ms of "
             "computing). Raise train.workers where cores are idle, set cache.preload=true where the set fits into "
-            "memory, or bring the cache to a local disk (cache.stage_to for an object store)"
+            "memory, or bring the cache to a local disk (cache.stage_to)"
         )

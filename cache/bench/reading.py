@@ -1,6 +1,6 @@
 """`python -m cache bench`: how near reading comes to what the system call itself achieves, in one run.
 
-Everything is read warm (from the page cache) by one thread into the same buffers, in turns of ever another order,
+Everything is read warm (from the page cache) by one thread into the same buffers, in turns, each in another order,
 so that whatever else the machine does hits all readers alike; lower quartiles count, since it hits longer reads more
 often. The limit is `preadv` of the same stored bytes, one call a frame, from open files at known places. Ratios are
 of the clock's seconds and of the processor's, which other work on the machine disturbs less. "First read" opens the

@@ -20,7 +20,7 @@ class Codec(Protocol):
     """A linear code of the mask features, fixed for a whole cache.
 
     `parameters` (JSON values) and `arrays` are all that `load` needs to rebuild it. Being linear, it never
-    has to be undone: `fold` moves it into the mask embeddings instead (REFERENCE section 3, last line).
+    has to be undone: `fold` moves it into the mask embeddings instead, since they only ever meet in dot products.
     """
 
     name: ClassVar[str]
@@ -60,13 +60,11 @@ class Codec(Protocol):
 CODECS: dict[str, type[Float16 | Int8 | Logit]] = {"float16": Float16, "int8": Int8, "logit": Logit}
 
 
-def select_codec(
-    name: str, parameters: Mapping[str, Any] | None = None, arrays: Mapping[str, NDArray[Any]] | None = None
-) -> Codec:
+def select_codec(name: str, parameters: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> Codec:
     """The codec of this name, with its settings and fitted arrays. Raises CacheError for unknown names."""
     if name not in CODECS:
         raise CacheError("unknown codec", got=repr(name), expected=" or ".join(CODECS))
-    return CODECS[name].load(parameters or {}, arrays or {})
+    return CODECS[name].load(parameters, arrays)
 
 
 def codec_identity(codec: Codec) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CorruptData
+from cache.heads import axis_sizes
 
 
 def checked_arrays(
@@ -20,13 +21,8 @@ def checked_arrays(
     """
     if arrays.keys() != shapes.keys():
         raise CorruptData(f"codec {codec}: wrong arrays", expected=sorted(shapes), got=sorted(arrays))
-    sizes: dict[str, int] = {}
-    for name, symbols in shapes.items():
-        array = arrays[name]
-        expected = tuple(sizes.setdefault(s, n) for s, n in zip(symbols, array.shape, strict=False))
-        if array.dtype != np.float32 or array.ndim != len(symbols) or array.shape != expected:
-            got = f"{array.dtype} {array.shape}"
-            raise CorruptData(f"codec {codec}: array {name!r} does not fit", expected=f"float32 {symbols}", got=got)
+    axis_sizes(arrays, shapes, CorruptData, f"codec {codec}")
+    for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise CorruptData(f"codec {codec}: array {name!r} is not finite")
     return dict(arrays)

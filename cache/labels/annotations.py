@@ -1,4 +1,4 @@
-"""Reading label files: YTVIS JSON (REFERENCE section 7), checked entry by entry.
+"""Reading label files: YTVIS JSON (youtube-vos.org, Video Instance Segmentation), checked entry by entry.
 
 YouTube-VIS 2019 and 2021, OVIS and any data set of one's own in the same schema. Whatever breaks the schema
 is one AnnotationError that names the file, the entry, the field, what was expected and what was found.
@@ -10,27 +10,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
-from cache.errors import AnnotationError
+from cache.errors import AnnotationError, some
 from cache.labels import masks
 from cache.labels.json_entries import Entry, entries, read_json, show
 from cache.labels.masks import Rle
-from cache.labels.tracks import Category, Labels, Occlusion, Track, Video, mask_areas, show_ids
-
-__all__ = [
-    "Category",
-    "Labels",
-    "Rle",
-    "Track",
-    "Video",
-    "category_entry",
-    "category_of",
-    "file_name_of",
-    "load_labels",
-    "parse_labels",
-    "segmentations_of",
-    "unique_entries",
-    "video_of",
-]
+from cache.labels.tracks import Category, Labels, Occlusion, Track, Video, mask_areas
 
 
 def load_labels(path: Path | str) -> Labels:
@@ -64,7 +48,7 @@ def video_of(entry: Entry, labels: Labels) -> Video:
     if video_id not in labels.video_by_id:
         entry.fail(
             f"video {video_id} is unknown",
-            expected=f"one of the ids {show_ids(labels.video_by_id)}",
+            expected=f"one of the ids {some(sorted(labels.video_by_id))}",
             hint="Every video_id must be listed under 'videos' of the label file; is it the right split?",
         )
     return labels.video_by_id[video_id]
@@ -76,7 +60,7 @@ def category_of(entry: Entry, labels: Labels) -> int:
     if category_id not in labels.category_index:
         entry.fail(
             f"category {category_id} is unknown",
-            expected=f"one of the ids {show_ids(labels.category_index)}",
+            expected=f"one of the ids {some(labels.category_index)}",
             hint="Every category_id must be listed under 'categories' of the label file.",
         )
     return category_id

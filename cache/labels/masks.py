@@ -98,7 +98,7 @@ def side_by_side(frames: Sequence[Rle | None], height: int, width: int) -> Rle:
     """One mask (h, w * T) of T frames laid side by side; None is an empty frame.
 
     Masks are read column by column, so the runs of the row of frames are the frames' runs one after another
-    (REFERENCE section 8). Needs h * w * T <= MAX_PIXELS.
+    (pycocotools/common/maskApi.c). Needs h * w * T <= MAX_PIXELS.
     """
     assert height * width * len(frames) <= MAX_PIXELS
     runs, ends = run_lengths([frame.counts for frame in frames if frame is not None])

@@ -1,4 +1,4 @@
-"""A hold-out split by video, for data sets whose validation labels are not public (REFERENCE section 7)."""
+"""A hold-out split by video, for data sets whose validation labels are not public."""
 
 from __future__ import annotations
 

@@ -15,6 +15,9 @@ from cache.labels.json_entries import Entry, entries, read_json, show
 from cache.labels.masks import Rle
 from cache.labels.tracks import Category
 
+_FARTHEST = 10
+"""Polygons may reach so many image sizes from the origin; pycocotools draws every pixel of their outlines."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StillObject:
@@ -32,7 +35,9 @@ class StillObject:
                 if given["size"] != [height, width]:
                     entry.fail("the mask's size is not the image's", expected=[height, width], got=given["size"])
                 return masks.from_counts([given["counts"]], height, width)[0]
-            merged = coco_mask.merge(coco_mask.frPyObjects(_polygons(given), height, width))
+            merged = coco_mask.merge(
+                coco_mask.frPyObjects(_polygons(given, _FARTHEST * max(height, width)), height, width)
+            )
             return masks.from_counts([merged["counts"].decode("ascii")], height, width)[0]
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, AnnotationError):
@@ -95,11 +100,14 @@ def _still(image: Entry, objects: tuple[StillObject, ...]) -> Still:
     return still
 
 
-def _polygons(given: object) -> list[list[float]]:
-    """x, y, x, y, ... of three points or more, each."""
+def _polygons(given: object, limit: int) -> list[list[float]]:
+    """x, y, x, y, ... of three points or more, each, from -limit to limit."""
     if not isinstance(given, list) or not given:
         raise ValueError(show(given))
     for polygon in given:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             raise ValueError("a polygon of less than three points")
+        for number in polygon:
+            if type(number) not in (int, float) or not -limit <= number <= limit:  # False for NaN.
+                raise ValueError(f"a coordinate of {show(number)}")
     return [[float(number) for number in polygon] for polygon in given]

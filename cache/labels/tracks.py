@@ -1,4 +1,4 @@
-"""The labels of a data set in memory: categories, videos and the objects' tracks (REFERENCE section 7)."""
+"""The labels of a data set in memory: categories, videos and the objects' tracks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from cache.errors import AnnotationError
+from cache.errors import AnnotationError, some
 from cache.labels import masks
 from cache.labels.masks import Rle
 
@@ -90,7 +90,7 @@ class Labels:
         """These videos with their tracks, in file order; all categories stay."""
         chosen = set(video_ids)
         if unknown := sorted(chosen - self.video_by_id.keys()):
-            raise AnnotationError(f"{len(unknown)} videos are not in the labels", got=f"ids {show_ids(unknown)}")
+            raise AnnotationError(f"{len(unknown)} videos are not in the labels", got=f"ids {some(unknown)}")
         return replace(
             self,
             videos=tuple(video for video in self.videos if video.id in chosen),
@@ -110,12 +110,6 @@ def mask_areas(segmentations: Sequence[Rle | None]) -> tuple[float, ...]:
     """Foreground pixels per frame, 0 where there is no mask."""
     present = iter(masks.areas([rle for rle in segmentations if rle is not None]).tolist())
     return tuple(0.0 if rle is None else float(next(present)) for rle in segmentations)
-
-
-def show_ids(ids: Iterable[int]) -> str:
-    """A short list of ids, for messages."""
-    listed = sorted(ids)
-    return ", ".join(map(str, listed[:8])) + (f", ... ({len(listed)} in all)" if len(listed) > 8 else "")
 
 
 def _video_to_json(video: Video) -> dict[str, object]:

@@ -21,6 +21,7 @@ from cache.labels.masks import MAX_PIXELS
 from cache.layout import write_file_atomically
 from cache.media.image_files import common_size, images_in, is_image, listed_in, read_rgb
 from cache.media.video_files import Decoding
+from cache.storage.stores import open_store
 
 RECORD = "footage.json"
 IMAGE_RATE = 10.0
@@ -56,9 +57,11 @@ class Footage:
 
         Raises FrameError where the source is no longer what it was.
         """
-        hw = (self.height, self.width)
-        if self.images:
-            yield from (read_rgb(Path(image), hw) for image in self.images)
+        hw, images = (self.height, self.width), tuple(map(Path, self.images))
+        if _digest(Path(self.source), images) != self.sha256:
+            raise self._changed()
+        if images:
+            yield from (read_rgb(image, hw) for image in images)
             return
         count = 0
         decoded = islice(Decoding(Path(self.source)).frames(), 0, None, self.stride)
@@ -68,13 +71,22 @@ class Footage:
             yield frame.rgb()
             count += 1
         if count < len(self.seconds):
-            raise FrameError(
-                "the video has changed since it was looked through",
-                where=self.source,
-                expected=f"{len(self.seconds)} frames of {self.width}x{self.height}",
-                got=f"{count}",
-                hint="run the same command again, and leave the file alone",
-            )
+            raise self._changed(f"{len(self.seconds)} frames of {self.width}x{self.height}", str(count))
+
+    def _changed(self, expected: str | None = None, got: str | None = None) -> FrameError:
+        what = "the pictures have changed since they were looked through"
+        hint = "put the old files back, or extract the new ones: the cache holds the features of the old ones"
+        return FrameError(what, where=self.source, expected=expected, got=got, hint=hint)
+
+
+def _digest(source: Path, images: Sequence[Path]) -> str:
+    """SHA-256 (hex) of a video file, or of all images one after another. Raises FrameError where one is missing."""
+    try:
+        if not images:
+            return sha256_file(source)
+        return hashlib.sha256("".join(sha256_file(image) for image in images).encode()).hexdigest()
+    except OSError as error:
+        raise FrameError(f"not readable: {error.strerror}", where=error.filename) from error
 
 
 def look_through(path: Path, stride: int = 1) -> list[Footage]:
@@ -103,12 +115,11 @@ def look_through(path: Path, stride: int = 1) -> list[Footage]:
 def _of_images(source: Path, images: Sequence[Path], stride: int) -> Footage:
     taken = [image.absolute() for image in images[::stride]]
     height, width = common_size(taken)
-    digest = hashlib.sha256("".join(sha256_file(image) for image in taken).encode()).hexdigest()
     return _checked(
         Footage(
             source=str(source),
             images=tuple(map(str, taken)),
-            sha256=digest,
+            sha256=_digest(source, taken),
             stride=stride,
             height=height,
             width=width,
@@ -132,7 +143,7 @@ def _of_video(source: Path, stride: int) -> Footage:
         Footage(
             source=str(source),
             images=(),
-            sha256=sha256_file(source),
+            sha256=_digest(source, ()),
             stride=stride,
             height=hw[0],
             width=hw[1],
@@ -156,12 +167,13 @@ def write_record(features: Path, footage: Sequence[Footage]) -> None:
 
 def read_record(features: Path) -> list[Footage]:
     """What a cache's videos 1, 2, ... are. Raises CacheError where it is a cache of something else."""
+    content = open_store(features).read_file(RECORD)
+    if content is None:
+        hint = "`python -m extract video CONFIG FILE cache.path=...` writes one"
+        raise CacheError("not a cache of videos of your own", where=features, hint=hint)
     try:
-        stored = json.loads((features / RECORD).read_bytes())
+        stored = json.loads(content)
         return [Footage(**{**piece, "images": tuple(piece["images"]), "seconds": tuple(piece["seconds"])})
                 for piece in stored]  # fmt: skip
-    except FileNotFoundError as error:
-        hint = "`python -m extract video CONFIG FILE cache.path=...` writes one"
-        raise CacheError("not a cache of videos of your own", where=features, hint=hint) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CorruptData(f"unreadable record of footage: {error!r}", where=features / RECORD) from error

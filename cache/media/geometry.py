@@ -13,8 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cache.labels import masks
-from cache.labels.masks import Rle
 from cache.layout import Size, VideoAttributes
 
 Box = tuple[int, int, int, int]
@@ -85,10 +83,6 @@ class Transform:
         rows, columns = top + np.clip(ys, 0, height - 1), left + np.clip(xs, 0, width - 1)
         return np.where(inside, mask[..., rows, columns], np.zeros((), mask.dtype))
 
-    def on_rle(self, rle: Rle) -> Rle:
-        """Transform a run-length encoded mask; the result may be empty."""
-        return masks.encode(self.on_mask(masks.mask(rle)))
-
     def _sources(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The pixel (y, x) of the crop under every output pixel's centre: (h, 1) and (1, w), or (h, w) if rotated."""
         (out_h, out_w), (height, width) = self.size, self.crop[2:]
@@ -110,7 +104,7 @@ def transform_of(attributes: VideoAttributes) -> Transform:
 
 @dataclass(frozen=True, kw_only=True)
 class TransformRanges:
-    """What random transforms are drawn from (REFERENCE section 4); lengths in pixels.
+    """What random transforms are drawn from (VITA's pseudo-videos, arXiv 2206.04403, section 4); lengths in pixels.
 
     A frame is thought of at one of the shorter edges `resize_edges`, where the crop has its sides within
     `crop_sides`; the crop is resized to one of the shorter edges `short_edges`.

@@ -89,7 +89,7 @@ def images_in(folder: Path) -> list[Path]:
 def listed_in(file: Path) -> list[Path]:
     """The paths of a list, one a line, relative to its folder. Raises FrameError for an empty or binary list."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise FrameError("not a list of paths: no UTF-8 text", where=file) from error
     paths = [file.parent / line for line in lines if line]

@@ -27,7 +27,7 @@ def decompress(chunk: bytes | memoryview, row: memoryview) -> bool:
     """Fill `row` with a chunk's content; False where the chunk is not Zstandard or of another length."""
     try:
         content = memoryview(_ZSTD.decode(chunk))
-    except (RuntimeError, ValueError):
+    except (RuntimeError, ValueError, MemoryError):  # A damaged header may promise any length.
         return False
     if len(content) != len(row):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -42,9 +43,9 @@ class FrameArray(Protocol):
 def open_frames(folder: Path) -> FrameArray:
     """Open the Zarr array in `folder`. Raises CorruptData where it has no readable metadata."""
     try:
-        metadata = read_metadata(folder)
+        metadata = json.loads(read_metadata(folder).decode())
         return ShardedFrames.recognise(folder, metadata) or ZarrFrames.of(folder, metadata)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CorruptData(f"unreadable array metadata: {error!r}", where=folder) from error
 
 
@@ -66,6 +67,8 @@ class ZarrFrames:
         out = checked_output(self.shape, self.dtype, frames, out)
         try:
             array = zarr.open_array(str(self.folder), mode="r")
+            if min(array.shards or array.chunks) < 1:
+                raise ValueError("chunks of nothing")
         except Exception as error:  # damaged metadata can fail anywhere in their reader
             raise CorruptData(f"unreadable array metadata: {error!r}", where=self.folder) from error
         fill = fill_value(self.dtype)

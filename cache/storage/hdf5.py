@@ -1,8 +1,8 @@
 """A whole cache in one HDF5 file: easier to move and to archive; training reads it directly.
 
 The hierarchy is that of FORMAT.md. A group's attributes are the dataset `attributes.json` (HDF5 limits its own
-attributes to 64 kB), the labels are the dataset `annotations.json`, and arrays of frames are chunked by frame with
-HDF5's own Fletcher-32 checksum.
+attributes to 64 kB), the labels are the dataset `annotations.json`, and arrays of frames are chunked by frame. All
+datasets have HDF5's own Fletcher-32 checksum.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from cache.storage.shards import checked_output
 from cache.storage.stores import committed, require_finite
 
 ATTRIBUTES = "attributes.json"
+EXPORT_HINT = "export the file again from its cache: `python -m cache export`"
 
 
 class Hdf5Store:
@@ -79,13 +80,26 @@ class Hdf5Store:
         """See Store."""
         return self._bytes(name)
 
+    def files(self) -> list[str]:
+        """See Store."""
+        return sorted(name for name, item in self.file.items() if isinstance(item, h5py.Dataset) and name != ATTRIBUTES)
+
     def frames(self, video: str, field: str) -> Hdf5Frames:
         """See Store."""
+        where = f"{self.path}: video {video!r}, {field}"
         try:
             dataset = self.file[f"{VIDEOS}/{video}/{field}"]
-            return Hdf5Frames(store=self, video=video, field=field, shape=dataset.shape, dtype=dataset.dtype)
-        except (KeyError, OSError, AttributeError) as error:
-            raise CorruptData(f"unreadable array: {error}", where=f"{self.path}: video {video!r}, {field}") from error
+            frames = Hdf5Frames(store=self, video=video, field=field, shape=dataset.shape, dtype=dataset.dtype)
+            # HDF5 reads what was never written as zeros.
+            written = dataset.id.get_num_chunks() if dataset.chunks == (1, *dataset.shape[1:]) else -1
+        except (KeyError, OSError, AttributeError, RuntimeError) as error:
+            raise CorruptData(f"unreadable array: {error}", where=where, hint=EXPORT_HINT) from error
+        if written != dataset.shape[0]:
+            what = (
+                "array is not chunked by frame" if written < 0 else f"{written} of {dataset.shape[0]} frames are there"
+            )
+            raise CorruptData(what, where=where, hint=EXPORT_HINT)
+        return frames
 
     def size(self, video: str, field: str) -> int:
         """See Store."""
@@ -118,6 +132,5 @@ class Hdf5Frames:
                 dataset.read_direct(out, np.s_[frame], np.s_[row])
             except (OSError, RuntimeError) as error:
                 where = f"{self.store.path}: video {self.video!r}, frame {frame}"
-                hint = "export the file again from its cache: `python -m cache export`"
-                raise CorruptData(f"{self.field} unreadable: {error}", where=where, hint=hint) from error
+                raise CorruptData(f"{self.field} unreadable: {error}", where=where, hint=EXPORT_HINT) from error
         return out

@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -92,10 +92,11 @@ class VideoLocks:
         with suppress(OSError):  # There are others.
             self._folder.rmdir()
 
-    def release_all(self) -> None:
-        """Give back what is still held."""
-        for name in list(self._held):
-            self.release(name)
+    def release_unwritten(self, names: Iterable[str]) -> None:
+        """Give back those of the videos that are still held."""
+        for name in names:
+            if name in self._held:
+                self.release(name)
 
 
 def sweep_locks(path: Path, *, of_other_hosts: bool = False) -> None:

@@ -1,13 +1,11 @@
-"""Caches in object stores (`s3://`, `gs://`, `az://`, `https://`), read through obstore (the extra `remote`).
+"""Caches in object stores (`s3://`, `gs://`, `az://`), read through obstore (the extra `remote`).
 
-Credentials and endpoints come from the environment, as for every other tool (AWS_ACCESS_KEY_ID, AWS_ENDPOINT, ...).
-A clip is two requests a shard at most: its index, once, and the wanted frames, which obstore fetches at a time.
+A clip is two requests a shard at most: its index, once, and the wanted frames, which obstore fetches in parallel.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,44 +16,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import CacheError, CorruptData
-from cache.layout import METADATA, VIDEOS
+from cache.errors import CorruptData, first_line
+from cache.layout import METADATA, VIDEOS, parse_group_attributes
 from cache.storage.compression import decompress
+from cache.storage.connection import in_words, object_store, require_connecting_process
 from cache.storage.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
 from cache.storage.shards import ShardedFrames, checked_output
-from cache.storage.stores import committed, require_finite
+from cache.storage.stores import committed, is_record, require_finite
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-SCHEME = re.compile(r"^(s3|gs|az|https?):/+")
 REQUESTS = 16
-"""At a time."""
+"""In parallel."""
 RETRY_HINT = "if the object store is at fault, try again; else extract this video anew"
-
-
-def remote_url(path: Path | str) -> str | None:
-    """The address that a path means, None for a local path. A `Path` has lost one slash of `s3://`."""
-    match = SCHEME.match(str(path))
-    return None if match is None else f"{match[1]}://{str(path)[match.end() :].rstrip('/')}"
-
-
-def object_store(url: str) -> ObjectStore:
-    """Open the store at an address. Raises CacheError where obstore is missing or refuses the address."""
-    try:
-        from obstore.store import from_url
-    except ImportError as error:
-        raise CacheError("remote caches need obstore", where=url, hint="pip install '.[remote]'") from error
-    try:
-        store: ObjectStore = from_url(url, client_options={"allow_http": True} if url.startswith("http:") else None)
-    except Exception as error:
-        raise CacheError(f"not a usable address: {_first_line(error)}", where=url) from error
-    return store
-
-
-def _first_line(error: Exception) -> str:
-    """What went wrong; obstore adds a page of internals."""
-    return str(error).strip().partition("\n")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,15 +47,21 @@ class RemoteStore:
         """The address, as far as a path can hold it."""
         return Path(self.url)
 
-    @cached_property
+    @property
     def objects(self) -> ObjectStore:
-        """The connection."""
+        """The connection. Raises CacheError in a forked process."""
+        require_connecting_process(self.url)
+        return self._objects
+
+    @cached_property
+    def _objects(self) -> ObjectStore:
         return object_store(self.url)
 
     def attributes(self, group: str) -> dict[str, Any] | None:
         """See Store."""
-        document = self.json(f"{group}/{METADATA}".lstrip("/"))
-        return None if document is None else dict(document["attributes"])
+        name = f"{group}/{METADATA}".lstrip("/")
+        content = self.get(name)
+        return None if content is None else parse_group_attributes(content, f"{self.url}/{name}")
 
     def arrays(self, group: str) -> dict[str, NDArray[Any]]:
         """See Store."""
@@ -93,8 +73,8 @@ class RemoteStore:
             store = ZarrObjectStore(self.objects, read_only=True)
             try:
                 values = np.asarray(zarr.open_array(store, path=f"{group}/{name}", mode="r")[...])
-            except (ValueError, OSError, LookupError) as error:
-                raise CorruptData(f"unreadable: {error}", where=f"{self.url}/{group}/{name}") from error
+            except Exception as error:  # damaged metadata can fail anywhere in their reader
+                raise CorruptData(f"unreadable: {first_line(error)}", where=f"{self.url}/{group}/{name}") from error
             found[name] = require_finite(values, f"{self.url}/{group}/{name}")
         return found
 
@@ -111,8 +91,10 @@ class RemoteStore:
     def frames(self, video: str, field: str) -> RemoteFrames:
         """See Store. Raises CorruptData for arrays of another layout than FORMAT.md prescribes."""
         name = f"{VIDEOS}/{video}/{field}"
-        metadata = self.json(f"{name}/{METADATA}")
-        layout = None if metadata is None else ShardedFrames.recognise(Path(name), metadata)
+        try:
+            layout = ShardedFrames.recognise(Path(name), json.loads(self.get(f"{name}/{METADATA}") or b"null"))
+        except (ValueError, RecursionError):
+            layout = None
         if layout is None:
             hint = "stage the cache locally (cache.stage_to), where any Zarr layout is read"
             raise CorruptData("missing, or not of the prescribed layout", where=f"{self.url}/{name}", hint=hint)
@@ -124,57 +106,54 @@ class RemoteStore:
 
     def listing(self, prefix: str | None = None) -> dict[str, int]:
         """Names and bytes of all objects, or of those below a prefix that ends in `/`."""
-        import obstore
+        with in_words(f"{self.url}/{prefix or ''}", "cannot be listed"):
+            import obstore
 
-        return {entry["path"]: entry["size"] for entry in obstore.list(self.objects, prefix=prefix).collect()}
+            return {entry["path"]: entry["size"] for entry in obstore.list(self.objects, prefix=prefix).collect()}
 
     def files(self) -> list[str]:
-        """Names of the objects at the top, sorted."""
-        import obstore
-
-        return sorted(entry["path"] for entry in obstore.list_with_delimiter(self.objects)["objects"])
+        """See Store."""
+        return sorted(entry["path"] for entry in self._entries("")["objects"] if is_record(entry["path"]))
 
     def put(self, name: str, file: Path) -> None:
         """Store a file's bytes. Raises CacheError where the store refuses them."""
-        import obstore
+        with in_words(f"{self.url}/{name}", "cannot be written"):
+            import obstore
 
-        try:
             obstore.put(self.objects, name, file)
-        except (obstore.exceptions.BaseError, OSError) as error:
-            raise CacheError(
-                f"cannot be written: {_first_line(error)}", where=f"{self.url}/{name}", hint=RETRY_HINT
-            ) from error
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy an object's bytes to the file `target`. Raises CacheError where the store cannot be reached."""
+        with target.open("wb") as file:
+            for piece in self._pieces(name):
+                file.write(piece)
+
+    def _pieces(self, name: str) -> Iterator[bytes]:
+        with in_words(f"{self.url}/{name}"):
+            import obstore
+
+            yield from map(bytes, obstore.get(self.objects, name).stream())
 
     def names(self, group: str) -> list[str]:
         """Names of the groups and arrays in a group, sorted."""
-        import obstore
+        prefixes = self._entries(f"{group}/")["common_prefixes"]
+        return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in prefixes)
 
-        listing = obstore.list_with_delimiter(self.objects, prefix=f"{group}/")
-        return sorted(prefix.rstrip("/").rpartition("/")[2] for prefix in listing["common_prefixes"])
+    def _entries(self, prefix: str) -> Any:
+        with in_words(f"{self.url}/{prefix}", "cannot be listed"):
+            import obstore
 
-    def json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object, None where there is none. Raises CorruptData where it is something else."""
-        content = self.get(name)
-        try:
-            document = None if content is None else json.loads(content)
-            if document is not None and not isinstance(document, dict):
-                raise ValueError("not an object")
-        except ValueError as error:
-            raise CorruptData(f"unreadable metadata: {error!r}", where=f"{self.url}/{name}") from error
-        return document
+            return obstore.list_with_delimiter(self.objects, prefix=prefix or None)
 
     def get(self, name: str) -> bytes | None:
         """An object's bytes, None where there is none. Raises CacheError where the store cannot be reached."""
-        import obstore
+        with in_words(f"{self.url}/{name}"):
+            import obstore
 
-        try:
-            return bytes(obstore.get(self.objects, name).bytes())
-        except FileNotFoundError:
-            return None
-        except (obstore.exceptions.BaseError, OSError) as error:
-            raise CacheError(
-                f"cannot be read: {_first_line(error)}", where=f"{self.url}/{name}", hint=RETRY_HINT
-            ) from error
+            try:
+                return bytes(obstore.get(self.objects, name).bytes())
+            except FileNotFoundError:
+                return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +205,7 @@ class RemoteFrames:
             starts, lengths = [entry[0] for entry in entries], [entry[1] for entry in entries]
             found = obstore.get_ranges(self.store.objects, file, starts=starts, lengths=lengths)
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise self._corrupt(f"shard cannot be read: {_first_line(error)}", frames[0]) from error
+            raise self._corrupt(f"shard cannot be read: {first_line(error)}", frames[0]) from error
         return [bytes(chunk) for chunk in found]
 
     def _index(self, file: str, frame: int) -> list[tuple[int, int]]:

@@ -1,12 +1,13 @@
 """The fast reader: frames of standard Zarr v3 shards through their index.
 
-zarr-python spends about 1.3 ms of Python on each sharded chunk and reads them one after another (REFERENCE
-section 10). The shards that this project writes have one fixed layout, so a clip is a few `preadv` calls that
-land in the caller's array.
+zarr-python spends about 1.3 ms of Python on each sharded chunk and reads them one after another (`python -m cache
+bench` measures it). The shards that this project writes have one fixed layout, so a clip is a few `preadv` calls
+that land in the caller's array.
 
-A chunk's checksum is verified when it is first read, and again when its file has changed (inode, size or time of
+A plain chunk's checksum is verified when it is first read, and again when its file has changed (inode, size or time of
 modification): a checksum costs a third of what reading from the page cache does, and bytes in memory do not rot.
-What is known of a file travels with the array to forked and spawned processes.
+What is known of a file travels with the array to forked and spawned processes. A compressed chunk's checksum is
+verified at every reading: unpacking costs a hundred times as much.
 """
 
 from __future__ import annotations
@@ -60,14 +61,16 @@ class ShardedFrames:
     _shards: dict[int, _Shard] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def recognise(cls, folder: Path, metadata: dict[str, Any]) -> ShardedFrames | None:
-        """The array, if its metadata has exactly the prescribed layout, else None."""
-        shape = tuple(metadata["shape"])
-        if metadata["data_type"] not in DTYPES or len(shape) < 2 or min(shape) < 1:
-            return None
-        dtype = np.dtype(DTYPES[metadata["data_type"]])
-        frames_per_shard = int(metadata["chunk_grid"]["configuration"]["chunk_shape"][0])
-        if metadata != metadata | prescribed_metadata(shape, dtype, frames_per_shard, metadata["codecs"]):
+    def recognise(cls, folder: Path, metadata: Any) -> ShardedFrames | None:
+        """The array, if its metadata (any JSON) has exactly the prescribed layout, else None."""
+        try:
+            shape, dtype = tuple(metadata["shape"]), np.dtype(DTYPES[metadata["data_type"]])
+            frames_per_shard = metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+            if len(shape) < 2 or any(type(size) is not int or size < 1 for size in (*shape, frames_per_shard)):
+                return None
+            if metadata != metadata | prescribed_metadata(shape, dtype, frames_per_shard, metadata["codecs"]):
+                return None
+        except (KeyError, TypeError, IndexError, AttributeError):
             return None
         return cls(
             folder=folder,
@@ -105,9 +108,9 @@ class ShardedFrames:
             os.close(descriptor)
 
     def _read_frame(self, descriptor: int, shard: _Shard, frame: int, row: memoryview) -> None:
-        """Fill `row` with a frame's elements; the checksum is taken where it has not been yet."""
+        """Fill `row` with a frame's elements."""
         offset, size = shard.index[frame % self.frames_per_shard]
-        verified = frame in shard.verified
+        verified = not self.compressed and frame in shard.verified
         if not verified:
             self._check_place(frame, offset, size)
         chunk = memoryview(bytearray(size - CRC_BYTES)) if self.compressed else row
@@ -138,9 +141,9 @@ class ShardedFrames:
 
     def _read_index(self, descriptor: int, number: int, file_bytes: int) -> list[tuple[int, int]]:
         """Offset and size of each chunk of the shard."""
-        content = bytearray(index_bytes(self.frames_per_shard))
-        start, first_frame = file_bytes - len(content), number * self.frames_per_shard
-        if start < 0 or not _read_fully(descriptor, memoryview(content), start):
+        size, first_frame = index_bytes(self.frames_per_shard), number * self.frames_per_shard
+        content = bytearray(min(size, file_bytes))
+        if len(content) < size or not _read_fully(descriptor, memoryview(content), file_bytes - size):
             raise self._corrupt("shard is shorter than its index", first_frame)
         index = decode_index(content)
         if index is None:

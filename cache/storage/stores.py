@@ -8,7 +8,9 @@ a folder. Stores are picklable and open nothing before they are first read.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -48,6 +50,10 @@ class Store(Protocol):
         """The bytes of what lies beside the root, such as the label file; None where there is none."""
         ...
 
+    def files(self) -> list[str]:
+        """Names of the files beside the root: labels, and records such as calibration.json; sorted."""
+        ...
+
     def frames(self, video: str, field: str) -> FrameArray:
         """A field of a video. Raises CorruptData where its metadata are unreadable."""
         ...
@@ -55,6 +61,11 @@ class Store(Protocol):
     def size(self, video: str, field: str) -> int:
         """Stored bytes of a field of a video."""
         ...
+
+
+def is_record(name: str) -> bool:
+    """Whether a file at the top of a cache is neither the root's own nor hidden."""
+    return name != METADATA and not name.startswith(".")
 
 
 def committed(store: Store, video: str) -> dict[str, Any] | None:
@@ -68,7 +79,8 @@ def committed(store: Store, video: str) -> dict[str, Any] | None:
 
 def open_store(path: Path | str) -> Store:
     """The store that a path names; whether there is a cache in it shows when it is read."""
-    from cache.storage.remote import RemoteStore, remote_url
+    from cache.storage.connection import remote_url
+    from cache.storage.remote import RemoteStore
 
     url = remote_url(path)
     if url is not None:
@@ -84,7 +96,8 @@ def open_store(path: Path | str) -> Store:
 
 def extraction_store(path: Path | str) -> Store:
     """The store that an extraction to `path` begins or continues: an address or a folder, never a file beside it."""
-    from cache.storage.remote import RemoteStore, remote_url
+    from cache.storage.connection import remote_url
+    from cache.storage.remote import RemoteStore
 
     url = remote_url(path)
     return FolderStore(path=Path(path)) if url is None else RemoteStore(url=url)
@@ -126,8 +139,25 @@ class FolderStore:
 
     def size(self, video: str, field: str) -> int:
         """See Store."""
-        folder = self.path / VIDEOS / video / field
-        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        return sum(self.listing(f"{VIDEOS}/{video}/{field}/").values())
+
+    def listing(self, prefix: str) -> dict[str, int]:
+        """Names and bytes of all files in a folder, given as `videos/`, or of all of the cache for ""."""
+        found = {}
+        for folder, _, names in os.walk(self.path / prefix):
+            for name in names:
+                file = Path(folder, name)
+                with suppress(FileNotFoundError):  # Another process has removed it.
+                    found[str(file.relative_to(self.path))] = file.stat().st_size
+        return found
+
+    def files(self) -> list[str]:
+        """See Store."""
+        return sorted(entry.name for entry in self.path.iterdir() if entry.is_file() and is_record(entry.name))
+
+    def fetch(self, name: str, target: Path) -> None:
+        """Copy a file's bytes to the file `target`."""
+        shutil.copyfile(self.path / name, target)
 
     def _array(self, folder: Path) -> NDArray[Any]:
         try:

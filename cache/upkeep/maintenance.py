@@ -8,14 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.errors import CacheError
-from cache.layout import ANNOTATIONS, FORMAT_VERSION, VIDEOS
+import numpy as np
+
+from cache.errors import CacheError, CorruptData, VideoBusy, VitaCacheError, first_line, some
+from cache.heads import HEAD_SHAPES
+from cache.layout import ANNOTATIONS, FORMAT_VERSION, METADATA, VIDEOS
 from cache.reader import FeatureCache, Root
 from cache.storage.locks import VideoLocks
-from cache.storage.stores import FolderStore, committed, open_store
+from cache.storage.stores import FolderStore, Store, committed, open_store
 from cache.writer import video_sources
 
 ORPHANED, UNFINISHED = f"not in {ANNOTATIONS}", "extraction did not finish"
+UNREADABLE = f"its {METADATA} is damaged, so that nobody knows whether it is complete"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,35 +32,49 @@ class Prunable:
 
 
 def prunable(feature_cache: FeatureCache) -> list[Prunable]:
-    """Videos whose extraction did not finish, and those that the labels no longer name (views included).
+    """Videos whose extraction did not finish, whose marker is damaged, or that the labels no longer name (with views).
 
     Without labels in the cache nothing is orphaned. Raises CacheError for a cache that is not in a folder.
     """
-    if not isinstance(feature_cache.store, FolderStore):
+    store = feature_cache.store
+    if not isinstance(store, FolderStore):
         raise CacheError("only a cache in a folder can be pruned", where=feature_cache.path)
-    labels = feature_cache.store.read_file(ANNOTATIONS)
+    labels = store.read_file(ANNOTATIONS)
     known = None if labels is None else video_sources(labels)
     found = []
-    for name, complete in feature_cache.store.videos():
+    for name, complete in store.videos():
         orphaned = known is not None and name.partition("@")[0] not in known
         if complete and not orphaned:
             continue
-        folder = feature_cache.path / VIDEOS / name
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        found.append(Prunable(folder=folder, reason=ORPHANED if orphaned else UNFINISHED, bytes=size))
+        reason = ORPHANED if orphaned else UNFINISHED if _is_readable(store, name) else UNREADABLE
+        size = sum(store.listing(f"{VIDEOS}/{name}/").values())
+        found.append(Prunable(folder=store.path / VIDEOS / name, reason=reason, bytes=size))
     return found
 
 
-def prune(found: list[Prunable]) -> None:
+def _is_readable(store: Store, name: str) -> bool:
+    try:
+        store.attributes(f"{VIDEOS}/{name}")
+    except CorruptData:
+        return False
+    return True
+
+
+def prune(found: list[Prunable]) -> list[VideoBusy]:
     """Delete the folders, each under its lock, but for videos that have been finished meanwhile.
 
-    Raises VideoBusy where another process writes one of them.
+    Returns what was left, because other processes write it.
     """
+    busy = []
     for entry in found:
         path, name = entry.folder.parent.parent, entry.folder.name
-        with VideoLocks(path).held(name):
-            if entry.reason == ORPHANED or not committed(FolderStore(path=path), name):
-                shutil.rmtree(entry.folder)
+        try:
+            with VideoLocks(path).held(name):
+                if entry.reason == ORPHANED or not committed(FolderStore(path=path), name):
+                    shutil.rmtree(entry.folder)
+        except VideoBusy as error:
+            busy.append(error)
+    return busy
 
 
 def upgrade(path: Path | str) -> str:
@@ -70,24 +88,50 @@ def upgrade(path: Path | str) -> str:
 
 
 def differences(first: FeatureCache, second: FeatureCache) -> Iterator[str]:
-    """What sets two caches apart, in sentences: features, videos, labels, and how they came about."""
+    """What sets two caches apart, in sentences: features, heads, videos, labels, and how they came about."""
     yield from (f"features: {line}" for line in first.fingerprint.differences(second.fingerprint))
     if first.root.codec_parameters != second.root.codec_parameters:
         yield f"codec parameters: {first.root.codec_parameters} here, {second.root.codec_parameters} there"
+    yield from _head_differences(first, second)
     names = set(first.video_names()), set(second.video_names())
     for here, only in (("here", names[0] - names[1]), ("there", names[1] - names[0])):
         if only:
-            yield f"videos: {len(only)} only {here}: {_some(sorted(only))}"
-    other_frames = [name for name in sorted(names[0] & names[1]) if _shown(first, name) != _shown(second, name)]
+            yield f"videos: {len(only)} only {here}: {some(sorted(only))}"
+    both = sorted(names[0] & names[1])
+    shown = [{name: _shown(feature_cache, name) for name in both} for feature_cache in (first, second)]
+    for here, videos in zip(("here", "there"), shown, strict=True):
+        if unreadable := [name for name in both if videos[name] is None]:
+            yield f"videos: {len(unreadable)} cannot be read {here}: {some(unreadable)}"
+    other_frames = [name for name in both if None not in (pair := [s[name] for s in shown]) and pair[0] != pair[1]]
     if other_frames:
-        yield f"videos: {len(other_frames)} show other frames, such as {_some(other_frames)}"
+        yield f"videos: {len(other_frames)} show other frames, such as {some(other_frames)}"
     if first.store.read_file(ANNOTATIONS) != second.store.read_file(ANNOTATIONS):
         yield "labels: the label files differ"
     yield from _origins(first.root.sessions, second.root.sessions)
 
 
-def _shown(feature_cache: FeatureCache, name: str) -> tuple[object, ...]:
-    video = feature_cache.video(name)
+def _head_differences(first: FeatureCache, second: FeatureCache) -> Iterator[str]:
+    heads = []
+    for here, feature_cache in (("here", first), ("there", second)):
+        try:
+            heads.append(feature_cache.heads)
+        except VitaCacheError as error:
+            yield f"heads: cannot be read {here}: {first_line(error)}"
+    if len(heads) < 2:
+        return
+    if heads[0].category_names != heads[1].category_names:
+        yield "heads: the category names differ"
+    others = [name for name in HEAD_SHAPES if not np.array_equal(heads[0].arrays[name], heads[1].arrays[name])]
+    if others:
+        yield f"heads: other numbers in {some(others)}"
+
+
+def _shown(feature_cache: FeatureCache, name: str) -> tuple[object, ...] | None:
+    """What identifies a video's frames, None where it cannot be read."""
+    try:
+        video = feature_cache.video(name)
+    except VitaCacheError:
+        return None
     return video.source, video.attributes
 
 
@@ -105,7 +149,3 @@ def _flat(session: dict[str, Any]) -> dict[str, Any]:
     for key, value in session.items():
         flat |= {f"{key}: {inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
     return flat
-
-
-def _some(names: list[str], shown: int = 5) -> str:
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "")

@@ -1,77 +1,138 @@
-"""From a remote cache to a local disk (the way back: cache.upkeep.upload)."""
+"""From where a cache lies to a local disk (the way into an object store: cache.upkeep.upload)."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cache.errors import CacheError
-from cache.layout import CODEC, DETECTOR, METADATA, VIDEOS, write_file_atomically
+from cache.layout import CODEC, DETECTOR, METADATA, VIDEOS, sync_to_disk
 from cache.progress import with_progress
 from cache.reader import FeatureCache
+from cache.storage.connection import remote_url
+from cache.storage.hdf5 import Hdf5Store
 from cache.storage.locks import locked
-from cache.storage.remote import REQUESTS, RemoteStore, remote_url
+from cache.storage.remote import REQUESTS, RemoteStore
 from cache.storage.stores import FolderStore, committed
 from cache.writer import sync_tree
 
+FileStore = FolderStore | RemoteStore
+"""What holds a cache as files."""
+
 
 def stage(address: Path | str, folder: Path) -> Path:
-    """Copy a remote cache into `folder` with a progress bar; videos that are there already are not copied again.
+    """Copy a cache into `folder` with a progress bar, but for the videos that are there as they are in the source.
 
-    Returns `folder`. Raises CacheError where the address is local or the folder holds another cache, and
-    FingerprintMismatch where it holds other features.
+    Videos are told apart by their attributes and the sizes of their files. An HDF5 file is copied into the folder
+    under its own name. Returns what to read from. Raises CacheError where the disk is too small or `folder` is the
+    source or no cache, and FingerprintMismatch where it holds other features.
     """
     feature_cache = FeatureCache.open(address)
-    store = feature_cache.store
-    if not isinstance(store, RemoteStore):
-        raise CacheError("nothing to stage: the cache is local", where=address)
+    source = feature_cache.store
+    if isinstance(source, Hdf5Store):
+        return _stage_file(source.path, folder / source.path.name)
+    assert isinstance(source, FileStore)
     folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, FolderStore) and source.path.samefile(folder):
+        raise CacheError("a cache cannot be staged into itself", where=address, hint="choose another folder")
     with locked(folder):
         if (folder / METADATA).exists():
             there = FeatureCache.open(folder).fingerprint
             hint = "stage into another folder, or delete this one"
             there.require(feature_cache.fingerprint, where=folder, hint=hint)
-        fetch_all_but_videos(store, folder)
-        local = FolderStore(path=folder)
-        names = [name for name in feature_cache.video_names() if not committed(local, name)]
-        for name in with_progress(names, f"stage to {folder}", unit="video"):
-            _fetch_video(store, f"{VIDEOS}/{name}", folder)
+        files = _stale(source, FolderStore(path=folder))
+        _require_room(sum(sum(sizes.values()) for sizes in files.values()), folder)
+        fetch_all_but_videos(source, folder)
+        for name in with_progress(files, f"stage to {folder}", unit="video"):
+            shutil.rmtree(folder / VIDEOS / name, ignore_errors=True)
+            _fetch_video(source, f"{VIDEOS}/{name}", files[name], folder)
     return folder
 
 
 def local_copy(path: Path, stage_to: str | None) -> Path:
-    """Where to read the cache at `path`: from itself, or from its copy below `stage_to` if it is remote."""
-    return path if stage_to is None or remote_url(path) is None else stage(path, staged_folder(path, stage_to))
+    """Where to read the cache at `path`: from itself, or from its copy below `stage_to` if it lies outside of it."""
+    if stage_to is None or (remote_url(path) is None and path.resolve().is_relative_to(Path(stage_to).resolve())):
+        return path
+    return stage(path, staged_folder(path, stage_to))
 
 
 def staged_folder(path: Path, stage_to: str) -> Path:
-    """Where the copy of a remote cache lies: below a folder of its address, so that no two share one."""
-    return Path(stage_to, *str(remote_url(path)).partition("://")[2].split("/"))
+    """Where the copy of a cache lies: below a folder of its address or path, so that no two share one."""
+    url = remote_url(path)
+    return Path(stage_to, *(path.resolve().parts[1:] if url is None else url.partition("://")[2].split("/")))
 
 
-def fetch_all_but_videos(store: RemoteStore, folder: Path) -> None:
+def fetch_all_but_videos(source: FileStore, folder: Path) -> None:
     """Copy heads, codec, labels and what else lies beside the root, which comes last."""
-    _fetch_all(store, [*store.listing(f"{DETECTOR}/"), *store.listing(f"{CODEC}/"), f"{VIDEOS}/{METADATA}"], folder)
-    _fetch_all(store, [name for name in store.files() if name != METADATA], folder)
-    _fetch(store, METADATA, folder)
+    groups = [*source.listing(f"{DETECTOR}/"), *source.listing(f"{CODEC}/"), f"{VIDEOS}/{METADATA}"]
+    _fetch_all(source, [*groups, *source.files()], folder)
+    _fetch(source, METADATA, folder)
 
 
-def _fetch_video(store: RemoteStore, group: str, folder: Path) -> None:
-    """All of a video's files, at a time, the commit marker last."""
+def _stale(source: FileStore, local: FolderStore) -> dict[str, dict[str, int]]:
+    """The files (name -> bytes) of every complete video that is not in the local cache as it is in the source."""
+    attributes = {name: found for name, found in source.videos() if found}
+    wanted, present = (_by_video(store.listing(f"{VIDEOS}/")) for store in (source, local))
+    return {
+        name: wanted[name]
+        for name in attributes
+        if committed(local, name) != attributes[name] or present[name] != wanted[name]
+    }
+
+
+def _by_video(listing: dict[str, int]) -> dict[str, dict[str, int]]:
+    files: dict[str, dict[str, int]] = {}
+    for name, size in listing.items():
+        files.setdefault(name.split("/")[1], {})[name] = size
+    return files
+
+
+def _require_room(needed: int, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CacheError(
+            "the cache does not fit on the disk",
+            where=folder,
+            expected=f"{needed / 1e9:.2f} GB",
+            got=f"{free / 1e9:.2f} GB free",
+            hint="stage to another disk, or train without cache.stage_to: from where the cache lies",
+        )
+
+
+def _stage_file(file: Path, copy: Path) -> Path:
+    """Copy a file unless size and time of modification are those of the copy."""
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    with locked(copy.parent):
+        status, known = file.stat(), copy.stat() if copy.exists() else None
+        if known is None or (known.st_size, known.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+            _require_room(status.st_size, copy.parent)
+            temporary = copy.with_name(f".{copy.name}.tmp")
+            shutil.copy2(file, temporary)
+            temporary.replace(copy)
+    return copy
+
+
+def _fetch_video(source: FileStore, group: str, files: Iterable[str], folder: Path) -> None:
+    """All of a video's files in parallel, the commit marker last."""
     marker = f"{group}/{METADATA}"
-    _fetch_all(store, [name for name in store.listing(f"{group}/") if name != marker], folder)
+    _fetch_all(source, [name for name in files if name != marker], folder)
     sync_tree(folder / group)
-    _fetch(store, marker, folder)
+    _fetch(source, marker, folder)
 
 
-def _fetch_all(store: RemoteStore, names: list[str], folder: Path) -> None:
+def _fetch_all(source: FileStore, names: list[str], folder: Path) -> None:
     with ThreadPoolExecutor(max_workers=REQUESTS) as pool:
-        list(pool.map(lambda name: _fetch(store, name, folder), names))
+        list(pool.map(lambda name: _fetch(source, name, folder), names))
 
 
-def _fetch(store: RemoteStore, name: str, folder: Path) -> None:
-    content = store.get(name)
-    if content is None:
-        raise CacheError("the object vanished while it was copied", where=f"{store.url}/{name}")
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    write_file_atomically(folder / name, content)
+def _fetch(source: FileStore, name: str, folder: Path) -> None:
+    """Copy a file; it appears under its name when it is whole."""
+    target = folder / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.tmp")
+    source.fetch(name, temporary)
+    sync_to_disk(temporary)
+    temporary.replace(target)
+    sync_to_disk(target.parent)

@@ -10,11 +10,10 @@ from typing import Any
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
-from cache.codecs.rate_distortion import CALIBRATION
 from cache.errors import CacheError
 from cache.layout import (
-    ANNOTATIONS,
     AXES,
     CODEC,
     DETECTOR,
@@ -32,18 +31,17 @@ from cache.reader import CachedVideo, FeatureCache
 from cache.storage.hdf5 import ATTRIBUTES, Hdf5Store
 from cache.storage.locks import locked
 from cache.storage.shard_writer import ShardWriter, write_array
-from cache.storage.stores import Store
+from cache.storage.stores import HDF5_SUFFIX, Store
 from cache.writer import sync_tree
-
-FILES = (ANNOTATIONS, CALIBRATION)
-"""Carried along, where they lie beside the root."""
 
 
 def export_hdf5(feature_cache: FeatureCache, file: Path) -> None:
     """Write the complete videos and all else of a cache to one HDF5 file, which appears only when it is whole.
 
-    Raises CacheError where the file exists, CorruptData where a stored frame is damaged.
+    Raises CacheError where the file exists or does not end in .h5, CorruptData where a stored frame is damaged.
     """
+    if file.suffix != HDF5_SUFFIX:
+        raise CacheError("only files that end in .h5 are read as HDF5", where=file, hint=f"export to {file.stem}.h5")
     if file.exists():
         raise CacheError("the file exists already", where=file, hint="delete it, or choose another name")
     temporary = file.with_name(f".{file.name}.tmp")
@@ -59,14 +57,12 @@ def export_hdf5(feature_cache: FeatureCache, file: Path) -> None:
 
 
 def _export_rest(store: Store, target: h5py.File) -> None:
-    for name in FILES:
-        content = store.read_file(name)
-        if content is not None:
-            target[name] = np.frombuffer(content, np.uint8)
+    for name in store.files():
+        _put(target, name, store.read_file(name) or b"")
     for group in ("", DETECTOR, CODEC, VIDEOS):
         _put_attributes(target, group, store.attributes(group) or {})
         for name, array in store.arrays(group).items() if group in (DETECTOR, CODEC) else ():
-            target[f"{group}/{name}"] = array
+            _put(target, f"{group}/{name}", array)
 
 
 def _export_video(video: CachedVideo, feature_cache: FeatureCache, target: h5py.File) -> None:
@@ -84,8 +80,14 @@ def _export_video(video: CachedVideo, feature_cache: FeatureCache, target: h5py.
 
 
 def _put_attributes(target: h5py.File, group: str, attributes: Mapping[str, Any]) -> None:
-    content = json.dumps(attributes, ensure_ascii=False).encode()
-    target[f"{group}/{ATTRIBUTES}"] = np.frombuffer(content, np.uint8)
+    _put(target, f"{group}/{ATTRIBUTES}", json.dumps(attributes, ensure_ascii=False).encode())
+
+
+def _put(target: h5py.File, name: str, content: bytes | NDArray[Any]) -> None:
+    """Store bytes or a small array whole, with a checksum, which HDF5 has for chunks alone."""
+    array = np.frombuffer(content, np.uint8) if isinstance(content, bytes) else content
+    chunked: dict[str, Any] = {"chunks": array.shape, "fletcher32": True} if array.size else {}
+    target.create_dataset(name, data=array, **chunked)
 
 
 def import_hdf5(file: Path, path: Path) -> None:
@@ -101,10 +103,8 @@ def import_hdf5(file: Path, path: Path) -> None:
     store = feature_cache.store
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
-        for name in FILES:
-            content = store.read_file(name)
-            if content is not None:
-                write_file_atomically(path / name, content)
+        for name in store.files():
+            write_file_atomically(path / name, store.read_file(name) or b"")
         for group in (DETECTOR, CODEC, VIDEOS):
             (path / group).mkdir()
             for name, array in store.arrays(group).items() if group != VIDEOS else ():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cache.archives import require_sound_archive
-from cache.errors import WeightsError
+from cache.errors import WeightsError, first_line, some
 from cache.fingerprint import sha256_file
 from extract.detector.safe_pickle import load_plain_pickle
 
@@ -61,14 +61,9 @@ class LoadReport:
         if self.head_keys:
             parts.append(f"{len(self.head_keys)} belong to a VITA head")
         if self.ignored_keys:
-            parts.append(f"{len(self.ignored_keys)} are not weights ({first_keys(self.ignored_keys, 2)})")
+            parts.append(f"{len(self.ignored_keys)} are not weights ({some(self.ignored_keys, 2)})")
         parts.extend(f"{old} read as {new}" for old, new in self.renamed)
         return "; ".join(parts)
-
-
-def first_keys(keys: Sequence[str], count: int) -> str:
-    """The first few of many keys, for messages."""
-    return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")
 
 
 def read_official_checkpoint(path: Path) -> OfficialCheckpoint:
@@ -136,7 +131,7 @@ def _model_dict(path: Path) -> dict[str, object]:
             require_sound_archive(path)
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or hostile file can fail anywhere in its reader
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        reason = first_line(error)
         raise WeightsError(
             f"not a readable weight file: {reason}",
             where=path,

@@ -14,13 +14,11 @@ from torch import Tensor
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from transformers.utils import logging as transformers_logging
 
-from cache.errors import ConfigError, WeightsError
+from cache.errors import ConfigError, WeightsError, some
 from extract.detector.architectures import ARCHITECTURES, Shapes, describe_backbone, infer_config
-from extract.detector.checkpoints import LoadReport, first_keys, read_official_checkpoint, weight_files
+from extract.detector.checkpoints import LoadReport, read_official_checkpoint, weight_files
 from extract.detector.coco_names import COCO_CATEGORIES
 from extract.detector.key_table import KeyRow, from_official, key_table
-
-_NUM_LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,7 +131,7 @@ def _refuse_partial(
     where: Path, *, missing: Sequence[str], unexpected: Sequence[str], wrong_shape: Sequence[str]
 ) -> None:
     problems = {"missing": missing, "unexpected": unexpected, "of wrong shape": wrong_shape}
-    found = [f"{len(keys)} {kind}: {first_keys(keys, _NUM_LISTED)}" for kind, keys in problems.items() if keys]
+    found = [f"{len(keys)} {kind}: {some(keys)}" for kind, keys in problems.items() if keys]
     if found:
         raise WeightsError(
             "the weights do not fit the model; " + "; ".join(found),

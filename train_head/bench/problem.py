@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.codecs import select_codec
+from cache.codecs.float16 import Float16
 from cache.fingerprint import Fingerprint
 from cache.heads import HEAD_SHAPES, DetectorHeads
 from cache.labels.masks import encode
@@ -100,7 +100,7 @@ def write_bench_cache(folder: Path, problem: Problem) -> None:
         folder / "train",
         fingerprint=fingerprint,
         heads=_random_heads(rng, problem.channels),
-        codec=select_codec("float16"),
+        codec=Float16(),
         labels_json=json.dumps(_labels(problem)).encode(),
     )
     height, width = problem.canvas_hw

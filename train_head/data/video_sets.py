@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from cache.errors import AnnotationError, ConfigError, FingerprintMismatch
 from cache.labels.splits import Split, holdout_split
 from cache.labels.tracks import Labels
 from cache.layout import video_group_name
+from cache.preload import require_memory
 from cache.reader import FeatureCache
 from cache.upkeep.staging import local_copy
 from configs.schema import CodecName, Settings
@@ -102,6 +104,11 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
         raise AnnotationError("the train split has no annotations", where=feature_cache.path)
     for video in labels.videos:
         feature_cache.video(video_group_name(video.id))
+    if settings.cache.preload:
+        ids = {str(video.id) for video in labels.videos}
+        names = [name for name in feature_cache.video_names() if name.partition("@")[0] in ids]
+        workers = max(1, settings.train.workers) if split == "train" else 1
+        require_memory(feature_cache, names, workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return VideoSet(split=split, feature_cache=feature_cache, labels=labels, holdout=holdout)
 
 

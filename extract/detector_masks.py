@@ -1,4 +1,4 @@
-"""What the frozen detector predicts from its cached queries, in NumPy: enough to judge a codec (REFERENCE section 2).
+"""What the frozen detector predicts from its cached queries, in NumPy: enough to judge a codec.
 
 Shapes: Q queries (any leading axes), C query channels, F channels of the FPN map, E mask embedding size.
 """

@@ -1,0 +1,45 @@
+"""Does a cache that is kept in memory (`cache.preload`) fit there?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from cache.errors import CacheError
+from cache.reader import FeatureCache
+
+_MEMORY = Path("/proc/meminfo")
+
+
+def require_memory(feature_cache: FeatureCache, names: Sequence[str], processes: int) -> None:
+    """Raise CacheError where memory is too short for so many processes that each keep these videos.
+
+    Where the system does not tell what is available, nothing is checked.
+    """
+    available, needed = available_bytes(), processes * held_bytes(feature_cache, names)
+    if available is not None and needed > available:
+        raise CacheError(
+            f"cache.preload keeps {len(names)} videos in the memory of each of {processes} processes",
+            where=feature_cache.path,
+            expected=f"{needed / 1e9:.2f} GB",
+            got=f"{available / 1e9:.2f} GB available",
+            hint="set cache.preload=false (cache.stage_to brings the cache to a local disk), or lower train.workers",
+        )
+
+
+def held_bytes(feature_cache: FeatureCache, names: Sequence[str]) -> int:
+    """What these videos take in memory, uncompressed."""
+    if not names:
+        return 0
+    first = feature_cache.video(names[0])
+    per_frame = math.prod(first.queries.shape[1:]) * first.queries.dtype.itemsize
+    per_location = first.maps.shape[1] * first.maps.dtype.itemsize
+    attributes = [feature_cache.video(name).attributes for name in names]
+    return sum(video.num_frames * (per_frame + math.prod(video.map_hw) * per_location) for video in attributes)
+
+
+def available_bytes() -> int | None:
+    """Memory that can be had without swapping, page cache included; None on systems that do not say."""
+    lines = _MEMORY.read_text().splitlines() if _MEMORY.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
