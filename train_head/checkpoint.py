@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,20 @@ class Checkpoint:
                 where=where,
                 hint="train a head from this cache (`make train name=...`), or point cache.path at the head's cache",
             )
+
+    def require_categories(self, names: Sequence[str], where: Path) -> None:
+        """Raise FingerprintMismatch where the head's categories are not these, in this order: it knows only numbers."""
+        if self.category_names == tuple(names):
+            return
+        pairs = enumerate(zip_longest(self.category_names, names, fillvalue="none"), start=1)
+        number, mine, others = next((number, a, b) for number, (a, b) in pairs if a != b)
+        raise FingerprintMismatch(
+            f"the labels have other categories than this head, the first of them number {number}",
+            where=where,
+            expected=f"{mine!r}, of {len(self.category_names)}",
+            got=f"{others!r}, of {len(names)}",
+            hint="train a head on these labels (`make train name=...`), or use the labels that it was trained on",
+        )
 
     def require_config(self, wanted: HeadConfig, where: Path) -> None:
         """Raise ConfigError where the settings ask for another head than this."""

@@ -113,8 +113,10 @@ class Trainer(Generic[AnyClip]):
             self.average = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        self.source.resume(checkpoint, self.folder / CHECKPOINT)
-        checkpoint.require_config(self.head.config, self.folder / CHECKPOINT)
+        where = self.folder / CHECKPOINT
+        self.source.resume(checkpoint, where)
+        checkpoint.require_categories(self._category_names, where)
+        checkpoint.require_config(self.head.config, where)
         if self.source.trains_head:
             self.head.load_state_dict(dict(checkpoint.head))
         if checkpoint.optimizer:  # an imported release has none
@@ -225,6 +227,10 @@ class Trainer(Generic[AnyClip]):
                 self.save()
         self.group.wait()
 
+    @property
+    def _category_names(self) -> tuple[str, ...]:
+        return tuple(category.name for category in self.source.labels.categories)
+
     def save(self, name: str = CHECKPOINT) -> None:
         """Write a checkpoint of the current step."""
         if not self.group.is_main:
@@ -237,7 +243,7 @@ class Trainer(Generic[AnyClip]):
             optimizer=self.optimizer.state_dict(),
             detector=self.source.state(),
             fingerprint=self.source.fingerprint,
-            category_names=tuple(category.name for category in self.source.labels.categories),
+            category_names=self._category_names,
         )
         save_checkpoint(self.folder / name, checkpoint)
 
