@@ -57,7 +57,7 @@ def first_step(settings: Settings, last_layer_only: bool = False) -> tuple[float
     clips = next(trainer._batches())
     if last_layer_only:
         clips = [last_layer(clip) for clip in clips]
-    loss = trainer.compute.gradients(trainer.head, clips).loss
+    loss = float(trainer.compute.gradients(trainer.head, clips)[0])
     return loss, [parameter.grad for parameter in trainer.head.parameters() if parameter.grad is not None]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from cache.errors import ConfigError
+from cache.errors import ConfigError, VitaCacheError
 from configs.schema import Settings
 from evaluate.stage import evaluate, score_head
 from tests.conftest import tiny_settings
@@ -17,9 +17,11 @@ from tests.train_until import before_step, interrupt, on_two_processes
 from train_head.build import TrainedPart, build_optimizer, learning_rate
 from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
 from train_head.data.clips import Clip
+from train_head.data.sources import CachedSource
+from train_head.data.video_sets import open_training_set
 from train_head.distributed import Group
 from train_head.heads.vita import VitaHead
-from train_head.run_folder import METRICS_LOG, MetricsLog, read_metrics_log
+from train_head.run_folder import METRICS_LOG, MetricsLog, open_run, read_metrics_log
 from train_head.trainer import Trainer, share_of_batches, train
 
 
@@ -161,3 +163,22 @@ def test_a_time_budget_stops_with_a_checkpoint_and_can_be_raised(
     train(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=long"))
     expected, got = final_weights(tmp_path, "long"), final_weights(tmp_path, "short")
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_gradients_that_are_not_finite_change_nothing(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    """The loss is finite; the message names the step's own videos."""
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=broken", "train.workers=0")
+    source = CachedSource(settings, open_training_set(settings), torch.device("cpu"))
+    trainer = Trainer(settings, source, open_run(settings, None))
+    batches = trainer._batches()
+    trainer.training_step(next(batches))
+    trainer.save()
+    before = {name: tensor.clone() for name, tensor in trainer.head.state_dict().items()}
+    clips = next(batches)
+    weight = next(trainer.head.parameters())
+    weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    with pytest.raises(VitaCacheError, match=f"step 1: .*gradients are not; the batch was {clips[0].name} frames"):
+        trainer.training_step(clips)
+    assert trainer.progress.step == load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 1
+    for state in (trainer.head.state_dict(), load_checkpoint(tmp_path / "broken" / CHECKPOINT).head):
+        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())

@@ -180,17 +180,21 @@ class Trainer(Generic[AnyClip]):
             yield list(islice(clips, own))
 
     def training_step(self, clips: Sequence[AnyClip]) -> StepLosses:
-        """Gradients and update for one batch; raises VitaCacheError, naming the videos, if anything is not finite."""
+        """Gradients and update for one batch.
+
+        Raises VitaCacheError, naming the videos, if anything is not finite; nothing is updated then.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate() * group["rate_factor"]
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            losses = self.compute.gradients(self.head, clips)
+            terms = self.compute.gradients(self.head, clips)
+            parameters = trained_parameters(self.parts)
+            self.group.sum_gradients(parameters)
+            norm = nn.utils.clip_grad_norm_(parameters, self.settings.train.clip_norm)
+            losses = StepLosses.read(terms, norm)
         except FloatingPointError as error:
             raise self._not_finite(clips, str(error)) from error
-        parameters = trained_parameters(self.parts)
-        self.group.sum_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, self.settings.train.clip_norm)
         self.optimizer.step()
         for name, tensor in self.head.state_dict().items() if self.average else ():
             self.average[name].lerp_(tensor, 1 - self.settings.train.ema)
