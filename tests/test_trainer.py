@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch import distributed
 
 from cache.errors import ConfigError, VitaCacheError
 from configs.schema import Settings
@@ -182,3 +185,19 @@ def test_gradients_that_are_not_finite_change_nothing(tiny_data: Path, tiny_cach
     assert trainer.progress.step == load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 1
     for state in (trainer.head.state_dict(), load_checkpoint(tmp_path / "broken" / CHECKPOINT).head):
         assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+
+
+def agreement(rank: int, numbers: tuple[int, ...], meeting: Path) -> bool:
+    """What process `rank` is told of the numbers of all."""
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=len(numbers))
+    return Group(rank=rank, size=len(numbers)).agrees(numbers[rank], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("numbers", "expected"), [((4, 4, 4), True), ((3, 4, 5), False)])
+def test_all_processes_hear_where_one_is_at_another_step(
+    numbers: tuple[int, ...], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with ProcessPoolExecutor(len(numbers), mp_context=multiprocessing.get_context("fork")) as processes:
+        answers = [processes.submit(agreement, rank, numbers, tmp_path / "meeting") for rank in range(len(numbers))]
+        assert [answer.result() for answer in answers] == [expected] * len(numbers)

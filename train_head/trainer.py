@@ -66,7 +66,7 @@ def run_training(
     folder = open_run(settings, source.holdout) if group.is_main else Path(settings.runs) / settings.name
     group.wait()
     Trainer(settings, source, folder, group, torch_device, evaluator).run()
-    group.wait()
+    group.leave()
     return folder
 
 
@@ -98,7 +98,7 @@ class Trainer(Generic[AnyClip]):
             keep_freed_memory()
         autocast = precision_name(settings.train.precision, self.device.type) == "bfloat16"
         self.compute = TrainingStep(settings, source, self.device, self.group, autocast)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(settings.seed)
             self.head = build_head(head_config(settings, source.sizes)).to(self.device).train()
         if settings.train.compile:
@@ -109,6 +109,12 @@ class Trainer(Generic[AnyClip]):
         self.progress = Progress()
         if (folder / CHECKPOINT).exists():
             self._resume(load_checkpoint(folder / CHECKPOINT, self.device))
+        if not self.group.agrees(self.progress.step, self.device):
+            raise ConfigError(
+                f"this process goes on from step {self.progress.step}, others from another",
+                where=folder,
+                hint="`runs` must lie on a file system that all processes share",
+            )
         if settings.train.ema > 0 and not self.average:
             self.average = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
 
@@ -131,7 +137,8 @@ class Trainer(Generic[AnyClip]):
         """
         train, done = self.settings.train, self.progress
         if done.step >= train.iterations:
-            print(f"train: {self.folder} has its {train.iterations} iterations already")
+            if self.group.is_main:
+                print(f"train: {self.folder} has its {train.iterations} iterations already")
             return
         log = MetricsLog(self.folder, done.step) if self.group.is_main else None
         pace = Pace(done.seconds)
@@ -196,8 +203,10 @@ class Trainer(Generic[AnyClip]):
         except FloatingPointError as error:
             raise self._not_finite(clips, str(error)) from error
         self.optimizer.step()
-        for name, tensor in self.head.state_dict().items() if self.average else ():
-            self.average[name].lerp_(tensor, 1 - self.settings.train.ema)
+        if self.average:
+            state = self.head.state_dict()
+            tensors = [state[name] for name in self.average]
+            torch._foreach_lerp_(list(self.average.values()), tensors, 1 - self.settings.train.ema)
         self.progress.step += 1
         return losses
 
