@@ -5,19 +5,22 @@ from __future__ import annotations
 import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import distributed
+from transformers import SwinConfig, SwinModel
 
-from cache.errors import ConfigError, VitaCacheError
+from cache.errors import ConfigError, IncompleteVideo, VitaCacheError
+from cache.reader import FeatureCache
 from configs.schema import Settings
 from evaluate.stage import evaluate, score_head
 from tests.conftest import tiny_settings
 from tests.train_until import before_step, interrupt, on_two_processes
-from train_head.build import TrainedPart, build_optimizer, learning_rate
+from train_head.build import TrainedPart, build_optimizer, feature_sizes, learning_rate
 from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
 from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
@@ -42,6 +45,26 @@ def test_norms_and_embeddings_are_not_decayed(tiny_run: Settings) -> None:
     embeddings = ("query_feat.weight", "query_embed.weight", "fq_pos.weight")
     assert free_names == {name for name in names.values() if "norm" in name or name in embeddings}
     assert len(free["params"]) + len(decayed["params"]) == len(names)
+
+
+def test_positional_biases_of_swin_are_not_decayed(tiny_run: Settings) -> None:
+    backbone = SwinModel(SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 1], use_absolute_embeddings=True))
+    names = {id(parameter): name for name, parameter in backbone.named_parameters()}
+    decayed, free = build_optimizer([TrainedPart(module=backbone)], tiny_run).param_groups
+    free_names = {names[id(parameter)] for parameter in free["params"]}
+    assert sum("relative_position_bias_table" in name for name in free_names) == 2
+    assert "embeddings.position_embeddings" in free_names
+    assert all("norm" in name or "position" in name for name in free_names)
+    assert len(free["params"]) + len(decayed["params"]) == len(names)
+
+
+def test_a_cache_without_its_first_video_says_so(tiny_cache: Path) -> None:
+    feature_cache = FeatureCache.open(tiny_cache / "train")
+    labels = feature_cache.labels()
+    missing = replace(labels, videos=tuple(replace(video, id=video.id + 90) for video in labels.videos))
+    for broken in (missing, replace(labels, videos=())):
+        with pytest.raises(IncompleteVideo):
+            feature_sizes(feature_cache, broken)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

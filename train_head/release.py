@@ -19,6 +19,7 @@ from torch import Tensor
 from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.fingerprint import Provenance, sha256_file
 from cache.heads import HEAD_SHAPES
+from cache.labels.tracks import Labels
 from cache.layout import write_file_atomically
 from cache.reader import FeatureCache
 from configs.cards import write_import_card
@@ -46,8 +47,8 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
     state = strip_release_prefix(tensors)
     config = release_config(state, source, num_heads=num_heads, window=window)
     _require_names(state, config, source)
-    categories = feature_cache.labels().categories
-    _require_sizes(config, feature_cache, len(categories), source)
+    labels = feature_cache.labels()
+    _require_sizes(config, feature_cache, labels, source)
     detector = _compare_detectors(tensors, feature_cache, source)
     checkpoint = Checkpoint(
         step=0,
@@ -56,7 +57,7 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
         head=state,
         optimizer={},
         fingerprint=feature_cache.fingerprint,
-        category_names=tuple(category.name for category in categories),
+        category_names=tuple(category.name for category in labels.categories),
     )
     run.mkdir(parents=True, exist_ok=True)
     provenance = Provenance.gather({"release": str(source), "cache": str(features)})
@@ -136,8 +137,8 @@ def _require_names(state: Mapping[str, Tensor], config: HeadConfig, source: Path
         )
 
 
-def _require_sizes(config: HeadConfig, feature_cache: FeatureCache, num_categories: int, source: Path) -> None:
-    sizes = feature_sizes(feature_cache, num_categories)
+def _require_sizes(config: HeadConfig, feature_cache: FeatureCache, labels: Labels, source: Path) -> None:
+    sizes = feature_sizes(feature_cache, labels)
     pairs = {
         "frame queries": (sizes.num_queries, config.num_frame_queries),
         "channels of a frame query": (sizes.hidden_dim, config.detector_dim),
