@@ -12,7 +12,7 @@ from configs.schema import Settings
 
 WITHOUT_EFFECT = (
     *("device", "runs", "extract", "data.root", "detector.batch_frames"),
-    *("cache.path", "cache.preload", "cache.stage_to", "cache.ignore_space"),
+    *("cache.path", "cache.preload", "cache.stage_to", "cache.ignore_space", "cache.codec_from"),
     *("train.workers", "train.accumulate", "train.log_every", "train.checkpoint_every", "train.evaluate_every"),
     *("train.time_budget", "evaluate.chunk_frames", "evaluate.report_videos"),
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from multiprocessing import forkserver, resource_tracker
 from types import FrameType, TracebackType
 
 from cache.progress import say
@@ -37,5 +38,16 @@ class StopRequest:
 
 
 def ignore_interrupts(_: int) -> None:
-    """Let a data worker outlive Ctrl-C, which the terminal sends to all: the trainer still needs its clips."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let a data worker outlive Ctrl-C and SIGTERM, which all processes get: the trainer still needs its clips."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def start_worker_server() -> None:
+    """Start the process that data workers are forked from, deaf to SIGTERM as it is to Ctrl-C: they end without it."""
+    resource_tracker.ensure_running()  # first: starting it may unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
