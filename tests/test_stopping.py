@@ -55,23 +55,27 @@ def test_a_stopped_command_goes_on_to_the_bytes_of_an_undisturbed_run(
     OmegaConf.save(OmegaConf.structured(settings), config)
     run = tmp_path / "stopped"
     command = f"exec {sys.executable} -m train_head train {config} -v"
-    steps = [0]
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C in a terminal; the end of a cluster job's time
-        said = stopped(command, number, run / METRICS_LOG)
-        assert said.count("stopping after this step, with a checkpoint") == 1 and "Traceback" not in said
-        assert f"{run}, steps {steps[-1]} to {STEPS}; " in said
-        steps.append(load_checkpoint(run / CHECKPOINT).step)
-        going_on = re.search("^stopped; to go on: (.*)$", said, re.MULTILINE)
-        assert going_on is not None
-        command = f"exec {going_on[1]}"
-    assert 0 < steps[1] < steps[2] < STEPS
-    subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, check=True)
+    said = stopped(command, signal.SIGINT, run / METRICS_LOG)
+    assert said.count("stopping after this step, with a checkpoint") == 1 and "Traceback" not in said
+    step = load_checkpoint(run / CHECKPOINT).step
+    assert 0 < step < STEPS and f"{run}, steps 0 to {STEPS}; " in said
+    going_on = re.search("^stopped; to go on: (.*)$", said, re.MULTILINE)
+    assert going_on is not None
+    ended = subprocess.run(going_on[1], shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"{run}, steps {step} to {STEPS}; " in ended.stderr and ended.stdout.count("trained: ") == 1
     train(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=whole", *words))
     whole, resumed = (load_checkpoint(tmp_path / name / CHECKPOINT) for name in ("whole", "stopped"))
     assert resumed.step == STEPS
     assert all(torch.equal(whole.head[key], resumed.head[key]) for key in whole.head)
     losses = [[entry["loss"] for entry in read_metrics_log(tmp_path / name)] for name in ("whole", "stopped")]
     assert losses[0] == losses[1]
+
+
+def test_data_workers_outlive_a_sigterm_to_all() -> None:
+    """As a cluster sends it at the end of a job's time: the trainer needs its clips to end the step."""
+    words = [sys.executable, "-m", "tests.slow_clips"]
+    ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, start_new_session=True, check=False)
+    assert ended.stdout.splitlines()[-1:] == ["20 True"], ended.stderr
 
 
 def test_two_processes_train_and_evaluate_as_one_command(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:

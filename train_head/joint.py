@@ -1,6 +1,7 @@
 """Fine-tuning: the trainer's features come from a detector that is trained along, on augmented images.
 
-The one place that runs stage one's detector; everything of `extract` is imported when it is needed.
+The one place where training runs stage one's detector (the benchmark runs it to compare); everything of `extract` is
+imported when it is needed.
 
 Shapes: D prediction layers, L of them that the head takes, B clips, T frames, F = B·T, Q frame queries, C channels.
 """
