@@ -135,9 +135,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
     if not path.is_file():
         hint = "`make train` with the same config writes one"
         if path.name == BEST:
-            hint += (
-                ", where train.evaluate_every=N asks for evaluations while training; evaluate.checkpoint=last has none"
-            )
+            hint = "train with train.evaluate_every=N to keep the best, or set evaluate.checkpoint=last"
         raise WeightsError("no trained head here", where=path, hint=hint)
     try:
         require_sound_archive(path)

@@ -149,9 +149,9 @@ class Perceptron(nn.Module):
 def window_runs(num_frames: int, window: int, shifted: bool) -> tuple[tuple[int, int], ...]:
     """Split T frames into attention groups; returns runs of (frames per group, number of groups).
 
-    Equals the release's pad, roll and mask: rolling by ceil(W/2) and forbidding the wrapped
-    half to see the other leaves a first group of floor(W/2) frames, then windows of W, then what is left.
-    Window 0 means one group of all frames.
+    Equals the release's pad, roll and mask: rolling by ceil(W/2) and forbidding the wrapped half to see the other
+    leaves a first group of floor(W/2) frames, then windows of W, then what is left. Window 0 means one group of all
+    frames.
     """
     if window == 0:
         return ((num_frames, 1),)
