@@ -7,6 +7,7 @@ import threading
 from multiprocessing import forkserver, resource_tracker
 from types import FrameType, TracebackType
 
+from cache.command import is_main
 from cache.progress import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -34,7 +35,8 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        say("stopping after this step, with a checkpoint; once more to stop at once")
+        if is_main():
+            say("stopping after this step, with a checkpoint; once more to stop at once")
 
 
 def ignore_interrupts(_: int) -> None:
