@@ -152,7 +152,7 @@ class Trainer(Generic[AnyClip]):
         log = MetricsLog(self.folder, done.step) if self.group.is_main else None
         pace = Pace(done.seconds)
         batches = self._batches()
-        if train.workers:
+        if train.workers != 0:
             start_worker_server()
         bar = StageProgress("train", unit="step", total=train.iterations, done=done.step, shown=self.group.is_main)
         with StopRequest() as stop, bar:
