@@ -151,9 +151,9 @@ class Trainer(Generic[AnyClip]):
             _log.info(self._in_words())
         log = MetricsLog(self.folder, done.step) if self.group.is_main else None
         pace = Pace(done.seconds)
-        batches = self._batches()
         if train.workers != 0:
             start_worker_server()
+        batches = self._batches()
         bar = StageProgress("train", unit="step", total=train.iterations, done=done.step, shown=self.group.is_main)
         with StopRequest() as stop, bar:
             while done.step < train.iterations and not self._any(stop.requested or pace.spent(train.time_budget)):
