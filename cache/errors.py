@@ -87,3 +87,12 @@ class FeatureError(CacheError):
 
 class CorruptData(CacheError):
     """Stored bytes fail their checksum, are missing, or have the wrong shape."""
+
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+"""In messages of PyTorch's allocators."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it is memory that was missing, of the machine or of the GPU."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)

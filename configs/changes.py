@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from configs.schema import Settings
+
+WITHOUT_EFFECT = (
+    *("device", "runs", "extract", "data.root", "detector.batch_frames"),
+    *("cache.path", "cache.preload", "cache.stage_to", "cache.ignore_space", "cache.codec_from"),
+    *("train.workers", "train.accumulate", "train.log_every", "train.checkpoint_every", "train.evaluate_every"),
+    *("train.time_budget", "evaluate.chunk_frames", "evaluate.report_videos"),
+)
+"""Settings, and groups of them, that say where and at which pace something runs, not what comes out."""
+
+
+def is_among(key: str, names: Iterable[str]) -> bool:
+    """Whether a setting is one of these or in one of these groups."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def flat(settings: Any) -> dict[str, Any]:

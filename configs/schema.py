@@ -225,7 +225,7 @@ class TrainSettings:
     ema: float = 0.0  # decay of a moving average of the weights, which is then evaluated; 0 keeps none
     time_budget: float = 0.0  # seconds after which a run stops, with a checkpoint; 0 is no limit
     precision: Precision = Precision.auto
-    compile: bool = False  # torch.compile the head: minutes at the start, worth it for long runs on CUDA
+    compile: bool = False  # torch.compile the head: minutes at the start; what it gains on CUDA is not measured
     workers: int = 2
     log_every: int = 20
     checkpoint_every: int = 1000

@@ -8,11 +8,8 @@ import threading
 import torch
 from torch import Tensor
 
-from cache.errors import ConfigError
+from cache.errors import ConfigError, is_out_of_memory
 from extract.detector.frozen import FrameDetector, FrameFeatures
-
-_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
-"""In messages of PyTorch's allocators."""
 
 
 class BatchRunner:
@@ -37,7 +34,7 @@ class BatchRunner:
                 try:
                     return self._in_batches(images_BCHW)
                 except (RuntimeError, MemoryError) as error:
-                    if not _is_out_of_memory(error):
+                    if not is_out_of_memory(error):
                         raise
                 self._halve(images_BCHW)  # Where the failed batch's tensors are gone: they hung on the error.
 
@@ -70,7 +67,3 @@ class BatchRunner:
         )
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _OUT_OF_MEMORY)

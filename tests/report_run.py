@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from configs.schema import Settings
 from evaluate.report.write import write_report
 from evaluate.stage import evaluate
 from tests.conftest import tiny_settings
+from train_head.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
 HOSTILE = '</script><script>document.title="owned"</script><img src=x onerror="document.title=1">$\\frac{&'
 
@@ -23,6 +25,9 @@ def hostile_run(data: Path, features: Path, trained: Settings, folder: Path) -> 
     for category in labels["categories"]:
         category["name"] += HOSTILE
     path.write_text(json.dumps(labels))
+    checkpoint = folder / "tiny" / CHECKPOINT
+    names = tuple(category["name"] for category in labels["categories"])
+    save_checkpoint(checkpoint, replace(load_checkpoint(checkpoint), category_names=names))
     settings = tiny_settings(data, folder / "features", folder, "name=tiny")
     evaluate(settings)
     shutil.copytree(folder / "tiny", folder / "other")

@@ -50,14 +50,21 @@ def test_impossible_options_are_refused(override: str) -> None:
         load_settings("demo", [override])
 
 
-def first_step(settings: Settings, last_layer_only: bool = False) -> tuple[float, list[torch.Tensor]]:
-    """Loss and gradients of a run's first step; with `last_layer_only` from clips that hold no other layer."""
+def first_step(
+    settings: Settings, *, last_layer_only: bool = False, backend: str | None = None
+) -> tuple[float, list[torch.Tensor]]:
+    """Loss and gradients of a run's first step; with `last_layer_only` from clips that hold no other layer.
+
+    `backend`: of torch.compile, for the head.
+    """
     source = CachedSource(settings, open_training_set(settings), CPU)
     trainer = Trainer(settings, source, Path(settings.runs) / settings.name)
+    if backend is not None:
+        trainer.head.compile(backend=backend)
     clips = next(trainer._batches())
     if last_layer_only:
         clips = [last_layer(clip) for clip in clips]
-    loss = trainer.compute.gradients(trainer.head, clips).loss
+    loss = float(trainer.compute.gradients(trainer.head, clips)[0])
     return loss, [parameter.grad for parameter in trainer.head.parameters() if parameter.grad is not None]
 
 
@@ -81,6 +88,17 @@ def test_in_bfloat16_the_matching_sees_half_precision_and_losses_stay_near(
     assert trainer.compute.criterion.matching_type == torch.bfloat16
     expected = first_step(tiny_settings(tiny_data, tiny_cache, tmp_path))[0]
     assert first_step(settings)[0] == pytest.approx(expected, rel=0.03)
+
+
+def test_a_traced_head_trains_alike(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    """What torch.compile traces, run without the compiler, which takes minutes."""
+    words = ("head.enc_layers=1", "head.dec_layers=1", "train.num_layers=1", "train.workers=0")
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, *words)
+    loss, gradients = first_step(settings, backend="aot_eager")
+    expected, expected_gradients = first_step(settings)
+    assert loss == pytest.approx(expected, rel=1e-6)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.slow

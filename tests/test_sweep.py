@@ -1,6 +1,15 @@
 from __future__ import annotations
 
-from train_head.sweep import plan, table
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from cache.errors import ConfigError
+from tests.conftest import tiny_settings
+from train_head.sweep import lane_environments, plan, sweep, table
 
 
 def test_the_product_of_what_varies() -> None:
@@ -18,3 +27,32 @@ def test_mean_and_sample_deviation_over_seeds() -> None:
     lines = table(["a", "a", "a", "b"], rows).splitlines()
     assert lines[1].split()[:5] == ["a", "3", "20.0", "±", "10.0"]
     assert lines[2].split() == ["b", "1", *["-"] * 5]
+    assert table(["", ""], rows[:2]).splitlines()[1].split()[:2] == ["all", "2"]
+    assert len({len(line) for line in table([""], rows[:1]).splitlines()}) == 1
+
+
+def test_every_combination_has_a_run_of_its_own() -> None:
+    runs = plan("demo", ["train.decay_steps=[1,2],[12]", "detector.weights=a/b,ab"])
+    assert [run.name for run in runs][:2] == [f"demo-train.decay_steps=1_2-detector.weights={w}" for w in ("a_b", "ab")]
+    assert len({run.name for run in runs}) == 4
+    with pytest.raises(ConfigError, match="seed=0"):
+        plan("demo", ["seed=0,1,0"])
+
+
+def test_jobs_share_cores_and_gpus() -> None:
+    lanes = lane_environments(3, ["4", "7"])
+    assert [lane["CUDA_VISIBLE_DEVICES"] for lane in lanes] == ["4", "7", "4"]
+    assert all(int(lane["OMP_NUM_THREADS"]) >= 1 for lane in lanes)
+    assert lane_environments(2, []) == lane_environments(2, [])[:1] * 2
+
+
+def test_a_sweep_without_labels_to_score_on_trains_nothing(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    unlabelled = tmp_path / "features"
+    shutil.copytree(tiny_cache, unlabelled)
+    path = unlabelled / "valid" / "annotations.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": None}))
+    config = tmp_path / "config.yaml"
+    OmegaConf.save(OmegaConf.structured(tiny_settings(tiny_data, unlabelled, tmp_path / "runs")), config)
+    with pytest.raises(ConfigError, match="needs public labels"):
+        sweep(str(config), ["seed=0,1"])
+    assert not (tmp_path / "runs").exists()

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from omegaconf import OmegaConf
+from torch import distributed
+from transformers import SwinConfig, SwinModel
 
-from cache.errors import ConfigError
+from cache.errors import ConfigError, IncompleteVideo, VitaCacheError
+from cache.reader import FeatureCache
 from configs.schema import Settings
 from evaluate.stage import evaluate, score_head
 from tests.conftest import tiny_settings
 from tests.train_until import before_step, interrupt, on_two_processes
-from train_head.build import TrainedPart, build_optimizer, learning_rate
+from train_head.build import TrainedPart, build_optimizer, feature_sizes, learning_rate
 from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
 from train_head.data.clips import Clip
+from train_head.data.sources import CachedSource
+from train_head.data.video_sets import open_training_set
 from train_head.distributed import Group
 from train_head.heads.vita import VitaHead
-from train_head.run_folder import METRICS_LOG, MetricsLog, read_metrics_log
+from train_head.run_folder import METRICS_LOG, MetricsLog, open_run, read_metrics_log
 from train_head.trainer import Trainer, share_of_batches, train
 
 
@@ -37,6 +45,26 @@ def test_norms_and_embeddings_are_not_decayed(tiny_run: Settings) -> None:
     embeddings = ("query_feat.weight", "query_embed.weight", "fq_pos.weight")
     assert free_names == {name for name in names.values() if "norm" in name or name in embeddings}
     assert len(free["params"]) + len(decayed["params"]) == len(names)
+
+
+def test_positional_biases_of_swin_are_not_decayed(tiny_run: Settings) -> None:
+    backbone = SwinModel(SwinConfig(embed_dim=8, depths=[1, 1], num_heads=[1, 1], use_absolute_embeddings=True))
+    names = {id(parameter): name for name, parameter in backbone.named_parameters()}
+    decayed, free = build_optimizer([TrainedPart(module=backbone)], tiny_run).param_groups
+    free_names = {names[id(parameter)] for parameter in free["params"]}
+    assert sum("relative_position_bias_table" in name for name in free_names) == 2
+    assert "embeddings.position_embeddings" in free_names
+    assert all("norm" in name or "position" in name for name in free_names)
+    assert len(free["params"]) + len(decayed["params"]) == len(names)
+
+
+def test_a_cache_without_its_first_video_says_so(tiny_cache: Path) -> None:
+    feature_cache = FeatureCache.open(tiny_cache / "train")
+    labels = feature_cache.labels()
+    missing = replace(labels, videos=tuple(replace(video, id=video.id + 90) for video in labels.videos))
+    for broken in (missing, replace(labels, videos=())):
+        with pytest.raises(IncompleteVideo):
+            feature_sizes(feature_cache, broken)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -161,3 +189,38 @@ def test_a_time_budget_stops_with_a_checkpoint_and_can_be_raised(
     train(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=long"))
     expected, got = final_weights(tmp_path, "long"), final_weights(tmp_path, "short")
     assert all(torch.equal(expected[key], got[key]) for key in expected)
+
+
+def test_gradients_that_are_not_finite_change_nothing(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    """The loss is finite; the message names the step's own videos."""
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=broken", "train.workers=0")
+    source = CachedSource(settings, open_training_set(settings), torch.device("cpu"))
+    trainer = Trainer(settings, source, open_run(settings, None))
+    batches = trainer._batches()
+    trainer.training_step(next(batches))
+    trainer.save()
+    before = {name: tensor.clone() for name, tensor in trainer.head.state_dict().items()}
+    clips = next(batches)
+    weight = next(trainer.head.parameters())
+    weight.register_hook(lambda gradient: torch.full_like(gradient, torch.inf))
+    with pytest.raises(VitaCacheError, match=f"step 1: .*gradients are not; the batch was {clips[0].name} frames"):
+        trainer.training_step(clips)
+    assert trainer.progress.step == load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 1
+    for state in (trainer.head.state_dict(), load_checkpoint(tmp_path / "broken" / CHECKPOINT).head):
+        assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+
+
+def agreement(rank: int, numbers: tuple[int, ...], meeting: Path) -> bool:
+    """What process `rank` is told of the numbers of all."""
+    distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=len(numbers))
+    return Group(rank=rank, size=len(numbers)).agrees(numbers[rank], torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("numbers", "expected"), [((4, 4, 4), True), ((3, 4, 5), False)])
+def test_all_processes_hear_where_one_is_at_another_step(
+    numbers: tuple[int, ...], expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with ProcessPoolExecutor(len(numbers), mp_context=multiprocessing.get_context("fork")) as processes:
+        answers = [processes.submit(agreement, rank, numbers, tmp_path / "meeting") for rank in range(len(numbers))]
+        assert [answer.result() for answer in answers] == [expected] * len(numbers)

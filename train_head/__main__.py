@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from cache.command import add_verbose, run_command
+from cache.command import add_verbose, is_main, run_command
 from configs.command import announced_settings
 from configs.load import load_settings
 from configs.schema import Device
@@ -72,14 +72,17 @@ def _train(arguments: argparse.Namespace) -> int:
         return score_head(settings)
 
     folder = train(settings, average_precision)
-    print(f"trained: {folder}")
+    if is_main():
+        print(f"trained: {folder}")
     return 0
 
 
 def _finetune(arguments: argparse.Namespace) -> int:
     from train_head.joint import finetune
 
-    print(f"fine-tuned: {finetune(announced_settings(arguments.config, arguments.overrides))}")
+    folder = finetune(announced_settings(arguments.config, arguments.overrides))
+    if is_main():
+        print(f"fine-tuned: {folder}")
     return 0
 
 

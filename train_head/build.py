@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 from cache.codecs import Codec
+from cache.errors import IncompleteVideo
 from cache.heads import DetectorHeads
+from cache.labels.tracks import Labels
+from cache.layout import video_group_name
 from cache.reader import FeatureCache
 from configs.schema import LossSettings, PaddedArea, Settings
 from train_head.heads.contract import HeadConfig
@@ -31,11 +34,13 @@ class FeatureSizes:
     map_channels: int  # of the FPN map, before any codec
 
 
-def feature_sizes(feature_cache: FeatureCache, num_classes: int) -> FeatureSizes:
-    """Read the sizes off a cache with labels of so many categories."""
-    first = feature_cache.video(feature_cache.video_names()[0])
+def feature_sizes(feature_cache: FeatureCache, labels: Labels) -> FeatureSizes:
+    """Read the sizes off a cache and its labels; raises IncompleteVideo where the first video is not there."""
+    if not labels.videos:
+        raise IncompleteVideo("the labels name no video", where=feature_cache.path)
+    first = feature_cache.video(video_group_name(labels.videos[0].id))
     return FeatureSizes(
-        num_classes=num_classes,
+        num_classes=len(labels.categories),
         num_queries=first.queries.shape[2],
         hidden_dim=feature_cache.heads.hidden_dim,
         map_channels=map_channels(feature_cache.heads),
@@ -89,11 +94,16 @@ def build_criterion(chosen: LossSettings, matching_type: torch.dtype = torch.flo
             similarity=chosen.sim_weight,
             no_object=chosen.no_object_weight,
         ),
-        cost_weights=CostWeights(label=chosen.class_weight, mask=chosen.mask_weight, dice=chosen.dice_weight),
+        cost_weights=cost_weights(chosen),
         padded_area="background" if chosen.padded_area is PaddedArea.background else "ignore",
         matching_type=matching_type,
         absent_frames=chosen.absent_frames,
     )
+
+
+def cost_weights(chosen: LossSettings) -> CostWeights:
+    """What a match costs, for tracks as for single frames."""
+    return CostWeights(label=chosen.class_weight, mask=chosen.mask_weight, dice=chosen.dice_weight)
 
 
 def point_config(chosen: LossSettings) -> PointConfig:
@@ -108,10 +118,12 @@ def trained_parameters(parts: Sequence[TrainedPart]) -> list[nn.Parameter]:
 
 
 NOT_DECAYED = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)
+# Swin's, named as in `transformers`; the official code calls the second one absolute_pos_embed.
+NOT_DECAYED_NAMES = ("relative_position_bias_table", "position_embeddings")
 
 
 def build_optimizer(parts: Sequence[TrainedPart], settings: Settings) -> torch.optim.AdamW:
-    """AdamW; norms and embeddings are not decayed (REFERENCE section 4). Two groups for each part.
+    """AdamW; norms, embeddings and positional biases are not decayed, as in the release. Two groups for each part.
 
     A group's `rate_factor` says which share of the learning rate it takes.
     """
@@ -120,8 +132,10 @@ def build_optimizer(parts: Sequence[TrainedPart], settings: Settings) -> torch.o
         free: list[nn.Parameter] = []
         decayed: list[nn.Parameter] = []
         for module in part.module.modules():
-            own = [parameter for parameter in module.parameters(recurse=False) if parameter.requires_grad]
-            (free if isinstance(module, NOT_DECAYED) else decayed).extend(own)
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.requires_grad:
+                    excepted = isinstance(module, NOT_DECAYED) or name in NOT_DECAYED_NAMES
+                    (free if excepted else decayed).append(parameter)
         for parameters, decay in ((decayed, settings.train.weight_decay), (free, 0.0)):
             groups.append({"params": parameters, "weight_decay": decay, "rate_factor": part.rate_factor})
     return torch.optim.AdamW(groups, lr=settings.train.learning_rate, fused=True)

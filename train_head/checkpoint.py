@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from cache.archives import require_sound_archive
 from cache.errors import ConfigError, FingerprintMismatch, WeightsError, first_line
 from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint
+from cache.layout import sync_to_disk, write_file_atomically
 from cache.reader import FeatureCache
-from configs.schema import HeadKind
+from configs.schema import HeadKind, HeadSettings
 from train_head.heads.contract import HeadConfig, TrackHead
 from train_head.heads.kinds import build_head
 
@@ -44,13 +46,18 @@ class Checkpoint:
     best_ap: float = -1.0  # highest AP so far, a fraction
     detector: Mapping[str, torch.Tensor] = field(default_factory=dict)  # official names; empty where it is frozen
 
-    def build_head(self, device: torch.device | str) -> TrackHead:
-        """Return the head in evaluation mode, with averaged weights where there are any; WeightsError without one."""
+    @property
+    def final_head(self) -> Mapping[str, torch.Tensor]:
+        """What is evaluated and exported: averaged weights where they are kept. Raises WeightsError without a head."""
         if not self.head:
             hint = "extract with detector.weights=<run>/detector, then train a head"
             raise WeightsError("this run fine-tuned the detector alone: it has no head", hint=hint)
+        return self.average or self.head
+
+    def build_head(self, device: torch.device | str) -> TrackHead:
+        """Return the head in evaluation mode; raises WeightsError where there is none."""
         head = build_head(self.config)
-        head.load_state_dict(dict(self.average or self.head))
+        head.load_state_dict(dict(self.final_head))
         return head.to(device).eval()
 
     def require_cache(self, feature_cache: FeatureCache, where: Path, *, any_codec: bool = False) -> None:
@@ -71,21 +78,36 @@ class Checkpoint:
                 hint="train a head from this cache (`make train name=...`), or point cache.path at the head's cache",
             )
 
+    def require_categories(self, names: Sequence[str], where: Path) -> None:
+        """Raise FingerprintMismatch where the head's categories are not these, in this order: it knows only numbers."""
+        if self.category_names == tuple(names):
+            return
+        pairs = enumerate(zip_longest(self.category_names, names, fillvalue="none"), start=1)
+        number, mine, others = next((number, a, b) for number, (a, b) in pairs if a != b)
+        raise FingerprintMismatch(
+            f"the labels have other categories than this head, the first of them number {number}",
+            where=where,
+            expected=f"{mine!r}, of {len(self.category_names)}",
+            got=f"{others!r}, of {len(names)}",
+            hint="train a head on these labels (`make train name=...`), or use the labels that it was trained on",
+        )
+
     def require_config(self, wanted: HeadConfig, where: Path) -> None:
         """Raise ConfigError where the settings ask for another head than this."""
         mine, others = dataclasses.asdict(self.config), dataclasses.asdict(wanted)
-        differing = [f"head.{name} is {mine[name]}" for name in mine if mine[name] != others[name]]
+        differing = [_in_words(name, mine[name]) for name in mine if mine[name] != others[name]]
         if differing:
             raise ConfigError(
                 f"the settings ask for another head: in the checkpoint {', '.join(differing)}",
                 where=where,
-                hint="set these to train on from it",
+                hint="set these to train on from it; sizes that are no setting are the detector's and the labels'",
             )
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write atomically: a killed run leaves the old checkpoint or the new one."""
-    path.with_name(HEAD_FINGERPRINT).write_text(json.dumps(checkpoint.fingerprint.to_json(), indent=1))
+    fingerprint = json.dumps(checkpoint.fingerprint.to_json(), indent=1)
+    write_file_atomically(path.with_name(HEAD_FINGERPRINT), fingerprint.encode())
     state = {
         "version": _VERSION,
         "step": checkpoint.step,
@@ -105,12 +127,16 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+    sync_to_disk(path.parent)
 
 
 def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint; nothing in it can run code. Raises WeightsError for anything but a whole one."""
     if not path.is_file():
-        raise WeightsError("no trained head here", where=path, hint="`make train` with the same config writes one")
+        hint = "`make train` with the same config writes one"
+        if path.name == BEST:
+            hint = "train with train.evaluate_every=N to keep the best, or set evaluate.checkpoint=last"
+        raise WeightsError("no trained head here", where=path, hint=hint)
     try:
         require_sound_archive(path)
         state = torch.load(path, map_location=device, weights_only=True)
@@ -131,6 +157,14 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         raise WeightsError(
             f"not a checkpoint of vita-cache: {reason}", where=path, hint="delete it to train anew"
         ) from error
+
+
+def _in_words(name: str, value: object) -> str:
+    """The setting that decides an entry of a HeadConfig, or what else does."""
+    if name == "use_sim":
+        return "loss.sim_weight is above 0" if value else "loss.sim_weight is 0"
+    known = {field.name for field in dataclasses.fields(HeadSettings)}
+    return f"head.{name} is {value}" if name in known else f"{name} is {value} (of another detector or label file)"
 
 
 def _head_config(stored: Mapping[str, Any]) -> HeadConfig:

@@ -9,9 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed, nn
+
+# The others wait while one machine copies a cache to its disk, or the main process evaluates; NCCL gives up after 10
+# minutes. A process that died does not take so long: torchrun ends the others.
+_PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +47,21 @@ class Group:
         for parameter, summed in zip(parameters, torch.split(flat, [p.numel() for p in parameters]), strict=True):
             parameter.grad = summed.view_as(parameter)
 
+    def agrees(self, number: int, device: torch.device) -> bool:
+        """Whether all processes have the same number; all get the same answer."""
+        others = self.sum(torch.tensor(number, device=device)) - number * self.size
+        return int(self.sum(others.abs())) == 0
+
     def wait(self) -> None:
         """Return when all processes have come here."""
         if self.size > 1:
             distributed.barrier()
+
+    def leave(self) -> None:
+        """Wait for all, then part: the end of a program, which must not pull others' connections down."""
+        self.wait()
+        if self.size > 1:
+            distributed.destroy_process_group()
 
 
 def join_group(device: str) -> tuple[Group, torch.device]:
@@ -53,9 +69,10 @@ def join_group(device: str) -> tuple[Group, torch.device]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Group(), torch.device(device)
     local = int(os.environ["LOCAL_RANK"])
+    own = torch.device(device, local) if device == "cuda" else torch.device(device)
     if device == "cuda":
-        torch.cuda.set_device(local)
-    if not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-    group = Group(rank=distributed.get_rank(), size=distributed.get_world_size())
-    return group, torch.device(device, local) if device == "cuda" else torch.device(device)
+        torch.cuda.set_device(own)
+    distributed.init_process_group(
+        "nccl" if device == "cuda" else "gloo", timeout=_PATIENCE, device_id=own if device == "cuda" else None
+    )
+    return Group(rank=distributed.get_rank(), size=distributed.get_world_size()), own

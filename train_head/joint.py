@@ -1,6 +1,7 @@
 """Fine-tuning: the trainer's features come from a detector that is trained along, on augmented images.
 
-The one place that runs stage one's detector; everything of `extract` is imported when it is needed.
+The one place where training runs stage one's detector (the benchmark runs it to compare); everything of `extract` is
+imported when it is needed.
 
 Shapes: D prediction layers, L of them that the head takes, B clips, T frames, F = B·T, Q frame queries, C channels.
 """
@@ -18,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cache.command import is_main
 from cache.errors import AnnotationError, ConfigError
 from cache.fingerprint import Fingerprint
 from cache.labels.annotations import load_labels
@@ -226,7 +228,8 @@ def _load(settings: Settings, labels: Labels, device: torch.device) -> Trainable
     loaded = load_model(Path(chosen.weights), architecture=chosen.architecture)
     pairs = category_pairs(labels.categories, loaded.category_names)
     model = with_classes(loaded.model, [category.name for category in labels.categories], pairs, settings.seed)
-    print(f"{loaded.report}; {len(pairs)} of {len(labels.categories)} categories start from the detector's own")
+    if is_main():
+        print(f"{loaded.report}; {len(pairs)} of {len(labels.categories)} categories start from the detector's own")
     detector = TrainableDetector(model, precision=precision_name(settings.train.precision, device.type))
     return detector.to(device)
 

@@ -1,4 +1,4 @@
-"""How many parameters are trained, and how many are frozen: the head against its detector (REFERENCE section 3)."""
+"""How many parameters are trained, and how many are frozen: the head against its detector."""
 
 from __future__ import annotations
 

@@ -19,6 +19,8 @@ from torch import Tensor
 from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.fingerprint import Provenance, sha256_file
 from cache.heads import HEAD_SHAPES
+from cache.labels.tracks import Labels
+from cache.layout import write_file_atomically
 from cache.reader import FeatureCache
 from configs.cards import write_import_card
 from configs.schema import HeadKind
@@ -36,7 +38,7 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
     """Write the head of a released file as a run's checkpoint; returns what was done, in words.
 
     `num_heads` and `window` cannot be read from shapes. Raises ConfigError where the run has a head already,
-    WeightsError where the file is none, holds no VITA head or one of other sizes than the cache's features and labels,
+    WeightsError where the file cannot be read, holds no VITA head or one that does not fit the cache's sizes,
     FingerprintMismatch where its detector is not the one that filled the cache.
     """
     if (run / CHECKPOINT).exists():
@@ -45,8 +47,8 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
     state = strip_release_prefix(tensors)
     config = release_config(state, source, num_heads=num_heads, window=window)
     _require_names(state, config, source)
-    categories = feature_cache.labels().categories
-    _require_sizes(config, feature_cache, len(categories), source)
+    labels = feature_cache.labels()
+    _require_sizes(config, feature_cache, labels, source)
     detector = _compare_detectors(tensors, feature_cache, source)
     checkpoint = Checkpoint(
         step=0,
@@ -55,11 +57,11 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
         head=state,
         optimizer={},
         fingerprint=feature_cache.fingerprint,
-        category_names=tuple(category.name for category in categories),
+        category_names=tuple(category.name for category in labels.categories),
     )
     run.mkdir(parents=True, exist_ok=True)
     provenance = Provenance.gather({"release": str(source), "cache": str(features)})
-    (run / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=2))
+    write_file_atomically(run / PROVENANCE, json.dumps(asdict(provenance), indent=2).encode())
     save_checkpoint(run / CHECKPOINT, checkpoint)
     write_import_card(run, source, features)
     return (
@@ -70,8 +72,9 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
 
 
 def export_file(run: Path, target: Path, detector: Path | None) -> str:
-    """Write a run's head and detector as a VITA checkpoint; returns what was done.
+    """Write a run's head, as it is evaluated, and detector as a VITA checkpoint; returns what was done.
 
+    Raises ConfigError for a head of another kind, WeightsError where there is none.
     `detector`: an official file; None takes the detector that the run fine-tuned, or none where it is frozen.
     """
     checkpoint = load_checkpoint(run / CHECKPOINT)
@@ -80,11 +83,13 @@ def export_file(run: Path, target: Path, detector: Path | None) -> str:
         raise ConfigError("only VITA's head has the release's names", where=run, got=f"head.kind={kind}")
     others = checkpoint.detector if detector is None else read_weight_file(detector)
     model = {name: tensor for name, tensor in others.items() if not name.startswith(RELEASE_PREFIX)}
-    model |= {RELEASE_PREFIX + name: tensor for name, tensor in checkpoint.head.items()}
+    head = checkpoint.final_head
+    model |= {RELEASE_PREFIX + name: tensor for name, tensor in head.items()}
     temporary = target.with_suffix(".tmp")
     torch.save({"model": model, "iteration": checkpoint.step}, temporary)
     temporary.replace(target)
-    return f"{target}: {len(checkpoint.head)} tensors of the head, {len(model) - len(checkpoint.head)} others"
+    which = "averaged tensors" if checkpoint.average else "tensors"
+    return f"{target}: {len(head)} {which} of the head, {len(model) - len(head)} others"
 
 
 def release_config(state: Mapping[str, Tensor], source: Path, *, num_heads: int, window: int) -> HeadConfig:
@@ -132,8 +137,8 @@ def _require_names(state: Mapping[str, Tensor], config: HeadConfig, source: Path
         )
 
 
-def _require_sizes(config: HeadConfig, feature_cache: FeatureCache, num_categories: int, source: Path) -> None:
-    sizes = feature_sizes(feature_cache, num_categories)
+def _require_sizes(config: HeadConfig, feature_cache: FeatureCache, labels: Labels, source: Path) -> None:
+    sizes = feature_sizes(feature_cache, labels)
     pairs = {
         "frame queries": (sizes.num_queries, config.num_frame_queries),
         "channels of a frame query": (sizes.hidden_dim, config.detector_dim),

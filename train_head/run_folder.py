@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from cache.errors import ConfigError
 from cache.fingerprint import Provenance
 from cache.labels.splits import Split
+from cache.layout import write_file_atomically
 from configs.cards import write_run_card
-from configs.changes import flat
+from configs.changes import WITHOUT_EFFECT, flat, is_among
 from configs.schema import Settings
 
 if TYPE_CHECKING:
@@ -23,11 +24,8 @@ if TYPE_CHECKING:
 CONFIG, PROVENANCE, SPLIT, METRICS_LOG = "config.yaml", "provenance.json", "split.json", "metrics.jsonl"
 BOARD = "tensorboard"  # folder: `tensorboard --logdir runs` shows all runs
 
-# Settings that may differ when a run goes on: they change no weight.
-_FREE = (
-    *("device", "runs", "evaluate", "extract", "data.root", "cache.path", "cache.preload", "train.workers"),
-    *("train.log_every", "train.checkpoint_every", "train.evaluate_every", "train.time_budget", "train.accumulate"),
-)
+_FREE = ("evaluate", "detector.weights", *WITHOUT_EFFECT)
+"""Settings that may differ when a run goes on: they change no weight. The fingerprint knows a detector's content."""
 
 
 def open_run(settings: Settings, holdout: Split | None) -> Path:
@@ -47,12 +45,12 @@ def open_run(settings: Settings, holdout: Split | None) -> Path:
             )
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(resolved, folder / CONFIG)
         provenance = Provenance.gather({"cache": settings.cache.path, "data": settings.data.root})
-        (folder / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=2))
+        write_file_atomically(folder / PROVENANCE, json.dumps(asdict(provenance), indent=2).encode())
+        write_file_atomically(folder / CONFIG, OmegaConf.to_yaml(resolved).encode())  # last: nothing is written twice
     write_run_card(folder, settings)
     if holdout is not None:
-        (folder / SPLIT).write_text(json.dumps(holdout.to_json(), indent=1))
+        write_file_atomically(folder / SPLIT, json.dumps(holdout.to_json(), indent=1).encode())
     return folder
 
 
@@ -62,7 +60,7 @@ def _differences(stored: Any, wanted: DictConfig) -> list[str]:
     return [
         f"{key} was {before.get(key)}, now {now.get(key)}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == f or key.startswith(f"{f}.") for f in _FREE)
+        if before.get(key) != now.get(key) and not is_among(key, _FREE)
     ]
 
 
@@ -75,7 +73,7 @@ class MetricsLog:
     def __init__(self, folder: Path, resume_step: int) -> None:
         self.path = folder / METRICS_LOG
         kept = [entry for entry in read_metrics_log(folder) if entry["step"] <= resume_step]
-        self.path.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        write_file_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self._board = _board(folder / BOARD, resume_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

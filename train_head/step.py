@@ -5,6 +5,7 @@ Shapes: L detector layers, B clips, T frames, Q frame queries, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Generic
@@ -39,6 +40,20 @@ class StepLosses:
     similarity: float
     frames: float
 
+    @classmethod
+    def read(cls, terms: Tensor, gradient_norm: Tensor) -> StepLosses:
+        """Copy a step's terms, in the order of the fields, from the device: the step's one wait for it.
+
+        Raises FloatingPointError where one of them, or the norm of the gradients, is not finite.
+        """
+        *values, norm = torch.cat([terms, gradient_norm[None]]).tolist()
+        if not all(map(math.isfinite, values)):
+            raise FloatingPointError("the loss is not finite")
+        if not math.isfinite(norm):
+            raise FloatingPointError("the loss is finite, its gradients are not")
+        loss, class_loss, mask, dice, similarity, frames = values
+        return cls(loss=loss, class_loss=class_loss, mask=mask, dice=dice, similarity=similarity, frames=frames)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchNormalisers:
@@ -64,10 +79,10 @@ class TrainingStep(Generic[AnyClip]):
         self.criterion = build_criterion(settings.loss, torch.bfloat16 if autocast else torch.float32)
         self.points = point_config(settings.loss)
 
-    def gradients(self, head: TrackHead, clips: Sequence[AnyClip]) -> StepLosses:
-        """Add this process's share of the batch's gradients, those of `clips`; returns the losses of the whole batch.
+    def gradients(self, head: TrackHead, clips: Sequence[AnyClip]) -> Tensor:
+        """Add this process's share of the batch's gradients, those of `clips`.
 
-        Raises FloatingPointError where a cost or a loss is not finite.
+        Returns the whole batch's losses for `StepLosses.read`. Raises FloatingPointError where a cost is not finite.
         """
         targets = [self.source.targets(clip) for clip in clips]
         normalisers = self.normalisers(targets)
@@ -76,11 +91,7 @@ class TrainingStep(Generic[AnyClip]):
         for start in range(0, len(clips), size):
             part = slice(start, start + size)
             terms += self._backward(head, clips[part], targets[part], normalisers)
-        summed = self.group.sum(terms)
-        if not bool(summed.isfinite().all()):
-            raise FloatingPointError("the loss is not finite")
-        loss, class_loss, mask, dice, similarity, frames = summed.tolist()
-        return StepLosses(loss=loss, class_loss=class_loss, mask=mask, dice=dice, similarity=similarity, frames=frames)
+        return self.group.sum(terms)
 
     def _backward(
         self,

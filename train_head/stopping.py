@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
+from multiprocessing import forkserver, resource_tracker
 from types import FrameType, TracebackType
 
+from cache.command import is_main
 from cache.progress import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -33,9 +35,21 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
-        say("stopping after this step, with a checkpoint; once more to stop at once")
+        if is_main():
+            say("stopping after this step, with a checkpoint; once more to stop at once")
 
 
 def ignore_interrupts(_: int) -> None:
-    """Let a data worker outlive Ctrl-C, which the terminal sends to all: the trainer still needs its clips."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Let a data worker outlive Ctrl-C and SIGTERM, which all processes get: the trainer still needs its clips."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def start_worker_server() -> None:
+    """Start the process that data workers are forked from, deaf to SIGTERM as it is to Ctrl-C: they end without it."""
+    resource_tracker.ensure_running()  # first: starting it may unblock the signal
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -9,16 +9,23 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
-from cache.errors import VitaCacheError
+import torch
+
+from cache.errors import ConfigError, VitaCacheError
 from configs.load import load_settings
+from train_head.data.video_sets import open_labelled_set
 
 _SHOWN = 2000  # characters of a failed run's last words
+_ALL = "all"  # of a sweep over nothing but seeds
 METRICS = ("AP", "AP50", "AP75", "AR1", "AR10")
+_NOT_NAMED = str.maketrans("", "", "[]{}'\" ")  # characters that folders of runs leave out
 _COMMA = re.compile(r",(?![^\[]*\])")  # commas inside [1,2] belong to a value
 
 
@@ -32,7 +39,10 @@ class SweepRun:
 
 
 def plan(base_name: str, overrides: Sequence[str]) -> list[SweepRun]:
-    """Expand `a=1,2 seed=0,1` into its product; what does not vary is passed on and does not enter the names."""
+    """Expand `a=1,2 seed=0,1` into its product; what does not vary is passed on and does not enter the names.
+
+    Raises ConfigError where two combinations would share a name.
+    """
     fixed: list[str] = []
     varied: list[list[str]] = []
     for override in overrides:
@@ -45,48 +55,77 @@ def plan(base_name: str, overrides: Sequence[str]) -> list[SweepRun]:
     runs = []
     for chosen in itertools.product(*varied):
         variant = " ".join(word for word in chosen if not word.startswith("seed="))
-        suffix = "-".join(re.sub(r"[^\w.=-]", "", word) for word in chosen)
+        suffix = "-".join(re.sub(r"[^\w.=-]+", "_", word.translate(_NOT_NAMED)) for word in chosen)
         name = f"{base_name}-{suffix}" if suffix else base_name
         runs.append(SweepRun(name=name, overrides=(*fixed, *chosen), variant=variant))
+    twice = [name for name, count in Counter(run.name for run in runs).items() if count > 1]
+    if twice:
+        raise ConfigError("two combinations would have one run", got=twice[0], hint="give every value once")
     return runs
 
 
 def sweep(config: str, overrides: Sequence[str], jobs: int = 1) -> str:
-    """Train and evaluate every combination, `jobs` at once, skipping what is done, and return the table.
+    """Train every combination that is not trained yet, evaluate all, `jobs` at once, and return the table.
 
     Every run is a process of its own, so that one cannot influence another; where several run at once, they share
-    the cores, and only what went wrong is shown. Raises ConfigError for impossible settings before the first run
-    starts, VitaCacheError where a run fails.
+    the cores and the GPUs, and only what went wrong is shown. Raises VitaCacheError before the first run starts for
+    impossible settings or a split without labels, and where a run fails.
     """
     base = load_settings(config, [word for word in overrides if not _COMMA.search(word.partition("=")[2])])
     runs = plan(base.name, overrides)
     settings = [load_settings(config, [*run.overrides, f"name={run.name}"]) for run in runs]
+    for chosen in settings:
+        open_labelled_set(chosen, "the table of a sweep")
+    lanes: SimpleQueue[dict[str, str]] = SimpleQueue()
+    for environment in lane_environments(jobs, visible_gpus()):
+        lanes.put(environment)
+
+    def in_a_lane(run: SweepRun) -> None:
+        environment = lanes.get()
+        try:
+            _train_and_evaluate(config, run, environment, shown=jobs == 1)
+        finally:
+            lanes.put(environment)
+
     with ThreadPoolExecutor(jobs) as pool:
-        for _ in pool.map(lambda run: _train_and_evaluate(config, run, jobs), runs):
+        for _ in pool.map(in_a_lane, runs):
             pass
     files = [Path(s.runs) / s.name / "metrics.json" for s in settings]
     return table([run.variant for run in runs], [json.loads(file.read_text()) for file in files])
 
 
-def _train_and_evaluate(config: str, run: SweepRun, jobs: int) -> None:
-    share = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {"OMP_NUM_THREADS": share, **os.environ} if jobs > 1 else None
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(torch.cuda.device_count())] if named is None else named.split(",")
+
+
+def lane_environments(jobs: int, gpus: Sequence[str]) -> list[dict[str, str]]:
+    """What the runs of each of `jobs` lanes find in their environment: a share of the cores, and one GPU in turn."""
+    if jobs == 1:
+        return [dict(os.environ)]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+    devices = [{"CUDA_VISIBLE_DEVICES": gpus[lane % len(gpus)]} if gpus else {} for lane in range(jobs)]
+    return [{**threads, **device} for device in devices]
+
+
+def _train_and_evaluate(config: str, run: SweepRun, environment: dict[str, str], *, shown: bool) -> None:
     for module, verb in (("train_head", "train"), ("evaluate", "run")):
         command = [sys.executable, "-m", module, verb, config, *run.overrides, f"name={run.name}"]
-        done = subprocess.run(command, check=False, env=environment, capture_output=jobs > 1, text=True)
+        done = subprocess.run(command, check=False, env=environment, capture_output=not shown, text=True)
         if done.returncode:
-            said = f":\n{done.stderr[-_SHOWN:]}" if jobs > 1 else "; see its message above"
+            said = "; see its message above" if shown else f":\n{done.stderr[-_SHOWN:]}"
             raise VitaCacheError(f"`{module} {verb}` failed{said}", where=f"run {run.name}")
 
 
 def table(variants: Sequence[str], metrics: Sequence[dict[str, float | None]]) -> str:
     """One row per variant: mean ± sample standard deviation x 100 over its seeds."""
-    width = max(len(variant) for variant in variants) + 2
+    width = max(len(variant or _ALL) for variant in variants) + 2
     lines = [f"{'':<{width}}{'seeds':>6}" + "".join(f"{key:>14}" for key in METRICS)]
     for variant in dict.fromkeys(variants):
         rows = [row for name, row in zip(variants, metrics, strict=True) if name == variant]
         cells = "".join(f"{_mean_and_spread([row[key] for row in rows]):>14}" for key in METRICS)
-        lines.append(f"{variant or 'all':<{width}}{len(rows):>6}{cells}")
+        lines.append(f"{variant or _ALL:<{width}}{len(rows):>6}{cells}")
     return "\n".join(lines)
 
 

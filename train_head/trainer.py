@@ -6,6 +6,7 @@ never interrupted, bit for bit on CPU, and any number of processes sees the same
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -15,22 +16,26 @@ from typing import Generic
 import torch
 from torch import Tensor, nn
 
-from cache.errors import ConfigError, VitaCacheError
+from cache.command import is_main
+from cache.errors import ConfigError
 from cache.progress import StageProgress, say
 from configs.command import device_name, precision_name
 from configs.schema import Settings
 from train_head.allocation import keep_freed_memory
+from train_head.batch_errors import explained_errors
 from train_head.build import TrainedPart, build_optimizer, head_config, learning_rate, trained_parameters
 from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from train_head.data.clip_loader import load_clips
 from train_head.data.sources import AnyClip, CachedSource, FeatureSource
-from train_head.data.video_sets import open_training_set
+from train_head.data.video_sets import open_labelled_set, open_training_set
 from train_head.distributed import Group, join_group
 from train_head.heads.kinds import build_head
 from train_head.pace import Pace
 from train_head.run_folder import MetricsLog, open_run
 from train_head.step import StepLosses, TrainingStep
-from train_head.stopping import StopRequest
+from train_head.stopping import StopRequest, start_worker_server
+
+_log = logging.getLogger(__name__)
 
 Evaluator = Callable[[], float | None]
 """AP of the run's checkpoint on its evaluation split, a fraction; None where the split has no public labels."""
@@ -40,8 +45,10 @@ def train(settings: Settings, evaluator: Evaluator | None = None) -> Path:
     """Train a head from the cache to its last iteration, going on from its checkpoint if there is one.
 
     `evaluator` is called every `train.evaluate_every` steps. Returns the run's folder. Raises VitaCacheError where
-    cache, labels and settings do not belong together, or a loss is not finite.
+    cache, labels and settings do not belong together, a loss is not finite, or memory does not suffice.
     """
+    if evaluator is not None and settings.train.evaluate_every and is_main():
+        open_labelled_set(settings, "train.evaluate_every")  # now rather than hours into the run
     return run_training(settings, lambda device: CachedSource(settings, open_training_set(settings), device), evaluator)
 
 
@@ -66,7 +73,7 @@ def run_training(
     folder = open_run(settings, source.holdout) if group.is_main else Path(settings.runs) / settings.name
     group.wait()
     Trainer(settings, source, folder, group, torch_device, evaluator).run()
-    group.wait()
+    group.leave()
     return folder
 
 
@@ -98,7 +105,7 @@ class Trainer(Generic[AnyClip]):
             keep_freed_memory()
         autocast = precision_name(settings.train.precision, self.device.type) == "bfloat16"
         self.compute = TrainingStep(settings, source, self.device, self.group, autocast)
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(settings.seed)
             self.head = build_head(head_config(settings, source.sizes)).to(self.device).train()
         if settings.train.compile:
@@ -109,12 +116,20 @@ class Trainer(Generic[AnyClip]):
         self.progress = Progress()
         if (folder / CHECKPOINT).exists():
             self._resume(load_checkpoint(folder / CHECKPOINT, self.device))
+        if not self.group.agrees(self.progress.step, self.device):
+            raise ConfigError(
+                f"this process goes on from step {self.progress.step}, others from another",
+                where=folder,
+                hint="`runs` must lie on a file system that all processes share",
+            )
         if settings.train.ema > 0 and not self.average:
             self.average = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        self.source.resume(checkpoint, self.folder / CHECKPOINT)
-        checkpoint.require_config(self.head.config, self.folder / CHECKPOINT)
+        where = self.folder / CHECKPOINT
+        self.source.resume(checkpoint, where)
+        checkpoint.require_categories(self._category_names, where)
+        checkpoint.require_config(self.head.config, where)
         if self.source.trains_head:
             self.head.load_state_dict(dict(checkpoint.head))
         if checkpoint.optimizer:  # an imported release has none
@@ -129,10 +144,15 @@ class Trainer(Generic[AnyClip]):
         """
         train, done = self.settings.train, self.progress
         if done.step >= train.iterations:
-            print(f"train: {self.folder} has its {train.iterations} iterations already")
+            if self.group.is_main:
+                print(f"train: {self.folder} has its {train.iterations} iterations already")
             return
+        if self.group.is_main:
+            _log.info(self._in_words())
         log = MetricsLog(self.folder, done.step) if self.group.is_main else None
         pace = Pace(done.seconds)
+        if train.workers != 0:
+            start_worker_server()
         batches = self._batches()
         bar = StageProgress("train", unit="step", total=train.iterations, done=done.step, shown=self.group.is_main)
         with StopRequest() as stop, bar:
@@ -162,6 +182,15 @@ class Trainer(Generic[AnyClip]):
             print(self.source.finish(self.folder), end="")
         self.save()  # of the last step only now: a run that is killed in `finish` has to come here again
 
+    def _in_words(self) -> str:
+        """What runs where, from which step on."""
+        train, count = self.settings.train, sum(parameter.numel() for parameter in trained_parameters(self.parts))
+        return (
+            f"train: {self.folder}, steps {self.progress.step} to {train.iterations}; {count:,} parameters on "
+            f"{self.device} in {'bfloat16' if self.compute.autocast else 'float32'}; {self.group.size} processes with "
+            f"{train.workers} workers each"
+        )
+
     def _any(self, flag: bool) -> bool:
         """Whether any process says so: all must stop at the same step, or they would wait for ever."""
         if self.group.size == 1:
@@ -178,20 +207,28 @@ class Trainer(Generic[AnyClip]):
             yield list(islice(clips, own))
 
     def training_step(self, clips: Sequence[AnyClip]) -> StepLosses:
-        """Gradients and update for one batch; raises VitaCacheError, naming the videos, if anything is not finite."""
+        """Gradients and update for one batch.
+
+        Raises VitaCacheError, naming the videos, if anything is not finite; nothing is updated then. Raises ConfigError
+        where the batch does not fit into memory.
+        """
+        with explained_errors(self.settings.train, self.progress.step, clips, self.folder):
+            return self._update(clips)
+
+    def _update(self, clips: Sequence[AnyClip]) -> StepLosses:
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate() * group["rate_factor"]
         self.optimizer.zero_grad(set_to_none=True)
-        try:
-            losses = self.compute.gradients(self.head, clips)
-        except FloatingPointError as error:
-            raise self._not_finite(clips, str(error)) from error
+        terms = self.compute.gradients(self.head, clips)
         parameters = trained_parameters(self.parts)
         self.group.sum_gradients(parameters)
-        nn.utils.clip_grad_norm_(parameters, self.settings.train.clip_norm)
+        norm = nn.utils.clip_grad_norm_(parameters, self.settings.train.clip_norm)
+        losses = StepLosses.read(terms, norm)
         self.optimizer.step()
-        for name, tensor in self.head.state_dict().items() if self.average else ():
-            self.average[name].lerp_(tensor, 1 - self.settings.train.ema)
+        if self.average:
+            state = self.head.state_dict()
+            tensors = [state[name] for name in self.average]
+            torch._foreach_lerp_(list(self.average.values()), tensors, 1 - self.settings.train.ema)
         self.progress.step += 1
         return losses
 
@@ -206,14 +243,6 @@ class Trainer(Generic[AnyClip]):
     def _rate(self, offset: int = 0) -> float:
         return learning_rate(self.settings, self.progress.step + offset)
 
-    def _not_finite(self, clips: Sequence[AnyClip], reason: str) -> VitaCacheError:
-        names = [f"{clip.name} frames {clip.frames}" for clip in clips]
-        return VitaCacheError(
-            f"step {self.progress.step}: {reason}; the batch was {'; '.join(names)}",
-            where=self.folder,
-            hint="lower train.learning_rate, or train.precision=float32; the last checkpoint is untouched",
-        )
-
     def _evaluate(self, log: MetricsLog | None) -> None:
         """Save, log the AP of the current head and keep the best checkpoint; the main process does it for all."""
         self.save()
@@ -224,6 +253,10 @@ class Trainer(Generic[AnyClip]):
                 self.save(BEST)
                 self.save()
         self.group.wait()
+
+    @property
+    def _category_names(self) -> tuple[str, ...]:
+        return tuple(category.name for category in self.source.labels.categories)
 
     def save(self, name: str = CHECKPOINT) -> None:
         """Write a checkpoint of the current step."""
@@ -237,7 +270,7 @@ class Trainer(Generic[AnyClip]):
             optimizer=self.optimizer.state_dict(),
             detector=self.source.state(),
             fingerprint=self.source.fingerprint,
-            category_names=tuple(category.name for category in self.source.labels.categories),
+            category_names=self._category_names,
         )
         save_checkpoint(self.folder / name, checkpoint)
 

@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from cache.errors import ConfigError
-from configs.changes import flat
+from configs.changes import WITHOUT_EFFECT, flat, is_among
 from configs.schema import Settings
 from evaluate.compare.runs import Entry, LabelFiles, read_entries
 from evaluate.stored import HEAD
 
-# Settings that make no other kind: who ran it, where, and at which pace.
-_FREE = (
-    "name", "seed", "runs", "device", "data.root", "cache.path", "cache.preload", "cache.stage_to",
-    "cache.ignore_space", "detector.batch_frames", "evaluate.chunk_frames", "evaluate.report_videos",
-    "train.workers", "train.log_every", "train.checkpoint_every", "train.evaluate_every", "train.time_budget",
-)  # fmt: skip
+_FREE = ("name", "seed", *WITHOUT_EFFECT)  # make no other kind
 _WEIGHTS = "detector.weights"  # A path: what the weights are, the fingerprint of the features knows.
 _MOST_NAMED = 3  # differing settings; more than these say less than the runs' own names
 
@@ -117,7 +112,7 @@ def _kind(item: _Chosen) -> str:
 
 def described(settings: Settings) -> dict[str, Any]:
     """All settings that describe a kind, flat, by dotted name."""
-    return {key: value for key, value in flat(settings).items() if key not in _FREE}
+    return {key: value for key, value in flat(settings).items() if not is_among(key, _FREE)}
 
 
 def _names(kinds: Sequence[Sequence[_Chosen]]) -> list[str]:

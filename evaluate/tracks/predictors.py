@@ -101,12 +101,16 @@ def prune_queries(frozen: FrozenHeads, normed_tQC: Tensor, share: float) -> Toke
 
 
 def head_predictor(settings: Settings, videos: VideoSet) -> HeadPredictor:
-    """The head in the run's checkpoint. WeightsError where there is none, FingerprintMismatch for another cache."""
+    """The head in the run's checkpoint.
+
+    Raises WeightsError where there is none, FingerprintMismatch for a cache of other features or categories.
+    """
     device = torch.device(device_name(settings.device))
     name = BEST if settings.evaluate.checkpoint is CheckpointChoice.best else CHECKPOINT
     path = Path(settings.runs) / settings.name / name
     checkpoint = load_checkpoint(path)
     checkpoint.require_cache(videos.feature_cache, path, any_codec=True)
+    checkpoint.require_categories([category.name for category in videos.labels.categories], path)
     heads = videos.feature_cache.heads
     return HeadPredictor(
         head=checkpoint.build_head(device),

@@ -132,7 +132,7 @@ class CachedSource:
         self.settings, self.videos, self.device = settings, videos, device
         self.labels, self.holdout = videos.labels, videos.holdout
         self.fingerprint = videos.feature_cache.fingerprint
-        self.sizes = feature_sizes(videos.feature_cache, len(videos.labels.categories))
+        self.sizes = feature_sizes(videos.feature_cache, videos.labels)
         self.decoding = decoding_of(videos.codec, self.sizes.map_channels).to(device)
         self.heads = FrozenHeads(videos.feature_cache.heads).to(device)
         self.frame_memory = build_frame_memory(settings, videos, self.heads, self.decoding)

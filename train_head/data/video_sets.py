@@ -63,6 +63,15 @@ def open_evaluation_set(settings: Settings) -> VideoSet:
     return _open(settings, paths, split)
 
 
+def open_labelled_set(settings: Settings, asked: str) -> VideoSet:
+    """The same where scores are needed; raises ConfigError, saying what asks for them, for a split without labels."""
+    videos = open_evaluation_set(settings)
+    if not videos.labels.has_tracks:
+        hint = f"set data.holdout=0.1 and evaluate.split=holdout, or do without {asked}"
+        raise ConfigError(f"{asked} needs public labels", where=videos.feature_cache.path, got="none", hint=hint)
+    return videos
+
+
 def evaluation_split(settings: Settings) -> tuple[str, SplitPaths]:
     """Which videos `evaluate.split` names, and where they lie.
 

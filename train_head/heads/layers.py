@@ -1,4 +1,4 @@
-"""Transformer blocks of the head: post-norm, no dropout, batch first (VITA §3.2; REFERENCE §3).
+"""Transformer blocks of the head: post-norm, no dropout, batch first (VITA §3.2).
 
 Shapes: N independent passes, S query tokens, M key tokens, C channels.
 Parameter names are those of the released weights.
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from train_head.products import Linear, feed_forward, linear
 
-# Up to so many shares of attention on CPU, plain products are faster than PyTorch's fused attention, which knows no
+# Up to so many attention weights on CPU, plain products are faster than PyTorch's fused attention, which knows no
 # fast ones in bfloat16 (its backward takes 3 times as long) and gains nothing on small problems.
 _PLAIN_ATTENTION = {torch.bfloat16: 1 << 24, torch.float32: 1 << 20}
 
@@ -49,10 +49,10 @@ class MultiheadAttention(nn.Module):
 def _attention(query_NHSD: Tensor, key_NHMD: Tensor, value_NHMD: Tensor) -> Tensor:
     """Scaled dot-product attention of H heads: (N, H, S, D)."""
     N, H, S, D = query_NHSD.shape
-    num_shares = N * H * S * key_NHMD.shape[2]
-    if query_NHSD.device.type == "cpu" and num_shares <= _PLAIN_ATTENTION.get(query_NHSD.dtype, 0):
-        shares_NHSM = torch.softmax(query_NHSD * D**-0.5 @ key_NHMD.transpose(2, 3), dim=-1)
-        return shares_NHSM @ value_NHMD
+    num_weights = N * H * S * key_NHMD.shape[2]
+    if query_NHSD.device.type == "cpu" and num_weights <= _PLAIN_ATTENTION.get(query_NHSD.dtype, 0):
+        weights_NHSM = torch.softmax(query_NHSD * D**-0.5 @ key_NHMD.transpose(2, 3), dim=-1)
+        return weights_NHSM @ value_NHMD
     return F.scaled_dot_product_attention(query_NHSD, key_NHMD, value_NHMD)
 
 
@@ -149,9 +149,9 @@ class Perceptron(nn.Module):
 def window_runs(num_frames: int, window: int, shifted: bool) -> tuple[tuple[int, int], ...]:
     """Split T frames into attention groups; returns runs of (frames per group, number of groups).
 
-    Equals the release's pad, roll and mask (REFERENCE §3): rolling by ceil(W/2) and forbidding the wrapped
-    half to see the other leaves a first group of floor(W/2) frames, then windows of W, then what is left.
-    Window 0 means one group of all frames.
+    Equals the release's pad, roll and mask: rolling by ceil(W/2) and forbidding the wrapped half to see the other
+    leaves a first group of floor(W/2) frames, then windows of W, then what is left. Window 0 means one group of all
+    frames.
     """
     if window == 0:
         return ((num_frames, 1),)

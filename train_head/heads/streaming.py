@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def predict_stream(
     head: VitaHead, blocks: Iterable[TokenBlock], num_frames: int, held_bytes: int = HELD_BYTES
 ) -> VideoOutputs:
-    """Whole-video outputs from blocks of normed frame queries, `num_frames` in all (REFERENCE §5).
+    """Whole-video outputs from blocks of normed frame queries, `num_frames` in all.
 
     Equals `VitaHead.predict` up to rounding, whatever the blocks. Frames may have fewer tokens than slots. Beyond
     `held_bytes` the encoded frames (4·C·q bytes each) go to a temporary file: CacheError where it has no room.

@@ -1,4 +1,4 @@
-"""The VITA head: associates the frame queries of a whole clip or video (VITA §3; REFERENCE §3).
+"""The VITA head: associates the frame queries of a whole clip or video (VITA §3).
 
 Shapes: B clips, T frames, Q frame queries, V video queries, C channels, L detector layers, D decoder layers,
 K categories, N independent passes (L·B in training, 1 in inference). Frame queries are the detector's, after
@@ -65,7 +65,7 @@ class VitaHead(TrackHead):
         )
 
     def predict(self, frame_queries_TQC: Tensor) -> VideoOutputs:
-        """Whole-video outputs: shifted windows, last layers only (REFERENCE §5); at once."""
+        """Whole-video outputs: shifted windows and last layers only, as the release infers; at once."""
         encoded_NTQC = self.encode(frame_queries_TQC[None], self.shifts(len(frame_queries_TQC)))
         return self.read_out(self.decode(encoded_NTQC)[-1][0])
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from cache.heads import DetectorHeads
 from cache.labels.category_map import category_pairs
 from configs.schema import FrameMatching, Settings
+from train_head.build import cost_weights
 from train_head.data.clips import Clip
 from train_head.data.video_sets import VideoSet
 from train_head.losses.detector_predictions import FrozenHeads
@@ -83,7 +84,7 @@ def build_frame_memory(settings: Settings, videos: VideoSet, heads: FrozenHeads,
         decoding,
         label_map(mode, num_labels, stored.num_classes, pairs).to(device),
         loss.num_points,
-        CostWeights(label=loss.class_weight, mask=loss.mask_weight, dice=loss.dice_weight),
+        cost_weights(loss),
     )
 
 
