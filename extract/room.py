@@ -28,7 +28,7 @@ from extract.frames import decoded_batches
 from extract.jobs import SplitJobs, VideoJob
 
 TIMED_FRAMES = 20
-FLOAT16_BYTES = 2
+BYTES_OF_FLOAT16 = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ def frame_cost(detector: FrameDetector, image_hw: Size, batch_frames: int = 1) -
     """Run the detector on black frames, which also warms it up."""
     features = detector.features(torch.zeros((batch_frames, 3, *image_hw), dtype=torch.uint8))
     return FrameCost(
-        query_bytes=features.frame_queries_BLQC[0].numel() * FLOAT16_BYTES,
+        query_bytes=features.frame_queries_BLQC[0].numel() * BYTES_OF_FLOAT16,
         channels=features.mask_features_BCHW.shape[1],
     )
 
