@@ -86,7 +86,7 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print_rate_distortion(settings)
     elif arguments.verb == "estimate":
-        from extract.stage import print_estimate
+        from extract.estimate import print_estimate
 
         print_estimate(settings)
     elif arguments.verb == "bench":

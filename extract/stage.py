@@ -16,8 +16,7 @@ from cache.fingerprint import Fingerprint, Provenance
 from cache.storage.locks import sweep_locks
 from cache.upkeep.upload import opened_writer
 from configs.cards import write_cache_card
-from configs.schema import CodecName, Settings
-from extract import room
+from configs.schema import Settings
 from extract.calibration import ChosenCodec, calibrate, choose_codec
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import configured_detector
@@ -25,7 +24,7 @@ from extract.detector.frozen import PADDING_DIVISOR, FrameDetector
 from extract.fill import Engine, fill, opened_engine, require_workers
 from extract.jobs import SplitJobs, open_jobs
 from extract.record import write_skipped
-from extract.room import TIMED_FRAMES, Workload, require_room
+from extract.room import Workload, require_room
 
 
 def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: bool = False) -> None:
@@ -55,22 +54,6 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
     if skipped and not settings.extract.allow_skipped:
         hint = "mend them and run the same command; extract.allow_skipped=true takes this for success"
         raise FrameError(f"{len(skipped)} videos were skipped, such as {skipped[0]}", hint=hint)
-
-
-def print_estimate(settings: Settings) -> None:
-    """Print what an extraction would need, in bytes by codec and in hours; nothing is extracted or stored.
-
-    Speed and bytes are measured on 20 frames, to which the codecs are fitted too.
-    """
-    work = [Workload.of(jobs) for jobs in open_jobs(settings)]
-    if not any(load.jobs for load in work):
-        print("nothing to extract: every video is in the cache already")
-        return
-    detector = _open_detector(settings)
-    sample = replace(settings.cache, codec=CodecName.auto, calibration_frames=TIMED_FRAMES)
-    _, calibration = calibrate(replace(settings, cache=sample), detector)
-    print(format_table(calibration))
-    room.print_estimate(settings, detector, work, calibration)
 
 
 def print_rate_distortion(settings: Settings) -> None:
