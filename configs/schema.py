@@ -144,6 +144,7 @@ class CacheSettings:
     min_mask_iou: float = 0.99  # of codec=auto: the detector's masks from stored against those from exact features
     logit_step: float = 1 / 64  # of codec=logit: share of the logits' standard deviation; auto chooses it
     identity_share: float = 0.1  # λ of the logit codec: how much it cares for what the detector does not look at
+    codec_from: str | None = None  # a cache, as caches/coco/train, whose fit is taken: so train.mix can mix them
     calibration_frames: int = 96  # that codecs are fitted to and, every third one, judged on
     preload: bool = False  # keep every video read in memory: for sets that fit
     stage_to: str | None = None  # local folder for a remote path: training copies to it, extraction writes there first

@@ -13,11 +13,12 @@ from cache.codecs import Codec, codec_identity
 from cache.codecs.rate_distortion import format_table
 from cache.errors import FrameError
 from cache.fingerprint import Fingerprint, Provenance
+from cache.reader import FeatureCache
 from cache.storage.locks import sweep_locks
 from cache.upkeep.upload import opened_writer
 from configs.cards import write_cache_card
 from configs.schema import Settings
-from extract.calibration import ChosenCodec, calibrate, choose_codec
+from extract.calibration import ChosenCodec, calibrate, choose_codec, held_codec
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import configured_detector
 from extract.detector.frozen import PADDING_DIVISOR, FrameDetector
@@ -44,7 +45,15 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
         logging.getLogger(__name__).info(format_table(chosen.calibration))  # the report has it too
     print(chosen.reason)
     require_room(settings, detector, [Workload.of(jobs) for jobs in asked], chosen)
-    wanted = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), chosen.codec)
+    digest = weights_sha256(Path(settings.detector.weights))
+    chosen = held_codec(settings) or chosen  # Another process may have begun meanwhile, with a fit of its own.
+    wanted = fingerprint(settings, detector, digest, chosen.codec)
+    if settings.cache.codec_from is not None:
+        lender = FeatureCache.open(settings.cache.codec_from)
+        hint = "cache.codec_from lends the codec of a cache of the same detector"
+        lender.fingerprint.require(
+            replace(wanted, short_edge=lender.fingerprint.short_edge), where=settings.cache.codec_from, hint=hint
+        )
     skipped = []
     with opened_engine(settings, detector) as engine:
         for jobs in asked:

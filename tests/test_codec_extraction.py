@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from cache.codecs import codec_identity
+from cache.codecs.float16 import Float16
+from cache.codecs.int8 import Int8
 from cache.codecs.rate_distortion import (
     CALIBRATION,
     Calibration,
@@ -22,8 +24,8 @@ from cache.codecs.rate_distortion import (
     smallest_faithful,
     write_calibration,
 )
-from cache.detector_masks import predict_queries
-from cache.errors import ConfigError, CorruptData, FingerprintMismatch
+from cache.detector_masks import QueryPredictions, predict_queries
+from cache.errors import AnnotationError, ConfigError, CorruptData, FingerprintMismatch, FrameError
 from cache.labels.annotations import load_labels
 from cache.reader import FeatureCache
 from cache.upkeep.inspection import verify_root, verify_video
@@ -31,7 +33,9 @@ from configs.load import load_settings
 from configs.schema import Settings
 from evaluate.stage import evaluate
 from extract.__main__ import main as extract_main
-from extract.calibration import draw_frames
+from extract.calibration import ChosenCodec, choose_codec, draw_frames
+from extract.detector.frozen import FrameDetector
+from extract.distortion import DistortionMeter, JudgedFrame
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
@@ -134,6 +138,87 @@ def test_a_continued_cache_keeps_its_fit(tiny_data: Path, tmp_path: Path) -> Non
     float16 = tiny_settings(tiny_data, tmp_path, tmp_path, "cache.codec=float16")
     with pytest.raises(FingerprintMismatch, match=r"another codec[\s\S]*cache.codec=logit"):
         extract(float16)
+
+
+def test_who_begins_second_takes_the_fit_of_the_first(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two hosts may fit other last bits; here another setting plays the other host, which is done meanwhile."""
+    settings = tiny_settings(tiny_data, tmp_path, tmp_path, "cache.codec=logit", "cache.calibration_frames=4")
+    first = tiny_settings(tiny_data, tmp_path, tmp_path, "cache.codec=logit", FRAMES)
+
+    def slow_choice(settings: Settings, detector: FrameDetector) -> ChosenCodec:
+        monkeypatch.undo()
+        chosen = choose_codec(settings, detector)
+        extract(first, only=["valid"])
+        return chosen
+
+    monkeypatch.setattr("extract.stage.choose_codec", slow_choice)
+    extract(settings)
+    train, valid = (FeatureCache.open(tmp_path / split).fingerprint.codec for split in ("train", "valid"))
+    assert train == valid
+
+
+def test_a_borrowed_fit_lets_two_data_sets_train_one_head(
+    tiny_data: Path, caches: dict[str, Path], tmp_path: Path
+) -> None:
+    def mixed(features: Path) -> Settings:
+        mix = f"train.mix=[{{cache: {features / 'valid'}, ratio: 1.0}}]"
+        return tiny_settings(tiny_data, caches["logit"], tmp_path, "cache.codec=logit", mix, "train.iterations=2")
+
+    own = tiny_settings(tiny_data, tmp_path / "own", tmp_path, "cache.codec=logit", "cache.calibration_frames=4")
+    extract(own, only=["valid"])
+    with pytest.raises(FingerprintMismatch, match=f"cache.codec_from={caches['logit'] / 'train'}"):
+        train(mixed(tmp_path / "own"))
+    lender = f"cache.codec_from={caches['logit'] / 'train'}"
+    words = ("cache.codec=logit", lender)
+    extract(tiny_settings(tiny_data, tmp_path / "borrowed", tmp_path, *words), only=["valid"])
+    train(mixed(tmp_path / "borrowed"))
+    with pytest.raises(FingerprintMismatch, match=r"begun with another codec than that of cache.codec_from"):
+        extract(tiny_settings(tiny_data, tmp_path / "own", tmp_path, *words), only=["valid"])
+    with pytest.raises(FingerprintMismatch, match=r"number of stored detector layers"):
+        extract(tiny_settings(tiny_data, tmp_path / "other", tmp_path, *words, "detector.num_layers=2"))
+
+
+def test_frames_to_judge_codecs_on_that_cannot_be_read(tiny_data: Path, tmp_path: Path) -> None:
+    root = shutil.copytree(tiny_data, tmp_path / "data")
+    video, _ = draw_frames(load_labels(root / "train.json").videos, 2)[0]
+    for name in video.file_names:
+        (root / "train/JPEGImages" / name).write_bytes(b"broken")
+    words = ("cache.codec=auto", "cache.calibration_frames=2", "extract.skip_errors=true")
+    with pytest.raises(FrameError, match=r"judged on can be read[\s\S]*cache.codec=float16"):
+        extract(tiny_settings(root, tmp_path / "features", tmp_path, *words))
+    words = ("cache.codec=int8", "cache.calibration_frames=4", "extract.skip_errors=true", "extract.allow_skipped=true")
+    extract(tiny_settings(root, tmp_path / "features", tmp_path, *words), only=["train"])
+    calibration = read_calibration(tmp_path / "features/train")
+    assert calibration is not None and (calibration.fitted_frames, calibration.held_out_frames) == (2, 1)
+    with pytest.raises(AnnotationError, match="no videos"):
+        draw_frames([], 4)
+
+
+def test_without_a_mask_to_judge_by_the_most_faithful_codec_is_taken() -> None:
+    map_CHW = np.random.default_rng(0).normal(size=(4, 6, 6)).astype(np.float32)
+    queries = QueryPredictions(
+        embeddings_QF=np.ones((1, 4), np.float32),
+        constant_Q=np.full(1, -100, np.float32),
+        object_probability_Q=np.ones(1, np.float32),
+    )
+    frame = JudgedFrame(
+        map_CHW=map_CHW,
+        image_hw=(24, 24),
+        logits_NHW=map_CHW.sum(axis=0, keepdims=True) - 100,
+        masks_Nhw=np.zeros((1, 24, 24), bool),
+        stored_queries=queries,
+        query_bytes=0,
+    )
+    coarse = Int8(step_C=np.full(4, 0.5, np.float32), offset_C=np.zeros(4, np.float32))
+    rows = []
+    for codec in (coarse, Float16()):
+        meter = DistortionMeter(codec, "", np.zeros(4))
+        meter.add(frame)
+        rows.append(meter.result())
+    assert [row.mask_iou for row in rows] == [0, 0]
+    assert smallest_faithful(rows, 0.99) == 1
 
 
 def test_the_command_prints_the_table_and_stores_nothing(

@@ -110,7 +110,8 @@ def _open_mixed(settings: Settings, videos: VideoSet, path: Path, ratio: float) 
     other = FeatureCache.open(local_copy(path, settings.cache.stage_to), preload=settings.cache.preload)
     wanted = replace(videos.feature_cache.fingerprint, short_edge=other.fingerprint.short_edge)
     hint = (
-        "extract both with the same detector and codec: `make extract` with the detector.* and cache.* of this config"
+        "both need the same detector, and one fit of the codec: extract this one into another cache.path, with the "
+        f"detector.* of this config and cache.codec_from={videos.feature_cache.path}"
     )
     other.fingerprint.require(wanted, where=path, hint=hint)
     labels = other.labels()
