@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from cache.errors import ConfigError
@@ -68,17 +68,24 @@ def opened_engine(settings: Settings, detector: FrameDetector) -> Iterator[Engin
 def fill(writer: CacheWriter, asked: SplitJobs, engine: Engine, title: str) -> Outcome:
     """Extract what is missing, and say what is still missing in the end, however that comes."""
     jobs, outcome = _missing(writer, asked.jobs), Outcome()
-    started, frames = time.perf_counter(), sum(len(job.files) for job in jobs)
+    started, frames = time.perf_counter(), 0
     if not jobs:
         print(f"{title}: all {len(asked.jobs)} videos are in {writer.path} already")
     try:
-        with StageProgress(title, unit="frame", total=frames) as progress:
-            outcome = _extract_missing(writer, jobs, engine, progress.advance)
+        with StageProgress(title, unit="frame", total=sum(len(job.files) for job in jobs)) as progress:
+
+            def advance(count: int) -> None:
+                nonlocal frames
+                frames += count
+                progress.advance(count)
+
+            outcome = _extract_missing(writer, jobs, engine, advance)
     finally:
+        with suppress(OSError):  # A full disk, which is not the first to say so.
+            add_to_record(writer, time.perf_counter() - started, frames)
         missing = _missing(writer, jobs)
         if missing:
             print(f"{title}: {_what_is_missing(writer, asked.jobs, missing, outcome)}", file=sys.stderr)
-    add_to_record(writer, time.perf_counter() - started, frames - sum(len(job.files) for job in missing))
     return outcome
 
 

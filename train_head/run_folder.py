@@ -26,14 +26,8 @@ BOARD = "tensorboard"  # folder: `tensorboard --logdir runs` shows all runs
 # Settings that may differ when a run goes on: they change no weight.
 _FREE = (
     *("device", "runs", "evaluate", "extract", "data.root", "cache.path", "cache.preload", "cache.codec_from"),
-    *(
-        "train.workers",
-        "train.log_every",
-        "train.checkpoint_every",
-        "train.evaluate_every",
-        "train.time_budget",
-        "train.accumulate",
-    ),
+    *("train.workers", "train.log_every", "train.checkpoint_every", "train.evaluate_every", "train.time_budget"),
+    *("train.accumulate",),
 )
 
 

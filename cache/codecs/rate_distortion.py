@@ -57,7 +57,7 @@ class Calibration:
 
 
 def smallest_faithful(rows: Sequence[Distortion], min_mask_iou: float) -> int:
-    """Index of the smallest row whose mean IoU suffices; of the most faithful one, of equals by logits, if none does."""
+    """Index of the smallest row whose mean IoU suffices; else of the most faithful one, of equals by their logits."""
     faithful = [index for index, row in enumerate(rows) if row.mask_iou >= min_mask_iou]
     if faithful:
         return min(faithful, key=lambda index: rows[index].bytes_per_frame)

@@ -19,7 +19,8 @@ from evaluate.stored import HEAD
 _FREE = (
     "name", "seed", "runs", "device", "data.root", "cache.path", "cache.preload", "cache.stage_to",
     "cache.ignore_space", "cache.codec_from", "detector.batch_frames", "evaluate.chunk_frames",
-    "evaluate.report_videos", "train.workers", "train.log_every", "train.checkpoint_every", "train.evaluate_every", "train.time_budget",
+    "evaluate.report_videos", "train.workers", "train.log_every", "train.checkpoint_every", "train.evaluate_every",
+    "train.time_budget",
 )  # fmt: skip
 _WEIGHTS = "detector.weights"  # A path: what the weights are, the fingerprint of the features knows.
 _MOST_NAMED = 3  # differing settings; more than these say less than the runs' own names
