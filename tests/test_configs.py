@@ -1,21 +1,29 @@
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from cache.errors import ConfigError
+from configs.changes import flat
 from configs.load import CONFIG_FOLDER, find_config, load_settings
-from configs.schema import Device, Precision
+from configs.schema import Device, Precision, Settings
 
 
 @pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads_and_says_what_it_is(path: Path) -> None:
     settings = load_settings(str(path))
     assert settings.name == path.stem
-    header = path.read_text().split("name:")[0]
-    assert all(line.startswith("#") for line in header.strip().splitlines())
+    header = "".join(takewhile(lambda line: line.startswith("#"), path.open()))
     assert "Expected AP" in header and "make " in header
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_states_only_what_differs_from_the_defaults(path: Path) -> None:
+    defaults, stated = flat(Settings), flat(OmegaConf.load(path))
+    assert [key for key, value in stated.items() if value == defaults[key]] == []
 
 
 @pytest.mark.parametrize("dataset", ["ytvis2019", "ytvis2021", "ovis"])
