@@ -57,7 +57,7 @@ class PaddedArea(Enum):
     """What the padding of the network's input is to the mask losses."""
 
     ignore = "ignore"  # no point lies on it
-    background = "background"  # VITA: as the release, but as far only as the cache stores padding (under one stride)
+    background = "background"  # VITA: as the release, but only as far as the cache stores padding (less than a stride)
 
 
 class FrameMatching(Enum):
@@ -103,7 +103,7 @@ class DataSettings:
 
 @dataclass
 class PseudoSettings:
-    """Pseudo-videos: crops of a labelled still image play the frames of a video (REFERENCE section 4).
+    """Pseudo-videos: crops of a labelled still image play the frames of a video, as in SeqFormer and VITA.
 
     An image is thought of at one of `resize_edges`, where its crops have sides within `crop_sides`.
     """
@@ -141,7 +141,7 @@ class CacheSettings:
 
     path: str = "caches/demo"
     codec: CodecName = CodecName.logit  # the smallest without a loss of AP on the demo (LOG.md)
-    min_mask_iou: float = 0.99  # of codec=auto: the detector's masks from stored against those from exact features
+    min_mask_iou: float = 0.99  # of codec=auto: mean IoU of the detector's masks from stored and from exact features
     logit_step: float = 1 / 64  # of codec=logit: share of the logits' standard deviation; auto chooses it
     identity_share: float = 0.1  # λ of the logit codec: how much it cares for what the detector does not look at
     codec_from: str | None = None  # a cache, as caches/coco/train, whose fit is taken: so train.mix can mix them

@@ -21,7 +21,7 @@ from extract.record import add_to_record
 from extract.streaming import Advance, Outcome, extract_readable_videos, extract_videos
 
 
-class Engine(Protocol):
+class Extractor(Protocol):
     """What brings videos into the cache: this process, or workers."""
 
     def __call__(self, writer: CacheWriter, jobs: Sequence[VideoJob], advance: Advance) -> Outcome:
@@ -45,7 +45,7 @@ def _has_workers(settings: Settings) -> bool:
 
 
 @contextmanager
-def opened_engine(settings: Settings, detector: FrameDetector) -> Iterator[Engine]:
+def opened_extractor(settings: Settings, detector: FrameDetector) -> Iterator[Extractor]:
     """What the settings ask for; errors are those of extract.workers.pool.hired_crew."""
     skip_errors = settings.extract.skip_errors
     if not _has_workers(settings):
@@ -65,7 +65,7 @@ def opened_engine(settings: Settings, detector: FrameDetector) -> Iterator[Engin
         yield lambda writer, jobs, advance: Dispatch(crew, writer, jobs, advance).run(skip_errors=skip_errors)
 
 
-def fill(writer: CacheWriter, asked: SplitJobs, engine: Engine, title: str) -> Outcome:
+def fill(writer: CacheWriter, asked: SplitJobs, extractor: Extractor, title: str) -> Outcome:
     """Extract what is missing, and say what is still missing in the end, however that comes."""
     jobs, outcome = _missing(writer, asked.jobs), Outcome()
     started, frames = time.perf_counter(), 0
@@ -79,7 +79,7 @@ def fill(writer: CacheWriter, asked: SplitJobs, engine: Engine, title: str) -> O
                 frames += count
                 progress.advance(count)
 
-            outcome = _extract_missing(writer, jobs, engine, advance)
+            outcome = _extract_missing(writer, jobs, extractor, advance)
     finally:
         with suppress(OSError):  # A full disk, which is not the first to say so.
             add_to_record(writer, time.perf_counter() - started, frames)
@@ -89,12 +89,12 @@ def fill(writer: CacheWriter, asked: SplitJobs, engine: Engine, title: str) -> O
     return outcome
 
 
-def _extract_missing(writer: CacheWriter, jobs: Sequence[VideoJob], engine: Engine, advance: Advance) -> Outcome:
+def _extract_missing(writer: CacheWriter, jobs: Sequence[VideoJob], extractor: Extractor, advance: Advance) -> Outcome:
     """Also take over what others leave while this process works."""
-    outcome = engine(writer, jobs, advance)
+    outcome = extractor(writer, jobs, advance)
     while outcome.busy:
         jobs = [job for job in jobs if job.name in outcome.busy]
-        again = engine(writer, jobs, advance)
+        again = extractor(writer, jobs, advance)
         outcome.skipped |= again.skipped
         if again.busy.keys() == outcome.busy.keys():
             break

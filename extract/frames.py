@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from cache.errors import FrameError
 from cache.labels.annotations import Video
 from cache.layout import Size
 from cache.media.geometry import Transform
-from cache.media.image_files import to_rgb
+from cache.media.image_files import open_rgb
 
 _AHEAD = 4  # decoded batches that may wait for the detector
 _MAX_REPORTED = 5
@@ -43,21 +43,9 @@ def require_files(names: Iterable[str], folder: Path) -> None:
         )
 
 
-def read_frame(path: Path, expected_hw: tuple[int, int]) -> Image.Image:
-    """Decode one frame as RGB (see cache.media.image_files.to_rgb).
-
-    Raises FrameError if the file is missing, not an image, truncated, or not of the labelled (height, width).
-    """
-    try:
-        with Image.open(path) as opened:
-            image = to_rgb(opened, path)
-    except FileNotFoundError as error:
-        raise FrameError("no such frame", where=path) from error
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise FrameError(
-            f"not a readable image: {reason}", where=path, hint="fetch this file again, then run the same command"
-        ) from error
+def read_frame(path: Path, expected_hw: Size) -> Image.Image:
+    """Decode one frame as RGB. Raises FrameError as open_rgb, and where it has not the labelled (height, width)."""
+    image = open_rgb(path)
     if (image.height, image.width) != expected_hw:
         raise FrameError(
             "the frame's size differs from the labels'",

@@ -22,7 +22,7 @@ from extract.calibration import ChosenCodec, calibrate, choose_codec, held_codec
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import configured_detector
 from extract.detector.frozen import PADDING_DIVISOR, FrameDetector
-from extract.fill import Engine, fill, opened_engine, require_workers
+from extract.fill import Extractor, fill, opened_extractor, require_workers
 from extract.jobs import SplitJobs, open_jobs
 from extract.record import write_skipped
 from extract.room import Workload, require_room
@@ -55,11 +55,11 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
             replace(wanted, short_edge=lender.fingerprint.short_edge), where=settings.cache.codec_from, hint=hint
         )
     skipped = []
-    with opened_engine(settings, detector) as engine:
+    with opened_extractor(settings, detector) as extractor:
         for jobs in asked:
             if clear_dead_locks:
                 sweep_locks(jobs.split.features, of_other_hosts=True)
-            skipped += _extract_split(settings, detector, wanted, chosen, jobs, engine)
+            skipped += _extract_split(settings, detector, wanted, chosen, jobs, extractor)
     if skipped and not settings.extract.allow_skipped:
         hint = "mend them and run the same command; extract.allow_skipped=true takes this for success"
         raise FrameError(f"{len(skipped)} videos were skipped, such as {skipped[0]}", hint=hint)
@@ -98,7 +98,7 @@ def _extract_split(
     wanted: Fingerprint,
     chosen: ChosenCodec,
     asked: SplitJobs,
-    engine: Engine,
+    extractor: Extractor,
 ) -> list[str]:
     """Returns the names of the videos that were skipped."""
     split = asked.split
@@ -115,6 +115,6 @@ def _extract_split(
         calibration=chosen.calibration,
     ) as writer:
         write_cache_card(writer.path, settings, split.name, str(split.frames))
-        outcome = fill(writer, asked, engine, f"extract {split.name}")
+        outcome = fill(writer, asked, extractor, f"extract {split.name}")
         write_skipped(writer.path, outcome.skipped)
     return [f"{split.name}/{name}" for name in outcome.skipped]

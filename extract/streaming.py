@@ -1,4 +1,4 @@
-"""Videos through the detector into a cache: frames are decoded ahead, features are written behind its back."""
+"""Videos through the detector into a cache: frames are decoded ahead, features written in the background."""
 
 from __future__ import annotations
 

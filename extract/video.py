@@ -38,7 +38,7 @@ from extract.stage import fingerprint
 
 FOLDER = "video"
 FINE_TUNED = "detector"
-"""In the folder of a run that trained the detector along (train_head/joint.py)."""
+"""Where a run that fine-tuned the detector keeps it (train_head/joint.py)."""
 
 
 def extract_footage(config: str, words: Sequence[str], *, head: Path | None = None, stride: int = 1) -> Path:

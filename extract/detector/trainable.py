@@ -116,7 +116,7 @@ class TrainableDetector(nn.Module):
         return to_official(self.table, self.model.state_dict())
 
     def load_official_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up `official_state` again."""
+        """Load what `official_state` returned."""
         self.model.load_state_dict(from_official(self.table, state), strict=False)
 
     def save(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """`python -m extract balance`: what many workers would do, by simulation, before anybody pays for them.
 
 Lengths are drawn, not read: log-normal about the mean and cut at the longest video of a data set. Of YouTube-VIS 2019
-the mean is known (61,845 frames of 2,238 train videos), of OVIS the longest video (REFERENCE section 7); all other
+the mean is known (61,845 frames of 2,238 train videos), of OVIS the longest video (500 frames); all other
 figures in LENGTHS are assumptions.
 """
 
@@ -21,7 +21,7 @@ LENGTHS = {"ytvis2019": (27.6, 0.3, 36), "ytvis2021": (30.0, 0.4, 84), "ovis": (
 METADATA_FILES = 3
 """Of a video: its group and two arrays."""
 BYTES_PER_FRAME = 7_500_000
-"""A frame of 360x640 with its queries (REFERENCE section 10); other codecs need less: `python -m extract estimate`."""
+"""A frame of 360x640 with its queries (README.md, How large?); other codecs need less: `python -m extract estimate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
