@@ -30,6 +30,13 @@ class DetectorEngine(Enum):
     detectron2 = "detectron2"
 
 
+class Decoder(Enum):
+    """What decodes and resizes the frames of a data set."""
+
+    pillow = "pillow"  # detectron2's exact pixels
+    torchvision = "torchvision"  # JPEGs on the detector's device: nvJPEG on CUDA
+
+
 class HeadKind(StrEnum):
     """Which head; a new one adds its member here (train_head/heads/contract.py)."""
 
@@ -131,6 +138,7 @@ class DetectorSettings:
     config_file: str | None = None  # of engine=detectron2: the YAML of the Mask2Former or VITA code base
     num_layers: int = 3  # cached decoder layers, the last ones: training uses all, inference the last
     short_edge: int | None = 360  # pixels; null keeps the native size
+    decoder: Decoder = Decoder.pillow
     batch_frames: int = 8
     precision: Precision = Precision.auto
 

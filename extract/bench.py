@@ -34,6 +34,7 @@ from configs.schema import Settings
 from configs.splits import train_split
 from extract.batches import BatchRunner
 from extract.calibration import choose_codec
+from extract.decoding import frame_decoder
 from extract.detector.architectures import official_config
 from extract.detector.engines import open_detector
 from extract.detector.frozen import TransformersDetector
@@ -66,7 +67,7 @@ def bench_extraction(settings: Settings, amount: Amount) -> None:
     videos = _some_videos(load_labels(split.labels).videos, amount.frames)
     jobs = [video_job(video, View(), split.frames, settings.detector.short_edge) for video in videos]
     codec = choose_codec(settings, detector).codec
-    runner = BatchRunner(detector, settings.detector.batch_frames)
+    runner = BatchRunner(detector, settings.detector.batch_frames, frame_decoder(settings.detector.decoder, device))
     wanted = fingerprint(settings, detector, "", codec)
     height, width = amount.real_hw
     results = {
@@ -99,7 +100,7 @@ def _compare(
     runner: BatchRunner, jobs: list[VideoJob], wanted: Fingerprint, codec: Codec, rounds: int
 ) -> dict[str, float]:
     """Both on the same frames in turns, in batches that are always full."""
-    batches = _decoded(jobs, runner.batch_frames)
+    batches = _decoded(jobs, runner)
     bare, whole = [], []
     for turn in range(rounds):
         bare.append(_seconds(lambda: _bare(runner, batches)))
@@ -138,10 +139,10 @@ def _some_videos(videos: tuple[Video, ...], num_frames: int) -> list[Video]:
     return chosen
 
 
-def _decoded(jobs: list[VideoJob], batch_frames: int) -> list[Tensor]:
+def _decoded(jobs: list[VideoJob], runner: BatchRunner) -> list[Tensor]:
     files = [file for job in jobs for file in job.files]
     with ThreadPoolExecutor(max_workers=1) as pool:
-        return [images for _, images in decoded_batches(files, batch_frames, pool)]
+        return [images for _, images in decoded_batches(files, runner.batch_frames, pool, runner.decode)]
 
 
 def _bare(runner: BatchRunner, batches: list[Tensor]) -> None:

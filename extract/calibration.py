@@ -30,11 +30,13 @@ from cache.media.geometry import Transform, network_size
 from cache.progress import with_progress
 from cache.reader import FeatureCache
 from cache.storage.stores import extraction_store
+from configs.command import device_name
 from configs.schema import CacheSettings, CodecName, Settings
 from configs.splits import all_caches, train_split
+from extract.decoding import frame_decoder
 from extract.detector.frozen import FrameDetector
 from extract.distortion import DistortionMeter, JudgedFrame
-from extract.frames import load_frame
+from extract.frames import FrameFile
 
 SEED = 0
 """Not the run's seed: runs of several seeds share a cache."""
@@ -172,12 +174,13 @@ def draw_frames(videos: Sequence[Video], num_frames: int) -> list[tuple[Video, i
 def _run(
     settings: Settings, detector: FrameDetector, folder: Path, frames: Sequence[tuple[Video, int]], title: str
 ) -> Iterator[SampleFrame]:
+    decode = frame_decoder(settings.detector.decoder, device_name(settings.device))
     for video, index in with_progress(frames, title, unit="frame"):
         original_hw = (video.height, video.width)
         image_hw = network_size(original_hw, settings.detector.short_edge)
-        transform = Transform.resize(original_hw, image_hw)
+        path, transform = folder / video.file_names[index], Transform.resize(original_hw, image_hw)
         try:
-            image_CHW = load_frame(folder / video.file_names[index], original_hw, transform)
+            image_CHW = decode(FrameFile(group="", path=path, original_hw=original_hw, transform=transform))
         except FrameError:
             if settings.extract.skip_errors:
                 continue

@@ -12,9 +12,11 @@ from itertools import cycle, islice
 from cache.codecs.rate_distortion import Calibration, Distortion, format_table
 from cache.layout import VideoAttributes
 from cache.storage.stores import extraction_store
+from configs.command import device_name
 from configs.schema import CodecName, Settings
 from extract.batches import BatchRunner
 from extract.calibration import calibrate
+from extract.decoding import frame_decoder
 from extract.detector.engines import configured_detector
 from extract.frames import decoded_batches
 from extract.jobs import VideoJob, open_jobs
@@ -39,7 +41,8 @@ def print_estimate(settings: Settings) -> None:
     _, calibration = calibrate(replace(settings, cache=sample), detector)
     print(format_table(calibration))
     cost = frame_cost(detector, jobs[0].attributes.image_hw)
-    pace = seconds_per_pixel(BatchRunner(detector, settings.detector.batch_frames), jobs)
+    decode = frame_decoder(settings.detector.decoder, device_name(settings.device))
+    pace = seconds_per_pixel(BatchRunner(detector, settings.detector.batch_frames, decode), jobs)
     for load in work:
         videos = [job.attributes for job in load.jobs]
         begun = " (continued)" if extraction_store(load.split.features).attributes("") is not None else ""
@@ -57,7 +60,7 @@ def seconds_per_pixel(runner: BatchRunner, jobs: Sequence[VideoJob]) -> float:
     count = -(-TIMED_FRAMES // runner.batch_frames) * runner.batch_frames
     warm_up = islice(cycle(job.files), count + runner.batch_frames)
     with ThreadPoolExecutor(max_workers=1) as pool:
-        batches = decoded_batches(warm_up, runner.batch_frames, pool)
+        batches = decoded_batches(warm_up, runner.batch_frames, pool, runner.decode)
         runner.features(next(batches)[1])
         started = time.perf_counter()
         for _, images in batches:

@@ -15,6 +15,7 @@ from cache.writer import CacheWriter
 from configs.command import device_name
 from configs.schema import Settings
 from extract.batches import BatchRunner
+from extract.decoding import frame_decoder
 from extract.detector.frozen import FrameDetector
 from extract.jobs import SplitJobs, VideoJob
 from extract.record import add_to_record
@@ -49,7 +50,8 @@ def opened_extractor(settings: Settings, detector: FrameDetector) -> Iterator[Ex
     """What the settings ask for; errors are those of extract.workers.pool.hired_crew."""
     skip_errors = settings.extract.skip_errors
     if not _has_workers(settings):
-        runner = BatchRunner(detector, settings.detector.batch_frames)
+        decode = frame_decoder(settings.detector.decoder, device_name(settings.device))
+        runner = BatchRunner(detector, settings.detector.batch_frames, decode)
 
         def alone(writer: CacheWriter, jobs: Sequence[VideoJob], advance: Advance) -> Outcome:
             if skip_errors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -77,7 +77,10 @@ class FrameFile:
 
 
 def decoded_batches(
-    files: Iterable[FrameFile], batch_frames: int, pool: ThreadPoolExecutor
+    files: Iterable[FrameFile],
+    batch_frames: int,
+    pool: ThreadPoolExecutor,
+    decode: Callable[[FrameFile], Tensor] = FrameFile.load,
 ) -> Iterator[tuple[list[FrameFile], Tensor]]:
     """Yield frames in order as (b, 3, H, W) uint8, decoded ahead in the pool's threads.
 
@@ -85,13 +88,13 @@ def decoded_batches(
     the end, where the size changes, and before an unreadable frame, whose FrameError is raised by the next batch.
     """
     coming = iter(files)
-    waiting = deque((file, pool.submit(file.load)) for file in islice(coming, _AHEAD * batch_frames))
+    waiting = deque((file, pool.submit(decode, file)) for file in islice(coming, _AHEAD * batch_frames))
     while waiting:
         batch = [waiting.popleft()]
-        waiting.extend((file, pool.submit(file.load)) for file in islice(coming, 1))
+        waiting.extend((file, pool.submit(decode, file)) for file in islice(coming, 1))
         while waiting and len(batch) < batch_frames and _together(batch[0][0], *waiting[0]):
             batch.append(waiting.popleft())
-            waiting.extend((file, pool.submit(file.load)) for file in islice(coming, 1))
+            waiting.extend((file, pool.submit(decode, file)) for file in islice(coming, 1))
         yield [file for file, _ in batch], torch.stack([decoded.result() for _, decoded in batch])
 
 

@@ -89,6 +89,7 @@ def fingerprint(settings: Settings, detector: FrameDetector, weights_digest: str
         padding_divisor=PADDING_DIVISOR,
         precision=detector.precision,
         codec=codec_identity(codec),
+        decoder=settings.detector.decoder.value,
     )
 
 

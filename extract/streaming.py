@@ -51,7 +51,7 @@ def extract_videos(
         BackgroundWriter(writer) as background,
     ):
         files = _claimed_files(writer, sorted(jobs, key=lambda job: job.attributes.image_hw), busy)
-        batches = decoded_batches(files, runner.batch_frames, pool)
+        batches = decoded_batches(files, runner.batch_frames, pool, runner.decode)
         parts = _video_parts(runner, batches, writer.codec.dtype)
         for first in parts:
             job = by_name[first.group]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -27,8 +28,9 @@ from cache.storage.remote import remote_url
 from cache.writer import CacheWriter
 from configs.cards import write_cache_card
 from configs.load import load_settings
-from configs.schema import Precision, Settings
+from configs.schema import Decoder, DetectorSettings, Precision, Settings
 from extract.batches import BatchRunner
+from extract.decoding import on_tensor
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import configured_detector
 from extract.detector.frozen import FrameDetector
@@ -135,7 +137,7 @@ def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, w
     ):
         for name, piece in work.items():
             attributes = _attributes(settings, piece)
-            batches = _batches(piece, attributes.image_hw, settings.detector.batch_frames)
+            batches = _batches(piece, attributes.image_hw, settings.detector)
             with background.video(name, attributes) as sink:
                 for images in _ahead(batches, decoder):
                     features = runner.features(images)
@@ -149,12 +151,18 @@ def _attributes(settings: Settings, piece: Footage) -> VideoAttributes:
     return attributes_of(len(piece.seconds), (piece.height, piece.width), settings.detector.short_edge)
 
 
-def _batches(piece: Footage, image_hw: Size, batch_frames: int) -> Iterator[Tensor]:
+def _batches(piece: Footage, image_hw: Size, chosen: DetectorSettings) -> Iterator[Tensor]:
     """Frames in order as (b, 3, H, W) uint8, resized as those of a data set are."""
     transform = Transform.resize((piece.height, piece.width), image_hw)
-    frames = (np.asarray(transform.on_image(Image.fromarray(np.ascontiguousarray(frame)))) for frame in piece.frames())
-    while batch := list(islice(frames, batch_frames)):
-        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+
+    def resized(frame: NDArray[np.uint8]) -> Tensor:
+        if chosen.decoder is Decoder.torchvision:
+            return on_tensor(torch.from_numpy(frame).permute(2, 0, 1), transform)
+        return torch.from_numpy(np.array(transform.on_image(Image.fromarray(frame)))).permute(2, 0, 1)
+
+    frames = map(resized, piece.frames())
+    while batch := list(islice(frames, chosen.batch_frames)):
+        yield torch.stack(batch)
 
 
 def _ahead(batches: Iterator[Tensor], decoder: ThreadPoolExecutor) -> Iterator[Tensor]:

@@ -21,6 +21,7 @@ from cache.errors import CacheError, ConfigError, VitaCacheError
 from cache.writer import CacheWriter
 from configs.schema import ExtractSettings, Settings
 from extract.batches import BatchRunner
+from extract.decoding import frame_decoder
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import open_detector
 from extract.detector.frozen import FrameDetector
@@ -56,7 +57,8 @@ class VideoWorker:
         try:
             if self._runner is None:
                 detector = open_detector(chosen, precision=self._equipment.precision, device=self._equipment.device)
-                self._runner = BatchRunner(detector, chosen.batch_frames)
+                decode = frame_decoder(chosen.decoder, self._equipment.device)
+                self._runner = BatchRunner(detector, chosen.batch_frames, decode)
             mine = fingerprint(
                 self._settings, self._runner.detector, weights_sha256(Path(chosen.weights)), writer.codec
             )

@@ -133,6 +133,7 @@ def _require_settings(feature_cache: FeatureCache, settings: Settings) -> None:
     wanted = {
         "detector.num_layers": (stored.num_layers, detector.num_layers),
         "detector.short_edge": (stored.short_edge or None, detector.short_edge),
+        "detector.decoder": (stored.decoder, detector.decoder.value),
         "cache.codec": (codec, codec if settings.cache.codec is CodecName.auto else settings.cache.codec.value),
     }
     for key, (held, asked) in wanted.items():
