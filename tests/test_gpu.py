@@ -58,6 +58,14 @@ def test_nvjpeg_sees_what_pillow_sees(tmp_path: Path) -> None:
         assert got.is_cuda and 0 < difference.mean() < 1 and difference.max() < 40
 
 
+def test_extraction_copies_what_it_has_computed(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    extract(tiny_settings(tiny_data, tmp_path, tmp_path, "device=cuda", "detector.precision=float32"), only=["train"])
+    got, expected = (FeatureCache.open(root / "train") for root in (tmp_path, tiny_cache))
+    for name in expected.video_names():
+        ours, reference = (each.video(name).mask_features().astype(np.float32) for each in (got, expected))
+        assert np.abs(ours - reference).mean() < 1e-3 * np.abs(reference).mean()
+
+
 def test_extraction_with_nvjpeg(tiny_data: Path, tmp_path: Path) -> None:
     settings = tiny_settings(tiny_data, tmp_path, tmp_path, "device=cuda", "detector.decoder=torchvision")
     extract(settings)
