@@ -144,8 +144,9 @@ def _copies(
         queries, maps = features.frame_queries_BLQC, features.mask_features_BCHW
         # What is stored as float16 is rounded by the device, and half as much crosses to the host.
         queries, maps = queries.half(), maps.half() if dtype == np.float16 else maps.float()
-        on_host = [tensor.to("cpu", non_blocking=True) for tensor in (queries, maps)]
-        yield files, *on_host, torch.cuda.current_stream().record_event() if maps.is_cuda else None
+        queries_on_host, maps_on_host = (tensor.to("cpu", non_blocking=True) for tensor in (queries, maps))
+        copied = torch.cuda.current_stream().record_event() if maps.is_cuda else None
+        yield files, queries_on_host, maps_on_host, copied
 
 
 def _one_late(items: Iterable[Item]) -> Iterator[Item]:
