@@ -12,30 +12,19 @@ import pytest
 import torch
 
 from cache.codecs import codec_identity
-from cache.codecs.float16 import Float16
-from cache.codecs.int8 import Int8
 from cache.codecs.rate_distortion import (
     CALIBRATION,
-    Calibration,
-    Distortion,
-    choice_in_words,
-    format_table,
     read_calibration,
-    smallest_faithful,
-    write_calibration,
 )
-from cache.detector_masks import QueryPredictions, predict_queries
-from cache.errors import AnnotationError, ConfigError, CorruptData, FingerprintMismatch, FrameError
-from cache.labels.annotations import load_labels
+from cache.detector_masks import predict_queries
+from cache.errors import ConfigError, FingerprintMismatch
 from cache.reader import FeatureCache
 from cache.upkeep.inspection import verify_root, verify_video
-from configs.load import load_settings
 from configs.schema import Settings
 from evaluate.stage import evaluate
 from extract.__main__ import main as extract_main
-from extract.calibration import ChosenCodec, choose_codec, draw_frames
+from extract.calibration import ChosenCodec, choose_codec
 from extract.detector.frozen import FrameDetector
-from extract.distortion import DistortionMeter, JudgedFrame
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
@@ -180,47 +169,6 @@ def test_a_borrowed_fit_lets_two_data_sets_train_one_head(
         extract(tiny_settings(tiny_data, tmp_path / "other", tmp_path, *words, "detector.num_layers=2"))
 
 
-def test_frames_to_judge_codecs_on_that_cannot_be_read(tiny_data: Path, tmp_path: Path) -> None:
-    root = shutil.copytree(tiny_data, tmp_path / "data")
-    video, _ = draw_frames(load_labels(root / "train.json").videos, 2)[0]
-    for name in video.file_names:
-        (root / "train/JPEGImages" / name).write_bytes(b"broken")
-    words = ("cache.codec=auto", "cache.calibration_frames=2", "extract.skip_errors=true")
-    with pytest.raises(FrameError, match=r"judged on can be read[\s\S]*cache.codec=float16"):
-        extract(tiny_settings(root, tmp_path / "features", tmp_path, *words))
-    words = ("cache.codec=int8", "cache.calibration_frames=4", "extract.skip_errors=true", "extract.allow_skipped=true")
-    extract(tiny_settings(root, tmp_path / "features", tmp_path, *words), only=["train"])
-    calibration = read_calibration(tmp_path / "features/train")
-    assert calibration is not None and (calibration.fitted_frames, calibration.held_out_frames) == (2, 1)
-    with pytest.raises(AnnotationError, match="no videos"):
-        draw_frames([], 4)
-
-
-def test_without_a_mask_to_judge_by_the_most_faithful_codec_is_taken() -> None:
-    map_CHW = np.random.default_rng(0).normal(size=(4, 6, 6)).astype(np.float32)
-    queries = QueryPredictions(
-        embeddings_QF=np.ones((1, 4), np.float32),
-        constant_Q=np.full(1, -100, np.float32),
-        object_probability_Q=np.ones(1, np.float32),
-    )
-    frame = JudgedFrame(
-        map_CHW=map_CHW,
-        image_hw=(24, 24),
-        logits_NHW=map_CHW.sum(axis=0, keepdims=True) - 100,
-        masks_Nhw=np.zeros((1, 24, 24), bool),
-        stored_queries=queries,
-        query_bytes=0,
-    )
-    coarse = Int8(step_C=np.full(4, 0.5, np.float32), offset_C=np.zeros(4, np.float32))
-    rows = []
-    for codec in (coarse, Float16()):
-        meter = DistortionMeter(codec, "", np.zeros(4))
-        meter.add(frame)
-        rows.append(meter.result())
-    assert [row.mask_iou for row in rows] == [0, 0]
-    assert smallest_faithful(rows, 0.99) == 1
-
-
 def test_the_command_prints_the_table_and_stores_nothing(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -230,16 +178,6 @@ def test_the_command_prints_the_table_and_stores_nothing(
     printed = capsys.readouterr().out
     assert "mask IoU" in printed and "* logit 1/64" in printed and "logit 1/128" in printed
     assert not (tmp_path / "none").exists()
-
-
-def test_frames_are_spread_over_the_videos(tiny_data: Path) -> None:
-    videos = load_labels(tiny_data / "train.json").videos
-    drawn = draw_frames(videos, 12)
-    assert drawn == draw_frames(videos, 12)
-    counts = [sum(video.id == chosen.id for chosen, _ in drawn) for video in videos]
-    assert sorted(counts) == [2, 2, 2, 3, 3]
-    assert all(0 <= frame < video.length for video, frame in drawn)
-    assert len({frame for _, frame in drawn}) > 1
 
 
 def test_predictions_in_numpy_are_those_of_training(tiny_cache: Path) -> None:
@@ -265,45 +203,6 @@ def test_a_head_serves_caches_of_other_codecs_but_is_not_trained_on(
         train(other)
 
 
-# The choice
-
-
-def row(codec: str, size: float, iou: float) -> Distortion:
-    return Distortion(
-        codec=codec,
-        setting="",
-        stored_channels=1,
-        bytes_per_frame=size,
-        feature_error=0.1,
-        logit_error=0.1,
-        mask_iou=iou,
-        mask_iou_p5=iou,
-        encode_ms=1,
-        decode_ms=1,
-    )
-
-
-ROWS = (row("a", 10, 0.95), row("b", 20, 0.991), row("c", 30, 0.985), row("d", 40, 0.999))
-
-
-@pytest.mark.parametrize(("threshold", "expected"), [(0.9, 0), (0.99, 1), (0.995, 3), (1.0, 3)])
-def test_the_smallest_faithful_codec_is_chosen(threshold: float, expected: int) -> None:
-    assert smallest_faithful(ROWS, threshold) == expected
-
-
-@pytest.mark.parametrize(
-    ("chosen", "threshold", "automatic", "words"),
-    [
-        (1, 0.99, True, r"^codec: b, the smallest that keeps 0.99 \(mean mask IoU 0.9910 on 4 held-out frames"),
-        (3, 1.0, True, r"^warning: NO CODEC keeps cache.min_mask_iou=1; the most faithful one is taken: d \(.*0.9990"),
-        (0, 0.99, False, r"^codec: a, as cache.codec says \(.*0.9500"),
-    ],
-)
-def test_the_choice_is_told_in_words(chosen: int, threshold: float, automatic: bool, words: str) -> None:
-    calibration = Calibration(rows=ROWS, chosen=chosen, min_mask_iou=threshold, fitted_frames=8, held_out_frames=4)
-    assert re.search(words, choice_in_words(calibration, automatic))
-
-
 def test_an_extraction_says_which_codec_it_takes_and_why(
     tiny_data: Path, caches: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,29 +212,3 @@ def test_an_extraction_says_which_codec_it_takes_and_why(
     assert "warning: NO CODEC keeps cache.min_mask_iou=1; the most faithful one is taken: " in said
     extract(tiny_settings(tiny_data, caches["int8"], tmp_path, "cache.codec=int8"))
     assert re.search(r"codec: int8, with which .*train was begun", capsys.readouterr().out)
-
-
-def test_the_table_survives_the_disk(tmp_path: Path) -> None:
-    assert read_calibration(tmp_path) is None
-    calibration = Calibration(rows=ROWS, chosen=1, min_mask_iou=0.99, fitted_frames=8, held_out_frames=4)
-    write_calibration(tmp_path, calibration)
-    assert read_calibration(tmp_path) == calibration
-    assert [line[0] for line in format_table(calibration).splitlines()[2:]] == [" ", "*", " ", " "]
-    (tmp_path / CALIBRATION).write_text('{"rows": [{}]}')
-    with pytest.raises(CorruptData, match="calibration"):
-        read_calibration(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "cache.codec=int4",
-        "cache.min_mask_iou=1.5",
-        "cache.logit_step=0",
-        "cache.identity_share=0",
-        "cache.calibration_frames=1",
-    ],
-)
-def test_impossible_codec_settings_are_refused(override: str) -> None:
-    with pytest.raises(ConfigError, match=override.partition("=")[0].replace(".", r"\.")):
-        load_settings("demo", [override])
