@@ -111,7 +111,7 @@ bench: $(STAMP)  ## a training step against the live detector; reading, workers,
 	$(PY) -m train_head.bench.loader $(if $(SMALL),--scale 0.01)
 	$(PY) -m train_head bench --output runs/bench_step.json $(if $(SMALL),--small)
 	$(PY) -m evaluate bench --output runs/bench_inference.json $(if $(SMALL),--small)
-	$(PY) -m extract bench $(CONFIG) $(if $(SMALL),--small) $(OVERRIDES)
+	$(PY) -m extract bench --output runs/bench_extraction.json $(CONFIG) $(if $(SMALL),--small) $(OVERRIDES)
 
 test: $(STAMP)  ## the test suite, CPU only
 	$(PY) -m pytest -m "not slow"

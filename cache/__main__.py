@@ -66,8 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--folder", type=Path, help="where to write the test data (1 GB); default: the system's")
     command.add_argument("--json", type=Path, help="also write the figures to this file")
     command.add_argument("--scale", type=float, default=1.0, help="share of the frames and videos")
-    command = verb("doctor", "check machine, libraries, disk, data and weights (`python -m extract doctor`)")
-    command.add_argument("arguments", nargs="*", default=["demo"], help="a config, and key=value settings")
+    for name, text in (
+        ("doctor", "check machine, libraries, disk, data and weights (`python -m extract doctor`)"),
+        ("estimate", "say what an extraction would need: bytes by codec, hours (`python -m extract estimate`)"),
+    ):
+        verb(name, text).add_argument("arguments", nargs="*", default=["demo"], help="a config, and key=value settings")
     add_verbose(verbs)
     return parser
 
@@ -94,9 +97,9 @@ def _run(chosen: argparse.Namespace) -> int:
             print(upgrade(chosen.path))
         case "bench":
             return bench(chosen.folder, chosen.json, chosen.scale)
-        case "doctor":  # it loads detectors, which this package knows nothing of
+        case "doctor" | "estimate":  # they load detectors, which this package knows nothing of
             verbose = ["-v"] if chosen.verbose else []
-            command = [sys.executable, "-m", "extract", "doctor", *chosen.arguments, *verbose]
+            command = [sys.executable, "-m", "extract", chosen.verb, *chosen.arguments, *verbose]
             return subprocess.run(command, check=False).returncode
     return 0
 

@@ -19,6 +19,7 @@ from cache.layout import FORMAT_VERSION
 HEAD_FINGERPRINT = "fingerprint.json"
 """In the folder of a run, beside its checkpoint: what its head was trained on, for stage one, which reads no heads."""
 
+PILLOW = "pillow"
 RECORDED_LIBRARIES = ("numpy", "zarr", "torch", "torchvision", "transformers", "detectron2")
 
 
@@ -40,6 +41,7 @@ class Fingerprint:
     padding_divisor: int = field(metadata={"words": "padding divisor"})
     precision: str = field(metadata={"words": "numerical precision of the detector"})
     codec: str = field(default="float16", metadata={"words": "mask feature codec"})
+    decoder: str = field(default=PILLOW, metadata={"words": "decoder of the frames"})
     format_version: int = field(default=FORMAT_VERSION, metadata={"words": "format version"})
 
     def __post_init__(self) -> None:
@@ -49,7 +51,7 @@ class Fingerprint:
 
     def digest(self) -> str:
         """SHA-256 (hex) of the canonical JSON: sorted keys, no spaces."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(self.to_json(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def differences(self, other: Fingerprint) -> list[str]:
@@ -69,8 +71,11 @@ class Fingerprint:
             raise FingerprintMismatch(what, where=where, hint=hint)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values for the root's attributes."""
-        return asdict(self)
+        """Plain values for the root's attributes; without the decoder where it is Pillow, as in caches before it."""
+        values = asdict(self)
+        if self.decoder == PILLOW:
+            del values["decoder"]
+        return values
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any], *, where: object) -> Fingerprint:

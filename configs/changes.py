@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from omegaconf import OmegaConf
+from yaml import YAMLError
 
 from configs.schema import Settings
 
@@ -45,6 +48,13 @@ def changed_settings(settings: Settings) -> dict[str, Any]:
 
 def in_words(settings: Settings) -> str:
     """The same as one line of `key=value`, which a command line understands."""
-    return " ".join(
-        shlex.quote(f"{key}={'null' if value is None else value}") for key, value in changed_settings(settings).items()
-    )
+    return " ".join(shlex.quote(f"{key}={_flow(value)}") for key, value in changed_settings(settings).items())
+
+
+def _flow(value: Any) -> str:
+    """A value as YAML in one line: words that can only be words as they are, all else as JSON."""
+    if isinstance(value, str):
+        with suppress(YAMLError):
+            if OmegaConf.from_dotlist([f"value={value}"]).value == value:
+                return value
+    return json.dumps(value, ensure_ascii=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,9 @@ from configs.changes import flat
 from configs.schema import DetectorEngine, Settings
 
 CONFIG_FOLDER = Path(__file__).parent
+COMMAND_LINE = "command line"
+Row = tuple[str, bool, str]
+"""The name of a setting (and `: ` what of it), whether its value is possible, and which would be."""
 
 # Numbers that are more than 0, or null where that means something, and those that may be 0.
 _POSITIVE = (
@@ -40,22 +44,20 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
     Raises ConfigError for an unknown key (with the nearest match), a wrong type or an impossible value.
     """
     path = find_config(config)
-    schema = OmegaConf.structured(Settings)
-    known = _all_keys(schema)
-    try:
-        parts = [(str(path), OmegaConf.load(path)), ("command line", _parse_overrides(overrides))]
-        for where, part in parts:
-            if not isinstance(part, DictConfig):
-                raise ConfigError("not a mapping of settings", where=where)
-            _refuse_unknown_keys(part, known, where)
-        merged = OmegaConf.merge(schema, *(part for _, part in parts))
-        settings = cast(Settings, OmegaConf.to_object(merged))
-    except YAMLError as error:
-        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=path) from error
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(reason, where=f"{path}, setting {error.full_key or '?'}") from error
-    _validate(settings, flat(merged), str(path))
+    merged = OmegaConf.structured(Settings)
+    known = _all_keys(merged)
+    overridden = _parse_overrides(overrides)
+    for where, part in ((str(path), _parse_file(path)), (COMMAND_LINE, overridden)):
+        if not isinstance(part, DictConfig):
+            raise ConfigError("not a mapping of settings", where=where)
+        _refuse_unknown_keys(part, known, where)
+        try:
+            merged = OmegaConf.merge(merged, part)
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(reason, where=f"{where}, setting {error.full_key or '?'}") from error
+    settings = cast(Settings, OmegaConf.to_object(merged))
+    _validate(settings, flat(merged), _Origin(str(path), frozenset(_all_keys(overridden))))
     return settings
 
 
@@ -70,11 +72,21 @@ def find_config(config: str) -> Path:
     raise ConfigError("no such config", where=config, hint=f"{meant}known: {', '.join(known)}")
 
 
+def _parse_file(path: Path) -> object:
+    try:
+        return OmegaConf.load(path)
+    except YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=path) from error
+
+
 def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
     for override in overrides:
         if "=" not in override:
-            raise ConfigError(f"'{override}' is not key=value", where="command line")
-    return OmegaConf.from_dotlist(list(overrides))
+            raise ConfigError(f"'{override}' is not key=value", where=COMMAND_LINE)
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=COMMAND_LINE) from error
 
 
 def _refuse_unknown_keys(given: DictConfig, known: Sequence[str], where: str, prefix: str = "") -> None:
@@ -99,116 +111,115 @@ def _all_keys(schema: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def _validate(settings: Settings, values: Mapping[str, Any], where: str) -> None:
+@dataclass(frozen=True)
+class _Origin:
+    """Where the value of a setting is from: the command line, or else the file."""
+
+    file: str
+    overridden: frozenset[str]
+
+    def of(self, key: str) -> str:
+        return COMMAND_LINE if key in self.overridden else self.file
+
+
+def _validate(settings: Settings, values: Mapping[str, Any], origin: _Origin) -> None:
     """Refuse values, given by dotted name too, that no run could work with; ConfigError names the setting."""
-    signs = {name: (values[name] is None or values[name] > 0, values[name], "more than 0") for name in _POSITIVE}
-    signs |= {name: (values[name] >= 0, values[name], "0 or more") for name in _NOT_NEGATIVE}
-    _refuse(signs, where)
-    _validate_relations(settings, where)
-    _validate_sources(settings, where)
+    signs = [(name, values[name] is None or values[name] > 0, "more than 0") for name in _POSITIVE]
+    signs += [(name, values[name] >= 0, "0 or more") for name in _NOT_NEGATIVE]
+    _refuse(signs, values, origin)  # Relations divide by some of them.
+    _refuse([*_relations(settings), *_sources(settings)], values, origin)
 
 
-def _validate_relations(s: Settings, where: str) -> None:
-    heads = s.head.hidden_dim % s.head.num_heads
-    edge = s.detector.short_edge
-    checks: dict[str, tuple[bool, object, str]] = {
-        "head.num_heads": (heads == 0, s.head.num_heads, f"a divisor of head.hidden_dim {s.head.hidden_dim}"),
-        "data.holdout": (0 <= s.data.holdout < 1, s.data.holdout, "a share of the videos, 0 <= x < 1"),
-        "detector.short_edge": (edge is None or 32 <= edge <= 1333, edge, "32 to 1333 pixels, or null"),
-        "cache.min_mask_iou": (0 < s.cache.min_mask_iou <= 1, s.cache.min_mask_iou, "0 < x <= 1"),
-        "cache.logit_step": (0 < s.cache.logit_step <= 1, s.cache.logit_step, "0 < x <= 1"),
-        "cache.identity_share": (0 < s.cache.identity_share <= 1, s.cache.identity_share, "0 < x <= 1"),
-        "cache.calibration_frames": (s.cache.calibration_frames >= 2, s.cache.calibration_frames, "2 or more"),
-        "detector.config_file": (
-            (s.detector.engine is DetectorEngine.detectron2) == (s.detector.config_file is not None),
-            s.detector.config_file,
-            "a detectron2 YAML with detector.engine=detectron2, null with another engine",
-        ),
-        "evaluate.keep_queries": (0 < s.evaluate.keep_queries <= 1, s.evaluate.keep_queries, "0 < x <= 1"),
-        "loss.oversample": (s.loss.oversample >= 1, s.loss.oversample, "1 or more candidates per point"),
-        "train.num_layers": (
-            s.train.num_layers is None or 1 <= s.train.num_layers <= s.detector.num_layers,
-            s.train.num_layers,
-            f"1 to detector.num_layers {s.detector.num_layers}, or null",
-        ),
-        "finetune.short_edges": (
-            all(edge >= 32 for edge in s.finetune.short_edges)
-            and bool(s.finetune.short_edges or s.finetune.crop_share == 0),
-            s.finetune.short_edges,
-            "32 pixels or more each; [] only with finetune.crop_share=0",
-        ),
-        "finetune.crop_share": (0 <= s.finetune.crop_share <= 1, s.finetune.crop_share, "a share, 0 to 1"),
-        "finetune.crop_sides": (
-            len(s.finetune.crop_sides) == 2 and 0 < s.finetune.crop_sides[0] <= s.finetune.crop_sides[1],
-            s.finetune.crop_sides,
-            "the least and the largest",
-        ),
-        "finetune.resize_edges": (
-            bool(s.finetune.resize_edges) and min(s.finetune.resize_edges) > 0,
-            s.finetune.resize_edges,
-            "one or more, in pixels",
-        ),
-        "train.ema": (0 <= s.train.ema < 1, s.train.ema, "a decay, 0 <= x < 1"),
-        "train.decay_steps": (
-            s.train.decay_steps == sorted(s.train.decay_steps),
-            s.train.decay_steps,
-            "increasing steps",
-        ),
-        "data.valid_frames": (
+def _refuse(rows: Sequence[Row], values: Mapping[str, Any], origin: _Origin) -> None:
+    for name, holds, expected in rows:
+        key = name.partition(":")[0]
+        if not holds:
+            raise ConfigError(f"impossible value of {name}", where=origin.of(key), expected=expected, got=values[key])
+
+
+def _relations(s: Settings) -> list[Row]:
+    edge, detectron2 = s.detector.short_edge, DetectorEngine.detectron2
+    edges, sides = s.finetune.short_edges, s.finetune.crop_sides
+    return [
+        ("name", Path(s.name).name == s.name not in ("", ".", ".."), "a folder name: runs go to <runs>/<name>"),
+        ("data.holdout", 0 <= s.data.holdout < 1, "a share of the videos, 0 <= x < 1"),
+        (
+            "data.valid_frames",
             (s.data.valid_labels is None) == (s.data.valid_frames is None),
-            s.data.valid_frames,
             "both valid_labels and valid_frames, or neither",
         ),
-        "name": (
-            bool(s.name) and Path(s.name).name == s.name and s.name not in (".", ".."),
-            s.name,
-            "a folder name: runs go to <runs>/<name>",
+        ("detector.short_edge", edge is None or 32 <= edge <= 1333, "32 to 1333 pixels, or null"),
+        (
+            "detector.config_file",
+            (s.detector.engine is detectron2) == (s.detector.config_file is not None),
+            "a detectron2 YAML with detector.engine=detectron2, null with another engine",
         ),
-    }
-    _refuse(checks, where)
+        ("cache.min_mask_iou", 0 < s.cache.min_mask_iou <= 1, "0 < x <= 1"),
+        ("cache.logit_step", 0 < s.cache.logit_step <= 1, "0 < x <= 1"),
+        ("cache.identity_share", 0 < s.cache.identity_share <= 1, "0 < x <= 1"),
+        ("cache.calibration_frames", s.cache.calibration_frames >= 2, "2 or more"),
+        (
+            "head.num_heads",
+            s.head.hidden_dim % s.head.num_heads == 0,
+            f"a divisor of head.hidden_dim {s.head.hidden_dim}",
+        ),
+        ("loss.oversample", s.loss.oversample >= 1, "1 or more candidates per point"),
+        (
+            "train.num_layers",
+            s.train.num_layers is None or 1 <= s.train.num_layers <= s.detector.num_layers,
+            f"1 to detector.num_layers {s.detector.num_layers}, or null",
+        ),
+        ("train.ema", 0 <= s.train.ema < 1, "a decay, 0 <= x < 1"),
+        ("train.decay_steps", s.train.decay_steps == sorted(s.train.decay_steps), "increasing steps"),
+        ("finetune.crop_share", 0 <= s.finetune.crop_share <= 1, "a share, 0 to 1"),
+        (
+            "finetune.short_edges",
+            all(each >= 32 for each in edges) and bool(edges or s.finetune.crop_share == 0),
+            "32 pixels or more each; [] only with finetune.crop_share=0",
+        ),
+        ("finetune.crop_sides", len(sides) == 2 and 0 < sides[0] <= sides[1], "the least and the largest"),
+        ("finetune.resize_edges", min(s.finetune.resize_edges, default=0) > 0, "one or more, in pixels"),
+        ("evaluate.keep_queries", 0 < s.evaluate.keep_queries <= 1, "0 < x <= 1"),
+    ]
 
 
-def _validate_sources(s: Settings, where: str) -> None:
+def _sources(s: Settings) -> list[Row]:
     """Views, pseudo-videos and mixtures."""
-    pseudo = s.pseudo
-    views = [(view.crop, view.crop_seed if view.crop < 1 else 0, view.short_edge, view.flip) for view in s.data.views]
-    same = [v for v in s.data.views if v.crop == 1 and v.short_edge in (None, s.detector.short_edge) and not v.flip]
-    edges = [*pseudo.resize_edges, *pseudo.short_edges, *pseudo.crop_sides]
-    checks: dict[str, tuple[bool, object, str]] = {
-        "data.views": (
-            not same and len(set(views)) == len(views),
-            f"{len(views)} views",
+    views, pseudo = s.data.views, s.pseudo
+    different = {(view.crop, view.crop_seed if view.crop < 1 else 0, view.short_edge, view.flip) for view in views}
+    same = [v for v in views if v.crop == 1 and v.short_edge in (None, s.detector.short_edge) and not v.flip]
+    in_range = "32 to 1333 pixels"
+    return [
+        (
+            "data.views",
+            not same and len(different) == len(views),
             "views that differ from each other and from the video itself",
         ),
-        "data.views: crop": (all(0 < v.crop <= 1 for v in s.data.views), s.data.views, "a share, 0 < x <= 1"),
-        "data.views: crop_seed": (all(v.crop_seed >= 0 for v in s.data.views), s.data.views, "0 or more"),
-        "data.views: short_edge": (
-            all(v.short_edge is None or 32 <= v.short_edge <= 1333 for v in s.data.views),
-            s.data.views,
-            "32 to 1333 pixels, or null",
+        ("data.views: crop", all(0 < v.crop <= 1 for v in views), "a share, 0 < x <= 1"),
+        ("data.views: crop_seed", all(v.crop_seed >= 0 for v in views), "0 or more"),
+        (
+            "data.views: short_edge",
+            all(v.short_edge is None or 32 <= v.short_edge <= 1333 for v in views),
+            f"{in_range}, or null",
         ),
-        "pseudo.labels": (
+        (
+            "pseudo.labels",
             pseudo.ratio == 0 or (pseudo.labels is not None and pseudo.images is not None),
-            pseudo.labels,
             "with pseudo.ratio > 0, a COCO instances JSON, and its folder as pseudo.images",
         ),
-        "pseudo.*_edges, crop_sides": (
-            bool(pseudo.resize_edges and pseudo.short_edges) and all(32 <= edge <= 1333 for edge in edges),
-            edges,
-            "32 to 1333 pixels",
+        ("pseudo.resize_edges", _all_in_range(pseudo.resize_edges), f"one or more, {in_range}"),
+        ("pseudo.short_edges", _all_in_range(pseudo.short_edges), f"one or more, {in_range}"),
+        (
+            "pseudo.crop_sides",
+            _all_in_range(pseudo.crop_sides)
+            and len(pseudo.crop_sides) == 2
+            and pseudo.crop_sides == sorted(pseudo.crop_sides),
+            f"the least side and the largest, {in_range}",
         ),
-        "pseudo.crop_sides": (
-            len(pseudo.crop_sides) == 2 and pseudo.crop_sides == sorted(pseudo.crop_sides),
-            pseudo.crop_sides,
-            "the least side and the largest",
-        ),
-        "pseudo.rotation": (0 <= pseudo.rotation <= 90, pseudo.rotation, "degrees, 0 <= x <= 90"),
-        "train.mix": (all(m.ratio > 0 for m in s.train.mix), s.train.mix, "ratios above 0"),
-    }
-    _refuse(checks, where)
+        ("pseudo.rotation", 0 <= pseudo.rotation <= 90, "degrees, 0 <= x <= 90"),
+        ("train.mix", all(m.ratio > 0 for m in s.train.mix), "ratios above 0"),
+    ]
 
 
-def _refuse(checks: dict[str, tuple[bool, object, str]], where: str) -> None:
-    for key, (holds, got, expected) in checks.items():
-        if not holds:
-            raise ConfigError(f"impossible value of {key}", where=where, expected=expected, got=got)
+def _all_in_range(edges: Sequence[int]) -> bool:
+    return bool(edges) and all(32 <= edge <= 1333 for edge in edges)

@@ -30,6 +30,13 @@ class DetectorEngine(Enum):
     detectron2 = "detectron2"
 
 
+class Decoder(Enum):
+    """What decodes and resizes the frames of a data set."""
+
+    pillow = "pillow"  # detectron2's exact pixels
+    torchvision = "torchvision"  # JPEGs on the detector's device: nvJPEG on CUDA
+
+
 class HeadKind(StrEnum):
     """Which head; a new one adds its member here (train_head/heads/contract.py)."""
 
@@ -57,7 +64,7 @@ class PaddedArea(Enum):
     """What the padding of the network's input is to the mask losses."""
 
     ignore = "ignore"  # no point lies on it
-    background = "background"  # VITA: as the release, but as far only as the cache stores padding (under one stride)
+    background = "background"  # VITA: as the release, but only as far as the cache stores padding (less than a stride)
 
 
 class FrameMatching(Enum):
@@ -103,7 +110,7 @@ class DataSettings:
 
 @dataclass
 class PseudoSettings:
-    """Pseudo-videos: crops of a labelled still image play the frames of a video (REFERENCE section 4).
+    """Pseudo-videos: crops of a labelled still image play the frames of a video, as in SeqFormer and VITA.
 
     An image is thought of at one of `resize_edges`, where its crops have sides within `crop_sides`.
     """
@@ -131,6 +138,7 @@ class DetectorSettings:
     config_file: str | None = None  # of engine=detectron2: the YAML of the Mask2Former or VITA code base
     num_layers: int = 3  # cached decoder layers, the last ones: training uses all, inference the last
     short_edge: int | None = 360  # pixels; null keeps the native size
+    decoder: Decoder = Decoder.pillow
     batch_frames: int = 8
     precision: Precision = Precision.auto
 
@@ -141,9 +149,10 @@ class CacheSettings:
 
     path: str = "caches/demo"
     codec: CodecName = CodecName.logit  # the smallest without a loss of AP on the demo (LOG.md)
-    min_mask_iou: float = 0.99  # of codec=auto: the detector's masks from stored against those from exact features
+    min_mask_iou: float = 0.99  # of codec=auto: mean IoU of the detector's masks from stored and from exact features
     logit_step: float = 1 / 64  # of codec=logit: share of the logits' standard deviation; auto chooses it
     identity_share: float = 0.1  # λ of the logit codec: how much it cares for what the detector does not look at
+    codec_from: str | None = None  # a cache, as caches/coco/train, whose fit is taken: so train.mix can mix them
     calibration_frames: int = 96  # that codecs are fitted to and, every third one, judged on
     preload: bool = False  # every data worker keeps the videos it has read in memory: for sets that fit so often
     stage_to: str | None = None  # a local folder: training copies to it, extraction to an address writes there first

@@ -52,7 +52,11 @@ def predict(settings: Settings, run: Path, features: Path, output: Path, min_sco
     videos = _video_set(FeatureCache.open(features), footage, load_checkpoint(run / CHECKPOINT).category_names)
     predictor = head_predictor(settings, videos)
     written: list[PredictedFootage] = []
+    complete = videos.feature_cache.video_names()
     for video, piece in zip(videos.labels.videos, footage, strict=True):
+        if video_group_name(video.id) not in complete:
+            print(f"warning: {piece.source}: its extraction has not ended; give it to `python -m extract video` again")
+            continue
         taken = [other.footage.name for other in written]
         folder = output / (f"{piece.name}-{video.id}" if piece.name in taken else piece.name)
         folder.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ def main() -> int:
         verb.add_argument("config", help="a YAML file, or the short name of one in configs/")
         verb.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     bench.add_argument("--small", action="store_true", help="few and tiny frames: shows in seconds that the bench runs")
+    bench.add_argument("--output", type=Path, help="also write the figures to this JSON file")
     run.add_argument(
         "--skip-errors", action="store_true", help="as extract.skip_errors=true: leave unreadable videos out"
     )
@@ -86,13 +87,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
         print_rate_distortion(settings)
     elif arguments.verb == "estimate":
-        from extract.stage import print_estimate
+        from extract.estimate import print_estimate
 
         print_estimate(settings)
     elif arguments.verb == "bench":
         from extract.bench import SMALL, Amount, bench_extraction
 
-        bench_extraction(settings, SMALL if arguments.small else Amount())
+        bench_extraction(settings, SMALL if arguments.small else Amount(), arguments.output)
     elif arguments.verb == "doctor":
         from extract.doctor import doctor
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from cache.errors import ConfigError, is_out_of_memory
+from extract.decoding import Decode
 from extract.detector.frozen import FrameDetector, FrameFeatures
+from extract.frames import FrameFile
 
 
 class BatchRunner:
@@ -19,8 +21,8 @@ class BatchRunner:
     among them. Full batches make them the same wherever an extraction was interrupted, resumed or divided.
     """
 
-    def __init__(self, detector: FrameDetector, batch_frames: int) -> None:
-        self.detector, self.batch_frames = detector, batch_frames
+    def __init__(self, detector: FrameDetector, batch_frames: int, decode: Decode = FrameFile.load) -> None:
+        self.detector, self.batch_frames, self.decode = detector, batch_frames, decode
         self._turn = threading.Lock()
 
     def features(self, images_BCHW: Tensor) -> FrameFeatures:

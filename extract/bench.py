@@ -22,8 +22,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
+from cache.bench.reading import machine
 from cache.codecs import Codec
+from cache.codecs.fit import StatisticsAccumulator
 from cache.codecs.float16 import Float16
+from cache.codecs.logit import Logit
 from cache.fingerprint import Fingerprint
 from cache.labels.annotations import load_labels
 from cache.labels.tracks import Video
@@ -34,9 +37,11 @@ from configs.schema import Settings
 from configs.splits import train_split
 from extract.batches import BatchRunner
 from extract.calibration import choose_codec
+from extract.decoding import frame_decoder
 from extract.detector.architectures import official_config
 from extract.detector.engines import open_detector
-from extract.detector.frozen import TransformersDetector
+from extract.detector.frozen import FrameDetector, TransformersDetector
+from extract.detector_masks import predict_queries
 from extract.frames import decoded_batches
 from extract.jobs import VideoJob, video_job
 from extract.stage import fingerprint
@@ -57,8 +62,11 @@ class Amount:
 SMALL = Amount(frames=8, rounds=1, real_hw=(64, 96), real_frames=1, real_rounds=1)
 
 
-def bench_extraction(settings: Settings, amount: Amount) -> None:
-    """Compare on frames of the train split with the config's detector, then at real size; print the medians."""
+def bench_extraction(settings: Settings, amount: Amount, output: Path | None = None) -> None:
+    """Compare on frames of the train split with the config's detector, then at real size.
+
+    The medians are printed as JSON, with the machine and the commit, and written to `output`.
+    """
     device = device_name(settings.device)
     precision = precision_name(settings.detector.precision, device)
     detector = open_detector(settings.detector, precision=precision, device=device)
@@ -66,17 +74,18 @@ def bench_extraction(settings: Settings, amount: Amount) -> None:
     videos = _some_videos(load_labels(split.labels).videos, amount.frames)
     jobs = [video_job(video, View(), split.frames, settings.detector.short_edge) for video in videos]
     codec = choose_codec(settings, detector).codec
-    runner = BatchRunner(detector, settings.detector.batch_frames)
+    runner = BatchRunner(detector, settings.detector.batch_frames, frame_decoder(settings.detector.decoder, device))
     wanted = fingerprint(settings, detector, "", codec)
-    height, width = amount.real_hw
-    results = {
-        "config": _compare(runner, jobs, wanted, codec, amount.rounds),
-        f"r50 with random weights, {height} x {width}, float16": _real_size(settings, amount, precision, device),
-    }
-    print(json.dumps(results, indent=2))
+    results = {"config": _compare(runner, jobs, wanted, codec, amount.rounds)}
+    results |= _real_size(settings, amount, precision, device)
+    document = {"machine": machine() | {"device": device}, "extraction": results}
+    print(json.dumps(document, indent=2))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(document, indent=2))
 
 
-def _real_size(settings: Settings, amount: Amount, precision: str, device: str) -> dict[str, float]:
+def _real_size(settings: Settings, amount: Amount, precision: str, device: str) -> dict[str, dict[str, float]]:
     """R50 and frames as users have them; on a CPU one frame at a time, and few: each takes seconds."""
     torch.manual_seed(0)
     model = Mask2FormerForUniversalSegmentation(official_config("r50"))
@@ -86,20 +95,33 @@ def _real_size(settings: Settings, amount: Amount, precision: str, device: str) 
     noise = np.random.default_rng(0).integers(0, 255, (height, width, 3), np.uint8)
     names = tuple(f"{number}.jpg" for number in range(count))
     video = Video(id=1, height=height, width=width, length=count, file_names=names)
-    codec = Float16()  # writes most
+    results = {}
     with tempfile.TemporaryDirectory(prefix="vita-cache-bench-") as folder:
         for name in names:
             Image.fromarray(noise).save(Path(folder) / name)
         job = video_job(video, View(), Path(folder), None)
-        wanted = replace(fingerprint(settings, detector, "", codec), num_layers=3)
-        return _compare(BatchRunner(detector, batch_frames), [job], wanted, codec, amount.real_rounds)
+        for codec in (Float16(), _logit(settings, detector, job)):  # the most bytes, and the most arithmetic
+            wanted = replace(fingerprint(settings, detector, "", codec), num_layers=3)
+            found = _compare(BatchRunner(detector, batch_frames), [job], wanted, codec, amount.real_rounds)
+            results[f"r50 with random weights, {height} x {width}, {codec.name}"] = found
+    return results
+
+
+def _logit(settings: Settings, detector: FrameDetector, job: VideoJob) -> Logit:
+    """The default codec, fitted to one frame."""
+    features, heads = detector.features(job.files[0].load()[None]), detector.prediction_heads()
+    accumulator = StatisticsAccumulator(heads.feature_dim)
+    embeddings_LQF = predict_queries(heads, features.frame_queries_BLQC[0].cpu().numpy()).embeddings_QF
+    accumulator.add(features.mask_features_BCHW.cpu().numpy(), embeddings_LQF)
+    step, share = settings.cache.logit_step, settings.cache.identity_share
+    return Logit.fit(accumulator.statistics(), relative_step=step, identity_share=share)
 
 
 def _compare(
     runner: BatchRunner, jobs: list[VideoJob], wanted: Fingerprint, codec: Codec, rounds: int
 ) -> dict[str, float]:
     """Both on the same frames in turns, in batches that are always full."""
-    batches = _decoded(jobs, runner.batch_frames)
+    batches = _decoded(jobs, runner)
     bare, whole = [], []
     for turn in range(rounds):
         bare.append(_seconds(lambda: _bare(runner, batches)))
@@ -138,12 +160,12 @@ def _some_videos(videos: tuple[Video, ...], num_frames: int) -> list[Video]:
     return chosen
 
 
-def _decoded(jobs: list[VideoJob], batch_frames: int) -> list[Tensor]:
+def _decoded(jobs: list[VideoJob], runner: BatchRunner) -> list[Tensor]:
     files = [file for job in jobs for file in job.files]
     with ThreadPoolExecutor(max_workers=1) as pool:
-        return [images for _, images in decoded_batches(files, batch_frames, pool)]
+        return [images for _, images in decoded_batches(files, runner.batch_frames, pool, runner.decode)]
 
 
 def _bare(runner: BatchRunner, batches: list[Tensor]) -> None:
     for images in batches:
-        runner.features(images).mask_features_BCHW.cpu()  # waits for the device
+        runner.features(images).mask_features_BCHW[-1, -1, -1, -1].item()  # waits for the device, and copies nothing

@@ -21,7 +21,7 @@ from cache.codecs.rate_distortion import (
     read_calibration,
     smallest_faithful,
 )
-from cache.errors import FingerprintMismatch, FrameError
+from cache.errors import AnnotationError, FingerprintMismatch, FrameError
 from cache.labels.annotations import load_labels
 from cache.labels.tracks import Video
 from cache.layout import Size, crop_map
@@ -29,12 +29,14 @@ from cache.media.geometry import Transform, network_size
 from cache.progress import with_progress
 from cache.reader import FeatureCache
 from cache.storage.stores import extraction_store
+from configs.command import device_name
 from configs.schema import CacheSettings, CodecName, Settings
-from configs.splits import all_splits, train_split
+from configs.splits import all_caches, train_split
+from extract.decoding import frame_decoder
 from extract.detector.frozen import FrameDetector
 from extract.detector_masks import predict_queries
 from extract.distortion import DistortionMeter, JudgedFrame
-from extract.frames import load_frame
+from extract.frames import FrameFile
 
 SEED = 0
 """Not the run's seed: runs of several seeds share a cache."""
@@ -66,27 +68,11 @@ class SampleFrame:
 
 
 def choose_codec(settings: Settings, detector: FrameDetector) -> ChosenCodec:
-    """The codec of a cache that the config has already begun, else one fitted to its train split.
-
-    So all splits share one fit, and a continued cache keeps its own. Raises FingerprintMismatch where that
-    is another codec than the settings ask for.
-    """
+    """The codec that the config's caches have already (see `held_codec`), else one fitted to its train split."""
     wanted = settings.cache.codec
-    for split in all_splits(settings):
-        if extraction_store(split.features).attributes("") is not None:
-            feature_cache = FeatureCache.open(split.features)
-            held = feature_cache.root.codec_name
-            if wanted not in (CodecName.auto, CodecName(held)):
-                raise FingerprintMismatch(
-                    "the cache was begun with another codec",
-                    where=split.features,
-                    expected=wanted.value,
-                    got=held,
-                    hint=f"set cache.codec={held}, or extract into another cache.path",
-                )
-            reason = f"codec: {held}, with which {split.features} was begun"
-            calibration = read_calibration(split.features)
-            return ChosenCodec(codec=feature_cache.codec, calibration=calibration, reason=reason)
+    held = held_codec(settings)
+    if held is not None:
+        return held
     if wanted is CodecName.float16:
         return ChosenCodec(codec=Float16(), calibration=None, reason="codec: float16, as cache.codec says")
     codec, calibration = calibrate(settings, detector)
@@ -94,20 +80,68 @@ def choose_codec(settings: Settings, detector: FrameDetector) -> ChosenCodec:
     return ChosenCodec(codec=codec, calibration=calibration, reason=reason)
 
 
+def held_codec(settings: Settings) -> ChosenCodec | None:
+    """The codec of a cache that the config has already begun, or that `cache.codec_from` names; None without either.
+
+    So all splits share one fit, and a continued cache keeps its own. Raises FingerprintMismatch where that
+    is another codec than the settings ask for.
+    """
+    paths = [paths.features for paths in all_caches(settings)]
+    paths = [path for path in paths if extraction_store(path).attributes("") is not None][:1]
+    paths += [] if settings.cache.codec_from is None else [Path(settings.cache.codec_from)]
+    if not paths:
+        return None
+    caches = [FeatureCache.open(path) for path in paths]
+    first, last = caches[0], caches[-1]
+    codec, wanted = first.root.codec_name, settings.cache.codec
+    if wanted not in (CodecName.auto, CodecName(codec)):
+        raise FingerprintMismatch(
+            "the cache was begun with another codec",
+            where=paths[0],
+            expected=wanted.value,
+            got=codec,
+            hint=f"set cache.codec={codec}, or extract into another cache.path",
+        )
+    if first.fingerprint.codec != last.fingerprint.codec:
+        raise FingerprintMismatch(
+            f"the cache was begun with another codec than that of cache.codec_from={paths[-1]}",
+            where=paths[0],
+            expected=last.fingerprint.codec,
+            got=first.fingerprint.codec,
+            hint="extract into another cache.path",
+        )
+    reason = f"codec: {codec}, with which {paths[0]} was begun"
+    return ChosenCodec(codec=first.codec, calibration=read_calibration(paths[0]), reason=reason)
+
+
 def calibrate(settings: Settings, detector: FrameDetector) -> tuple[Codec, Calibration]:
-    """Fit the codecs to two thirds of the calibration frames and measure them on the others."""
+    """Fit the codecs to two thirds of the calibration frames and measure them on the others.
+
+    Raises AnnotationError where there are no videos, FrameError for unreadable frames (where errors are to be skipped:
+    if there is no other).
+    """
     split, heads = train_split(settings), detector.prediction_heads()
     sample = draw_frames(load_labels(split.labels).videos, settings.cache.calibration_frames)
     held_out, fitted = sample[::3], [frame for index, frame in enumerate(sample) if index % 3]
     accumulator = StatisticsAccumulator(heads.feature_dim)
+    fitted_frames = 0
     for frame in _run(settings, detector, split.frames, fitted, "fit codecs"):
         accumulator.add(frame.map_CHW[None], predict_queries(heads, frame.frame_queries_LQC).embeddings_QF)
+        fitted_frames += 1
     statistics = accumulator.statistics()
     meters = _candidates(settings.cache, statistics)
     for frame in _run(settings, detector, split.frames, held_out, "judge codecs"):
         judged = JudgedFrame.of(heads, frame.frame_queries_LQC, frame.map_CHW, frame.image_hw)
         for meter in meters:
             meter.add(judged)
+    if not meters[0].num_frames:
+        raise FrameError(
+            "none of the frames that codecs are to be judged on can be read",
+            where=split.frames,
+            hint="mend them, take more (cache.calibration_frames), or set cache.codec=float16",
+        )
+    if not meters[0].num_masks:
+        print("warning: the detector sees nothing in the frames that codecs are judged on (cache.calibration_frames)")
     results = [(meter.codec, meter.result()) for meter in meters]
     results.sort(key=lambda result: result[1].bytes_per_frame)
     chosen = _chosen(settings.cache, results)
@@ -115,8 +149,8 @@ def calibrate(settings: Settings, detector: FrameDetector) -> tuple[Codec, Calib
         rows=tuple(row for _, row in results),
         chosen=chosen,
         min_mask_iou=settings.cache.min_mask_iou,
-        fitted_frames=len(fitted),
-        held_out_frames=len(held_out),
+        fitted_frames=fitted_frames,
+        held_out_frames=meters[0].num_frames,
     )
     return results[chosen][0], calibration
 
@@ -124,8 +158,11 @@ def calibrate(settings: Settings, detector: FrameDetector) -> tuple[Codec, Calib
 def draw_frames(videos: Sequence[Video], num_frames: int) -> list[tuple[Video, int]]:
     """Draw frames from as many videos as possible: each video once in random order, then all of them again.
 
-    Taking every third one holds out whole videos, where there are as many as frames.
+    Taking every third one holds out whole videos, where there are as many as frames. Raises AnnotationError where there
+    are none.
     """
+    if not videos:
+        raise AnnotationError("the label file has no videos to draw calibration frames from")
     rng = np.random.default_rng(SEED)
     drawn: list[tuple[Video, int]] = []
     while len(drawn) < num_frames:
@@ -137,12 +174,13 @@ def draw_frames(videos: Sequence[Video], num_frames: int) -> list[tuple[Video, i
 def _run(
     settings: Settings, detector: FrameDetector, folder: Path, frames: Sequence[tuple[Video, int]], title: str
 ) -> Iterator[SampleFrame]:
+    decode = frame_decoder(settings.detector.decoder, device_name(settings.device))
     for video, index in with_progress(frames, title, unit="frame"):
         original_hw = (video.height, video.width)
         image_hw = network_size(original_hw, settings.detector.short_edge)
-        transform = Transform.resize(original_hw, image_hw)
+        path, transform = folder / video.file_names[index], Transform.resize(original_hw, image_hw)
         try:
-            image_CHW = load_frame(folder / video.file_names[index], original_hw, transform)
+            image_CHW = decode(FrameFile(group="", path=path, original_hw=original_hw, transform=transform))
         except FrameError:
             if settings.extract.skip_errors:
                 continue

@@ -65,7 +65,8 @@ class DistortionMeter:
     def __init__(self, codec: Codec, setting: str, mean_C: NDArray[np.float64]) -> None:
         self.codec, self.setting = codec, setting
         self._mean_C11 = mean_C[:, None, None].astype(np.float32)
-        self._bytes = self._map_bytes = self._locations = self._frames = self._channels = 0
+        self.num_frames = self.num_masks = 0
+        self._bytes = self._map_bytes = self._locations = self._channels = 0
         self._encode_s = self._decode_s = 0.0
         self._errors, self._signals = np.zeros(2), np.zeros(2)  # squares, of features and of logits
         self._ious: list[NDArray[np.float64]] = []
@@ -84,27 +85,31 @@ class DistortionMeter:
         self._errors += [float(np.square(values, dtype=np.float64).mean()) for values in errors]
         self._signals += [float(np.square(values, dtype=np.float64).mean()) for values in signals]
         self._ious.append(_ious(frame.masks_Nhw, _masks(logits_NHW, frame.image_hw)))
+        self.num_masks += len(self._ious[-1])
         self._bytes += frame.query_bytes + CRC_BYTES
         self._locations += stored_RHW[0].size
-        self._frames += 1
+        self.num_frames += 1
         self._channels = len(stored_RHW)
 
     def result(self) -> Distortion:
-        """The means so far; IoUs of queries without any mask do not count."""
+        """The means so far, of at least one frame; IoUs of queries without any mask do not count.
+
+        Where there is no mask at all the IoU is 0: nothing shows that the codec keeps them.
+        """
         ious = np.concatenate(self._ious)
         feature_error, logit_error = np.sqrt(self._errors / np.maximum(self._signals, 1e-30))
         return Distortion(
             codec=self.codec.name,
             setting=self.setting,
             stored_channels=self._channels,
-            bytes_per_frame=(self._bytes + self._map_bytes) / self._frames,
+            bytes_per_frame=(self._bytes + self._map_bytes) / self.num_frames,
             bytes_per_location=self._map_bytes / self._locations,
             feature_error=float(feature_error),
             logit_error=float(logit_error),
-            mask_iou=float(ious.mean()) if len(ious) else 1.0,
-            mask_iou_p5=float(np.percentile(ious, 5)) if len(ious) else 1.0,
-            encode_ms=1e3 * self._encode_s / self._frames,
-            decode_ms=1e3 * self._decode_s / self._frames,
+            mask_iou=float(ious.mean()) if len(ious) else 0.0,
+            mask_iou_p5=float(np.percentile(ious, 5)) if len(ious) else 0.0,
+            encode_ms=1e3 * self._encode_s / self.num_frames,
+            decode_ms=1e3 * self._decode_s / self.num_frames,
         )
 
     def _store(self, map_CHW: NDArray[np.float32]) -> NDArray[Any]:

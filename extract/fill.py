@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol
 
 from cache.errors import ConfigError
@@ -15,13 +15,14 @@ from cache.writer import CacheWriter
 from configs.command import device_name
 from configs.schema import Settings
 from extract.batches import BatchRunner
+from extract.decoding import frame_decoder
 from extract.detector.frozen import FrameDetector
 from extract.jobs import SplitJobs, VideoJob
 from extract.record import add_to_record
 from extract.streaming import Advance, Outcome, extract_readable_videos, extract_videos
 
 
-class Engine(Protocol):
+class Extractor(Protocol):
     """What brings videos into the cache: this process, or workers."""
 
     def __call__(self, writer: CacheWriter, jobs: Sequence[VideoJob], advance: Advance) -> Outcome:
@@ -45,11 +46,12 @@ def _has_workers(settings: Settings) -> bool:
 
 
 @contextmanager
-def opened_engine(settings: Settings, detector: FrameDetector) -> Iterator[Engine]:
+def opened_extractor(settings: Settings, detector: FrameDetector) -> Iterator[Extractor]:
     """What the settings ask for; errors are those of extract.workers.pool.hired_crew."""
     skip_errors = settings.extract.skip_errors
     if not _has_workers(settings):
-        runner = BatchRunner(detector, settings.detector.batch_frames)
+        decode = frame_decoder(settings.detector.decoder, device_name(settings.device))
+        runner = BatchRunner(detector, settings.detector.batch_frames, decode)
 
         def alone(writer: CacheWriter, jobs: Sequence[VideoJob], advance: Advance) -> Outcome:
             if skip_errors:
@@ -65,29 +67,36 @@ def opened_engine(settings: Settings, detector: FrameDetector) -> Iterator[Engin
         yield lambda writer, jobs, advance: Dispatch(crew, writer, jobs, advance).run(skip_errors=skip_errors)
 
 
-def fill(writer: CacheWriter, asked: SplitJobs, engine: Engine, title: str) -> Outcome:
+def fill(writer: CacheWriter, asked: SplitJobs, extractor: Extractor, title: str) -> Outcome:
     """Extract what is missing, and say what is still missing in the end, however that comes."""
     jobs, outcome = _missing(writer, asked.jobs), Outcome()
-    started, frames = time.perf_counter(), sum(len(job.files) for job in jobs)
+    started, frames = time.perf_counter(), 0
     if not jobs:
         print(f"{title}: all {len(asked.jobs)} videos are in {writer.path} already")
     try:
-        with StageProgress(title, unit="frame", total=frames) as progress:
-            outcome = _extract_missing(writer, jobs, engine, progress.advance)
+        with StageProgress(title, unit="frame", total=sum(len(job.files) for job in jobs)) as progress:
+
+            def advance(count: int) -> None:
+                nonlocal frames
+                frames += count
+                progress.advance(count)
+
+            outcome = _extract_missing(writer, jobs, extractor, advance)
     finally:
+        with suppress(OSError):  # A full disk, which is not the first to say so.
+            add_to_record(writer, time.perf_counter() - started, frames)
         missing = _missing(writer, jobs)
         if missing:
             print(f"{title}: {_what_is_missing(writer, asked.jobs, missing, outcome)}", file=sys.stderr)
-    add_to_record(writer, time.perf_counter() - started, frames - sum(len(job.files) for job in missing))
     return outcome
 
 
-def _extract_missing(writer: CacheWriter, jobs: Sequence[VideoJob], engine: Engine, advance: Advance) -> Outcome:
+def _extract_missing(writer: CacheWriter, jobs: Sequence[VideoJob], extractor: Extractor, advance: Advance) -> Outcome:
     """Also take over what others leave while this process works."""
-    outcome = engine(writer, jobs, advance)
+    outcome = extractor(writer, jobs, advance)
     while outcome.busy:
         jobs = [job for job in jobs if job.name in outcome.busy]
-        again = engine(writer, jobs, advance)
+        again = extractor(writer, jobs, advance)
         outcome.skipped |= again.skipped
         if again.busy.keys() == outcome.busy.keys():
             break

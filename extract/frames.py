@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from cache.errors import FrameError, some
 from cache.labels.tracks import Video
 from cache.layout import Size
 from cache.media.geometry import Transform
-from cache.media.image_files import to_rgb
+from cache.media.image_files import open_rgb
 
 _AHEAD = 4  # decoded batches that may wait for the detector
 
@@ -41,21 +41,9 @@ def require_files(names: Iterable[str], folder: Path) -> None:
         )
 
 
-def read_frame(path: Path, expected_hw: tuple[int, int]) -> Image.Image:
-    """Decode one frame as RGB (see cache.media.image_files.to_rgb).
-
-    Raises FrameError if the file is missing, not an image, truncated, or not of the labelled (height, width).
-    """
-    try:
-        with Image.open(path) as opened:
-            image = to_rgb(opened, path)
-    except FileNotFoundError as error:
-        raise FrameError("no such frame", where=path) from error
-    except (OSError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).split())
-        raise FrameError(
-            f"not a readable image: {reason}", where=path, hint="fetch this file again, then run the same command"
-        ) from error
+def read_frame(path: Path, expected_hw: Size) -> Image.Image:
+    """Decode one frame as RGB. Raises FrameError as open_rgb, and where it has not the labelled (height, width)."""
+    image = open_rgb(path)
     if (image.height, image.width) != expected_hw:
         raise FrameError(
             "the frame's size differs from the labels'",
@@ -87,7 +75,10 @@ class FrameFile:
 
 
 def decoded_batches(
-    files: Iterable[FrameFile], batch_frames: int, pool: ThreadPoolExecutor
+    files: Iterable[FrameFile],
+    batch_frames: int,
+    pool: ThreadPoolExecutor,
+    decode: Callable[[FrameFile], Tensor] = FrameFile.load,
 ) -> Iterator[tuple[list[FrameFile], Tensor]]:
     """Yield frames in order as (b, 3, H, W) uint8, decoded ahead in the pool's threads.
 
@@ -95,13 +86,13 @@ def decoded_batches(
     the end, where the size changes, and before an unreadable frame, whose FrameError is raised by the next batch.
     """
     coming = iter(files)
-    waiting = deque((file, pool.submit(file.load)) for file in islice(coming, _AHEAD * batch_frames))
+    waiting = deque((file, pool.submit(decode, file)) for file in islice(coming, _AHEAD * batch_frames))
     while waiting:
         batch = [waiting.popleft()]
-        waiting.extend((file, pool.submit(file.load)) for file in islice(coming, 1))
+        waiting.extend((file, pool.submit(decode, file)) for file in islice(coming, 1))
         while waiting and len(batch) < batch_frames and _together(batch[0][0], *waiting[0]):
             batch.append(waiting.popleft())
-            waiting.extend((file, pool.submit(file.load)) for file in islice(coming, 1))
+            waiting.extend((file, pool.submit(decode, file)) for file in islice(coming, 1))
         yield [file for file, _ in batch], torch.stack([decoded.result() for _, decoded in batch])
 
 

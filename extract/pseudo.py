@@ -1,4 +1,4 @@
-"""Pseudo-videos: a labelled image, cut out, turned and resized anew for every frame (REFERENCE section 4).
+"""Pseudo-videos: a labelled image, cut out, turned and resized anew for every frame, as in SeqFormer and VITA.
 
 Their labels are those of a data set of videos whose frames are the transformed images: a frame's file name is the
 image's, `@` and the transform, so that another transform is another frame.

@@ -13,19 +13,19 @@ from cache.codecs import Codec, codec_identity
 from cache.codecs.rate_distortion import format_table
 from cache.errors import FrameError
 from cache.fingerprint import Fingerprint, Provenance
+from cache.reader import FeatureCache
 from cache.remote_writer import opened_writer
 from cache.storage.locks import sweep_locks
 from configs.cards import write_cache_card
-from configs.schema import CodecName, Settings
-from extract import room
-from extract.calibration import ChosenCodec, calibrate, choose_codec
+from configs.schema import Settings
+from extract.calibration import ChosenCodec, calibrate, choose_codec, held_codec
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import configured_detector
 from extract.detector.frozen import PADDING_DIVISOR, FrameDetector
-from extract.fill import Engine, fill, opened_engine, require_workers
+from extract.fill import Extractor, fill, opened_extractor, require_workers
 from extract.jobs import SplitJobs, open_jobs
 from extract.record import write_skipped
-from extract.room import TIMED_FRAMES, Workload, require_room
+from extract.room import Workload, require_room
 
 
 def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: bool = False) -> None:
@@ -45,32 +45,24 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
         logging.getLogger(__name__).info(format_table(chosen.calibration))  # the report has it too
     print(chosen.reason)
     require_room(settings, detector, [Workload.of(jobs) for jobs in asked], chosen)
-    wanted = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), chosen.codec)
+    digest = weights_sha256(Path(settings.detector.weights))
+    chosen = held_codec(settings) or chosen  # Another process may have begun meanwhile, with a fit of its own.
+    wanted = fingerprint(settings, detector, digest, chosen.codec)
+    if settings.cache.codec_from is not None:
+        lender = FeatureCache.open(settings.cache.codec_from)
+        hint = "cache.codec_from lends the codec of a cache of the same detector"
+        lender.fingerprint.require(
+            replace(wanted, short_edge=lender.fingerprint.short_edge), where=settings.cache.codec_from, hint=hint
+        )
     skipped = []
-    with opened_engine(settings, detector) as engine:
+    with opened_extractor(settings, detector) as extractor:
         for jobs in asked:
             if clear_dead_locks:
                 sweep_locks(jobs.split.features, of_other_hosts=True)
-            skipped += _extract_split(settings, detector, wanted, chosen, jobs, engine)
+            skipped += _extract_split(settings, detector, wanted, chosen, jobs, extractor)
     if skipped and not settings.extract.allow_skipped:
         hint = "mend them and run the same command; extract.allow_skipped=true takes this for success"
         raise FrameError(f"{len(skipped)} videos were skipped, such as {skipped[0]}", hint=hint)
-
-
-def print_estimate(settings: Settings) -> None:
-    """Print what an extraction would need, in bytes by codec and in hours; nothing is extracted or stored.
-
-    Speed and bytes are measured on 20 frames, to which the codecs are fitted too.
-    """
-    work = [Workload.of(jobs) for jobs in open_jobs(settings)]
-    if not any(load.jobs for load in work):
-        print("nothing to extract: every video is in the cache already")
-        return
-    detector = _open_detector(settings)
-    sample = replace(settings.cache, codec=CodecName.auto, calibration_frames=TIMED_FRAMES)
-    _, calibration = calibrate(replace(settings, cache=sample), detector)
-    print(format_table(calibration))
-    room.print_estimate(settings, detector, work, calibration)
 
 
 def print_rate_distortion(settings: Settings) -> None:
@@ -97,6 +89,7 @@ def fingerprint(settings: Settings, detector: FrameDetector, weights_digest: str
         padding_divisor=PADDING_DIVISOR,
         precision=detector.precision,
         codec=codec_identity(codec),
+        decoder=settings.detector.decoder.value,
     )
 
 
@@ -106,7 +99,7 @@ def _extract_split(
     wanted: Fingerprint,
     chosen: ChosenCodec,
     asked: SplitJobs,
-    engine: Engine,
+    extractor: Extractor,
 ) -> list[str]:
     """Returns the names of the videos that were skipped."""
     split = asked.split
@@ -123,6 +116,6 @@ def _extract_split(
         calibration=chosen.calibration,
     ) as writer:
         write_cache_card(writer.path, settings, split.name, str(split.frames))
-        outcome = fill(writer, asked, engine, f"extract {split.name}")
+        outcome = fill(writer, asked, extractor, f"extract {split.name}")
         write_skipped(writer.path, outcome.skipped)
     return [f"{split.name}/{name}" for name in outcome.skipped]

@@ -1,15 +1,17 @@
-"""Videos through the detector into a cache: frames are decoded ahead, features are written behind its back."""
+"""Videos through the detector into a cache: frames are decoded ahead, features written in the background."""
 
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,6 +24,8 @@ from extract.jobs import VideoJob
 
 Advance = Callable[[int], object]
 """Is told how many frames more are done."""
+
+Item = TypeVar("Item")
 
 UNREADABLE = (FrameError, FeatureError)
 """What is wrong with one video and no other."""
@@ -51,7 +55,7 @@ def extract_videos(
         BackgroundWriter(writer) as background,
     ):
         files = _claimed_files(claim, sorted(jobs, key=lambda job: job.attributes.image_hw), busy)
-        batches = decoded_batches(files, runner.batch_frames, pool)
+        batches = decoded_batches(files, runner.batch_frames, pool, runner.decode)
         parts = _video_parts(runner, batches, writer.codec.dtype)
         for first in parts:
             job = by_name[first.group]
@@ -119,17 +123,43 @@ def _video_parts(
     runner: BatchRunner, batches: Iterable[tuple[list[FrameFile], Tensor]], dtype: np.dtype[Any]
 ) -> Iterator[_VideoPart]:
     """Features of decoded frames, on the host, cut where one video ends and the next begins."""
-    for files, images_BCHW in batches:
-        features = runner.features(images_BCHW)
-        queries, maps = features.frame_queries_BLQC, features.mask_features_BCHW
-        # What is stored as float16 is rounded by the device, and half as much crosses to the host.
-        queries, maps = queries.half().cpu(), (maps.half() if dtype == np.float16 else maps.float()).cpu()
+    for files, queries_BLQC, maps_BCHW, copied in _one_late(_copies(runner, batches, dtype)):
+        if copied is not None:
+            copied.synchronize()
         start = 0
         for group, files_of_video in groupby(files, key=lambda file: file.group):
             stop = start + len(list(files_of_video))
             yield _VideoPart(
                 group=group,
-                frame_queries_TLQC=queries[start:stop].numpy(),
-                mask_features_TCHW=maps[start:stop].numpy(),
+                frame_queries_TLQC=queries_BLQC[start:stop].numpy(),
+                mask_features_TCHW=maps_BCHW[start:stop].numpy(),
             )
             start = stop
+
+
+def _copies(
+    runner: BatchRunner, batches: Iterable[tuple[list[FrameFile], Tensor]], dtype: np.dtype[Any]
+) -> Iterator[tuple[list[FrameFile], Tensor, Tensor, torch.cuda.Event | None]]:
+    """Features on their way to the host, from CUDA into pinned memory; they are there after the event."""
+    for files, images_BCHW in batches:
+        features = runner.features(images_BCHW)
+        queries, maps = features.frame_queries_BLQC, features.mask_features_BCHW
+        # What is stored as float16 is rounded by the device, and half as much crosses to the host.
+        queries, maps = queries.half(), maps.half() if dtype == np.float16 else maps.float()
+        queries_on_host, maps_on_host = (tensor.to("cpu", non_blocking=True) for tensor in (queries, maps))
+        copied = torch.cuda.current_stream().record_event() if maps.is_cuda else None
+        yield files, queries_on_host, maps_on_host, copied
+
+
+def _one_late(items: Iterable[Item]) -> Iterator[Item]:
+    """Each item when the next one has begun, so that a device never waits; the last one too if there is an error."""
+    waiting: deque[Item] = deque()
+    try:
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > 1:
+                yield waiting.popleft()
+    except UNREADABLE:
+        yield from waiting
+        raise
+    yield from waiting

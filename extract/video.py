@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -17,26 +17,30 @@ from torch import Tensor
 
 from cache.background import BackgroundWriter
 from cache.codecs.float16 import Float16
-from cache.errors import FrameError, WeightsError
+from cache.errors import ConfigError, FrameError, WeightsError
 from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint, Provenance
-from cache.layout import VideoAttributes, video_group_name
+from cache.layout import Size, VideoAttributes, video_group_name
 from cache.media.footage import RECORD, Footage, look_through, read_record, write_record
+from cache.media.geometry import Transform
 from cache.progress import StageProgress
+from cache.storage.connection import remote_url
+from cache.storage.locks import locked
 from cache.writer import CacheWriter
 from configs.cards import write_cache_card
 from configs.load import load_settings
-from configs.schema import Precision, Settings
+from configs.schema import Decoder, DetectorSettings, Precision, Settings
 from extract.batches import BatchRunner
+from extract.decoding import on_tensor
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import configured_detector
 from extract.detector.frozen import FrameDetector
 from extract.jobs import attributes_of
-from extract.room import FLOAT16_BYTES, frame_cost, require_bytes, stored_bytes
+from extract.room import BYTES_OF_FLOAT16, frame_cost, require_bytes, stored_bytes
 from extract.stage import fingerprint
 
 FOLDER = "video"
 FINE_TUNED = "detector"
-"""In the folder of a run that trained the detector along (train_head/joint.py)."""
+"""Where a run that fine-tuned the detector keeps it (train_head/joint.py)."""
 
 
 def extract_footage(config: str, words: Sequence[str], *, head: Path | None = None, stride: int = 1) -> Path:
@@ -51,12 +55,17 @@ def extract_footage(config: str, words: Sequence[str], *, head: Path | None = No
     settings, wanted = _settings(config, [word for word in words if _is_setting(word)], head)
     if stride < 1 or not paths:
         raise FrameError("nothing to extract", expected="at least one file, --stride 1 or more")
+    if remote_url(settings.cache.path) is not None:
+        hint = "name a folder; `python -m cache upload` takes the result there"
+        raise ConfigError("videos of your own go into a folder", where=f"cache.path={settings.cache.path}", hint=hint)
     detector = configured_detector(settings)
     held = fingerprint(settings, detector, weights_sha256(Path(settings.detector.weights)), Float16())
     if wanted is not None:
         hint = "set detector.* to those of the head's own extraction"
+        if wanted.precision != held.precision:
+            hint = f"features in {wanted.precision} need device=cuda, on a machine that has one"
         replace(wanted, codec=held.codec).require(held, where=head, hint=hint)
-    footage = [piece for path in paths for piece in look_through(path, stride)]
+    footage = list(dict.fromkeys(piece for path in paths for piece in look_through(path, stride)))
     for piece in footage:
         if piece.problem is not None:
             print(f"warning: {piece.source}: {piece.problem}. The {len(piece.seconds)} frames decoded are used.")
@@ -70,11 +79,7 @@ def extract_footage(config: str, words: Sequence[str], *, head: Path | None = No
         labels_json=None,
         provenance=Provenance.gather(paths_of),
     )
-    known = read_record(features) if (features / RECORD).exists() else []
-    footage = known + [piece for piece in footage if piece not in known]
-    write_record(features, footage)
-    write_cache_card(features, settings, FOLDER, f"{len(footage)} videos of your own (footage.json)")
-    _extract(settings, detector, writer, footage)
+    _extract(settings, detector, writer, _recorded(settings, detector, writer, footage))
     return features
 
 
@@ -100,24 +105,40 @@ def _settings(config: str, overrides: Sequence[str], head: Path | None) -> tuple
     return settings, wanted
 
 
-def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, footage: Sequence[Footage]) -> None:
-    pending = writer.pending([video_group_name(number) for number in range(1, len(footage) + 1)])
-    work = {name: footage[int(name) - 1] for name in pending}
-    attributes = {name: _attributes(settings, piece) for name, piece in work.items()}
-    total = sum(video.num_frames for video in attributes.values())
-    if work and not settings.cache.ignore_space:
-        cost = frame_cost(detector, attributes[pending[0]].image_hw)
-        needed = stored_bytes(attributes.values(), cost.channels * FLOAT16_BYTES, cost)
-        require_bytes(needed, writer.path, total, hint="take fewer frames (--stride), another cache.path")
+def _recorded(
+    settings: Settings, detector: FrameDetector, writer: CacheWriter, footage: Sequence[Footage]
+) -> dict[str, Footage]:
+    """Put new footage down in the cache's record, if there is room for it; returns what is to extract, by group.
+
+    What others have put down and not finished is theirs.
+    """
+    with locked(writer.path):
+        known = read_record(writer.path) if (writer.path / RECORD).exists() else []
+        everything = [*known, *(piece for piece in footage if piece not in known)]
+        asked = {video_group_name(everything.index(piece) + 1): piece for piece in footage}
+        work = {name: asked[name] for name in writer.pending(asked)}
+        if work and not settings.cache.ignore_space:
+            videos = [_attributes(settings, piece) for piece in work.values()]
+            cost = frame_cost(detector, videos[0].image_hw)
+            needed = stored_bytes(videos, cost.channels * BYTES_OF_FLOAT16, cost)
+            total = sum(video.num_frames for video in videos)
+            require_bytes(needed, writer.path, total, hint="take fewer frames (--stride), another cache.path")
+        write_record(writer.path, everything)
+        write_cache_card(writer.path, settings, FOLDER, f"{len(everything)} videos of your own (footage.json)")
+    return work
+
+
+def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, work: Mapping[str, Footage]) -> None:
     runner = BatchRunner(detector, settings.detector.batch_frames)
     with (
         ThreadPoolExecutor(max_workers=1) as decoder,
-        StageProgress("extract", unit="frame", total=total) as progress,
+        StageProgress("extract", unit="frame", total=sum(len(piece.seconds) for piece in work.values())) as progress,
         BackgroundWriter(writer) as background,
     ):
         for name, piece in work.items():
-            batches = _batches(piece, attributes[name].image_hw, settings.detector.batch_frames)
-            with background.video(name, attributes[name]) as sink:
+            attributes = _attributes(settings, piece)
+            batches = _batches(piece, attributes.image_hw, settings.detector)
+            with background.video(name, attributes) as sink:
                 for images in _ahead(batches, decoder):
                     features = runner.features(images)
                     # Halved on the device: that is what the cache holds.
@@ -130,18 +151,18 @@ def _attributes(settings: Settings, piece: Footage) -> VideoAttributes:
     return attributes_of(len(piece.seconds), (piece.height, piece.width), settings.detector.short_edge)
 
 
-def _batches(piece: Footage, image_hw: tuple[int, int], batch_frames: int) -> Iterator[Tensor]:
-    """Frames in order as (b, 3, H, W) uint8, resized as those of a data set are (Pillow bilinear)."""
-    frames = (_resized(frame, image_hw) for frame in piece.frames())
-    while batch := list(islice(frames, batch_frames)):
-        yield torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2)
+def _batches(piece: Footage, image_hw: Size, chosen: DetectorSettings) -> Iterator[Tensor]:
+    """Frames in order as (b, 3, H, W) uint8, resized as those of a data set are."""
+    transform = Transform.resize((piece.height, piece.width), image_hw)
 
+    def resized(frame: NDArray[np.uint8]) -> Tensor:
+        if chosen.decoder is Decoder.torchvision:
+            return on_tensor(torch.from_numpy(frame).permute(2, 0, 1), transform)
+        return torch.from_numpy(np.array(transform.on_image(Image.fromarray(frame)))).permute(2, 0, 1)
 
-def _resized(frame: NDArray[np.uint8], image_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    if frame.shape[:2] == image_hw:
-        return frame
-    image = Image.fromarray(np.ascontiguousarray(frame))
-    return np.asarray(image.resize((image_hw[1], image_hw[0]), Image.Resampling.BILINEAR))
+    frames = map(resized, piece.frames())
+    while batch := list(islice(frames, chosen.batch_frames)):
+        yield torch.stack(batch)
 
 
 def _ahead(batches: Iterator[Tensor], decoder: ThreadPoolExecutor) -> Iterator[Tensor]:

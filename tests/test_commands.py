@@ -63,6 +63,8 @@ def test_a_stopped_command_says_how_to_go_on(
 def test_settings_are_told_as_they_differ_from_the_defaults(tmp_path: Path) -> None:
     assert changed_settings(Settings()) == {}
     words = ["name=other", "detector.short_edge=null", "train.decay_steps=[1,2]", "cache.codec=int8"]
+    words += ["data.views=[{flip: true}, {crop: 0.5, short_edge: 64}]", "train.mix=[{cache: a b/c}]", "data.root='7'"]
+    words += ["runs='a: {b'", "train.learning_rate=1e-5", "train.compile=true"]
     settings = load_settings("demo", words)
     assert changed_settings(settings)["train.decay_steps"] == [1, 2]
     said = in_words(settings)

@@ -1,21 +1,29 @@
 from __future__ import annotations
 
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from cache.errors import ConfigError
+from configs.changes import flat
 from configs.load import CONFIG_FOLDER, find_config, load_settings
-from configs.schema import Device, Precision
+from configs.schema import Device, Precision, Settings
 
 
 @pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_loads_and_says_what_it_is(path: Path) -> None:
     settings = load_settings(str(path))
     assert settings.name == path.stem
-    header = path.read_text().split("name:")[0]
-    assert all(line.startswith("#") for line in header.strip().splitlines())
+    header = "".join(takewhile(lambda line: line.startswith("#"), path.open()))
     assert "Expected AP" in header and "make " in header
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_states_only_what_differs_from_the_defaults(path: Path) -> None:
+    defaults, stated = flat(Settings), flat(OmegaConf.load(path))
+    assert [key for key, value in stated.items() if value == defaults[key]] == []
 
 
 @pytest.mark.parametrize("dataset", ["ytvis2019", "ytvis2021", "ovis"])
@@ -50,17 +58,21 @@ def test_overrides_reach_nested_values_with_their_types() -> None:
         ("train.iterations=0", "more than 0"),
         ("train.learning_rate=-1", "more than 0"),
         ("data.holdout=1.5", "0 <= x < 1"),
+        ("head.num_heads=0", "more than 0"),
         ("head.num_heads=7", "divisor of head.hidden_dim"),
         ("detector.short_edge=5", "32 to 1333"),
         ("train.decay_steps=[9,3]", "increasing"),
         ("name=../elsewhere", "folder name"),
         ("data.valid_labels=null", "both"),
         ("no_equals_sign", "key=value"),
+        ("data.views=[{flip: true", "not valid YAML"),
+        ("data.views=[{crop: 2}]", "data.views: crop"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(override: str, words: str) -> None:
-    with pytest.raises(ConfigError, match=words.replace("[", r"\[")):
+    with pytest.raises(ConfigError, match=words.replace("[", r"\[")) as refused:
         load_settings("demo", [override])
+    assert str(refused.value).startswith("command line") or words == "both", "not blamed on the file"
 
 
 def test_a_yaml_file_is_checked_like_the_command_line(tmp_path: Path) -> None:
@@ -68,6 +80,12 @@ def test_a_yaml_file_is_checked_like_the_command_line(tmp_path: Path) -> None:
     path.write_text("train: {iteratons: 5}\n")
     with pytest.raises(ConfigError, match=r"mine.yaml.*iteratons(.|\n)*train.iterations"):
         load_settings(str(path))
+    path.write_text("train: {iterations: 0, warmup: many}\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml, setting train.warmup"):
+        load_settings(str(path), ["seed=1"])
+    path.write_text("train: {iterations: 0}\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml: impossible value of train.iterations"):
+        load_settings(str(path), ["seed=1"])
     path.write_text("train: [1, 2\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_settings(str(path))

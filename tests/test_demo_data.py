@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cache.errors import ConfigError
 from cache.labels import masks
 from cache.labels.annotations import load_labels
 from extract.demo.motion import crossing, drift, excursion
 from extract.demo.shapes import DETECTOR_CATEGORIES, VIDEO_CATEGORIES, Sprite, silhouette
 from extract.demo.stills import make_still
-from extract.demo.videos import FRAME_SIZES, make_actors, write_split, write_video
+from extract.demo.videos import FRAME_SIZES, make_actors, write_demo_data, write_split, write_video
 
 
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
@@ -43,6 +44,28 @@ def test_the_json_comes_last(tmp_path: Path) -> None:
     write_split(tmp_path, "valid", 1, num_frames=2)
     assert json.loads((tmp_path / "valid.json").read_text())["videos"][0]["length"] == 2
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("foreign", ["train/JPEGImages/0a1b/00000.jpg", "valid/clip/00000.jpg", "stills/00001.jpg"])
+def test_what_the_generator_did_not_write_stays(tmp_path: Path, foreign: str) -> None:
+    """`make extract data.root=/my/data` with CONFIG forgotten generates the demo's data there first."""
+    mine = tmp_path / foreign
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"CONFIG="):
+        write_demo_data(tmp_path, num_train=1, num_valid=1, num_stills=1)
+    assert mine.read_bytes() == b"mine"
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.json").touch()
+    (tmp_path / "stills.json").touch()
+    write_demo_data(tmp_path, num_train=1, num_valid=1, num_stills=1)  # All is there: nothing to do, nothing to say.
+
+
+def test_a_killed_generation_starts_anew(tmp_path: Path) -> None:
+    left = tmp_path / "valid" / "JPEGImages.generated" / "shapes_valid_0009"
+    left.mkdir(parents=True)
+    write_split(tmp_path, "valid", 1, num_frames=2)
+    assert [path.name for path in (tmp_path / "valid").glob("*/*")] == ["shapes_valid_0001"]
 
 
 def test_the_world_has_the_promised_difficulties() -> None:

@@ -26,7 +26,7 @@ from extract.demo.stills import write_stills
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.frozen import load_detector, normalise_and_pad
 from extract.detector.loading import load_model
-from extract.detector.trainable import with_classes
+from extract.detector.trainable import TrainableDetector, with_classes
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from tests.train_until import interrupt, on_two_processes
@@ -48,6 +48,23 @@ SMALL = (
     *("train.num_frames=2", "train.iterations=2", "train.checkpoint_every=2", "train.learning_rate=1e-4"),
     *("finetune.short_edges=[64,72]", "finetune.resize_edges=[90]", "finetune.crop_sides=[64,90]"),
 )
+
+
+def test_a_detector_is_there_while_the_older_one_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector, folder = TrainableDetector(load_model(DEMO_DETECTOR, architecture=None).model), tmp_path / "detector"
+    detector.save(folder)
+
+    def killed(path: Path, ignore_errors: bool) -> None:
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as removing:
+        removing.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            detector.save(folder)
+    assert weights_sha256(folder)
+    detector.save(folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["detector"]
 
 
 def small(data: Path, features: Path, runs: Path, *overrides: str) -> Settings:

@@ -32,6 +32,7 @@ OTHER_VALUES: dict[str, Any] = {
     "padding_divisor": 64,
     "precision": "bf16",
     "codec": "int8",
+    "decoder": "torchvision",
     "format_version": 2,
 }
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
-from cache.errors import FrameError
+from cache.errors import FingerprintMismatch, FrameError
 from cache.labels.tracks import Video
 from cache.media.geometry import Transform, network_size
+from cache.reader import FeatureCache
+from configs.schema import Decoder
+from extract.decoding import decode_on, frame_decoder
+from extract.demo.stills import make_still
 from extract.frames import FrameFile, decoded_batches, load_frame, read_frame, require_frames
+from extract.stage import extract
+from tests.conftest import tiny_settings
+from train_head.data.video_sets import open_evaluation_set
 
 
 def save_jpeg(path: Path, height: int = 20, width: int = 30, **options: object) -> Path:
@@ -83,6 +91,65 @@ def test_missing_frames_are_found_before_any_work(tmp_path: Path) -> None:
         require_frames([video], tmp_path)
     with pytest.raises(FrameError, match="no such folder"):
         require_frames([video], tmp_path / "nowhere")
+
+
+SHRUNK = Transform(crop=(6, 8, 80, 144), size=(53, 96), flip=True)
+
+
+def smooth_jpeg(path: Path, mode: str = "RGB", **options: object) -> FrameFile:
+    """A picture of 96 x 160, as natural ones are: a still of the demo's world."""
+    Image.fromarray(make_still(1, (96, 160)).image).convert(mode).save(path, quality=92, **options)
+    return FrameFile(group="1", path=path, original_hw=(96, 160), transform=SHRUNK)
+
+
+def test_torchvision_decodes_and_resizes_as_pillow_does(tmp_path: Path) -> None:
+    file = smooth_jpeg(tmp_path / "a.jpg")
+    got, expected = frame_decoder(Decoder.torchvision, "cpu")(file), frame_decoder(Decoder.pillow, "cpu")(file)
+    assert got.dtype == torch.uint8 and got.shape == expected.shape == (3, 53, 96)
+    assert torch.equal(expected, file.load())
+    difference = (got.int() - expected.int()).abs()
+    assert difference.max() <= 2 and difference.float().mean() < 0.25, (difference.max(), difference.float().mean())
+
+
+@pytest.mark.parametrize("kind", ["grey", "cmyk", "turned", "png", "rotated"])
+def test_what_is_no_plain_jpeg_is_left_to_pillow(tmp_path: Path, kind: str) -> None:
+    if kind == "turned":
+        exif = Image.Exif()
+        exif[0x0112] = 3
+        file = smooth_jpeg(tmp_path / "a.jpg", exif=exif)
+    elif kind == "rotated":
+        file = smooth_jpeg(tmp_path / "a.jpg")
+        file = replace(file, transform=replace(SHRUNK, rotation=7.0))
+    else:
+        name = "a.png" if kind == "png" else "a.jpg"
+        file = smooth_jpeg(tmp_path / name, {"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
+    assert torch.equal(decode_on(file, "cpu"), file.load())
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, 2000, -1, -40])
+def test_a_broken_jpeg_is_the_same_error_with_torchvision(tmp_path: Path, kept: int) -> None:
+    file = smooth_jpeg(tmp_path / "a.jpg")
+    file.path.write_bytes(file.path.read_bytes()[:kept])
+    with pytest.raises(FrameError) as expected:
+        file.load()
+    with pytest.raises(FrameError) as got:
+        decode_on(file, "cpu")
+    assert str(got.value) == str(expected.value)
+
+
+def test_another_decoder_needs_another_cache(tiny_data: Path, tmp_path: Path) -> None:
+    words = ("detector.decoder=torchvision", "detector.short_edge=64")
+    extract(tiny_settings(tiny_data, tmp_path / "a", tmp_path, *words), only=["valid"])
+    extract(tiny_settings(tiny_data, tmp_path / "b", tmp_path, words[1]), only=["valid"])
+    ours, pillows = (FeatureCache.open(tmp_path / name / "valid") for name in "ab")
+    assert ours.fingerprint == replace(pillows.fingerprint, decoder="torchvision")
+    assert b'decoder":' not in (pillows.path / "zarr.json").read_bytes(), "as before there was a choice"
+    got, expected = (each.video("1").mask_features().astype(np.float32) for each in (ours, pillows))
+    assert np.abs(got - expected).mean() < 0.05 * np.abs(expected).mean()
+    with pytest.raises(FingerprintMismatch, match="decoder of the frames: pillow here, torchvision there"):
+        extract(tiny_settings(tiny_data, tmp_path / "b", tmp_path, *words), only=["valid"])
+    with pytest.raises(FingerprintMismatch, match=r"set detector\.decoder=torchvision"):
+        open_evaluation_set(tiny_settings(tiny_data, tmp_path / "a", tmp_path, words[1]))
 
 
 def frame_file(path: Path, group: str, height: int, width: int) -> FrameFile:

@@ -7,11 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from cache.media.geometry import Transform
+from cache.reader import FeatureCache
 from configs.schema import Device, Precision, Settings
 from evaluate.tracks.predictors import head_predictor
+from extract.decoding import decode_on
 from extract.demo.stills import make_still
 from extract.detector.frozen import load_detector
+from extract.frames import FrameFile
+from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_evaluation_set, open_training_set
@@ -39,6 +45,31 @@ def test_detector_features(precision: str, tolerance: float) -> None:
     for name in ("frame_queries_BLQC", "mask_features_BCHW"):
         ours, reference = getattr(got, name).float().cpu(), getattr(expected, name)
         assert float((ours - reference).abs().mean() / reference.abs().mean()) < tolerance
+
+
+def test_nvjpeg_sees_what_pillow_sees(tmp_path: Path) -> None:
+    """nvJPEG rounds, and spreads chroma, in ways of its own."""
+    for seed in range(4):
+        Image.fromarray(make_still(seed, (180, 320)).image).save(tmp_path / f"{seed}.jpg", quality=92)
+        transform = Transform(crop=(10, 20, 160, 280), size=(80, 140), flip=True)
+        file = FrameFile(group="", path=tmp_path / f"{seed}.jpg", original_hw=(180, 320), transform=transform)
+        got = decode_on(file, "cuda")
+        difference = (got.cpu().int() - file.load().int()).abs().float()
+        assert got.is_cuda and 0 < difference.mean() < 1 and difference.max() < 40
+
+
+def test_extraction_copies_what_it_has_computed(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    extract(tiny_settings(tiny_data, tmp_path, tmp_path, "device=cuda", "detector.precision=float32"), only=["train"])
+    got, expected = (FeatureCache.open(root / "train") for root in (tmp_path, tiny_cache))
+    for name in expected.video_names():
+        ours, reference = (each.video(name).mask_features().astype(np.float32) for each in (got, expected))
+        assert np.abs(ours - reference).mean() < 1e-3 * np.abs(reference).mean()
+
+
+def test_extraction_with_nvjpeg(tiny_data: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tiny_data, tmp_path, tmp_path, "device=cuda", "detector.decoder=torchvision")
+    extract(settings)
+    assert len(FeatureCache.open(tmp_path / "train").video_names()) == 5
 
 
 def on_device(settings: Settings, device: Device, precision: Precision, name: str) -> Trainer:

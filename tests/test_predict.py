@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -11,15 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cache.errors import CacheError, FingerprintMismatch, FrameError, WeightsError
+from cache.errors import CacheError, ConfigError, FingerprintMismatch, FrameError, WeightsError
+from cache.fingerprint import HEAD_FINGERPRINT
 from cache.labels import masks
 from cache.labels.masks import encode
+from cache.media.footage import RECORD, look_through, write_record
+from cache.reader import FeatureCache
 from configs.schema import Settings
 from evaluate.pictures.labelled_frames import contact_sheet, draw_labelled, enlargement
 from evaluate.pictures.overlays import PALETTE, DrawnTrack
 from evaluate.predict import predict
 from evaluate.stage import evaluate
-from extract.video import extract_footage
+from extract.detector.frozen import load_detector
+from extract.video import _recorded, extract_footage
+from tests.cache_samples import open_writer
 from tests.video_samples import write_lossless
 
 ROOT = Path(__file__).parent.parent
@@ -91,6 +100,37 @@ def test_a_kept_cache_is_continued_and_not_extracted_again(tiny_run: Settings, o
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["own", "own-2"]
 
 
+def test_unfinished_footage_stays_out_of_the_way(
+    tiny_run: Settings, own_video: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused for want of room, killed on the way: neither is extracted again when other footage is asked for."""
+    run, config = run_of(tiny_run)
+    place = f"cache.path={tmp_path / 'kept'}"
+    with monkeypatch.context() as full:
+        full.setattr(shutil, "disk_usage", lambda path: namedtuple("Usage", "free")(0))
+        with pytest.raises(CacheError, match="6 frames do not fit"):
+            extract_footage(config, [str(own_video), place], head=run)
+    assert not (tmp_path / "kept" / "video" / RECORD).exists()
+    gone = tmp_path / "gone.mkv"
+    gone.write_bytes(own_video.read_bytes())
+    (piece,) = look_through(gone)
+    gone.unlink()
+    write_record(tmp_path / "kept" / "video", [piece])
+    features = extract_footage(config, [str(own_video), place], head=run, stride=4)
+    assert FeatureCache.open(features).video_names() == ["2"]
+    assert [done.folder.name for done in predict(tiny_run, run, features, tmp_path / "out", 0.5)] == ["own"]
+
+
+def test_footage_put_down_at_the_same_time_gets_numbers_of_its_own(tiny_run: Settings, tmp_path: Path) -> None:
+    settings, images = replace(tiny_run), frames_of(tiny_run, "shapes_valid_0001")
+    settings.cache = replace(tiny_run.cache, ignore_space=True)
+    writer, detector = open_writer(tmp_path / "cache"), load_detector(Path(settings.detector.weights))
+    with ThreadPoolExecutor(len(images)) as pool:
+        works = list(pool.map(lambda image: _recorded(settings, detector, writer, look_through(image)), images))
+    assert sorted(name for work in works for name in work) == ["1", "2", "3", "4", "5", "6"]
+    assert [work[name] for work in works for name in work] == [look_through(image)[0] for image in images]
+
+
 def test_what_does_not_fit_together_is_refused_before_any_work(
     tiny_run: Settings, own_video: Path, tmp_path: Path
 ) -> None:
@@ -100,6 +140,13 @@ def test_what_does_not_fit_together_is_refused_before_any_work(
         extract_footage(config, [str(own_video), place], head=tmp_path / "nowhere")
     with pytest.raises(FingerprintMismatch, match="short edge"):
         extract_footage(config, [str(own_video), place, "detector.short_edge=64"], head=run)
+    with pytest.raises(ConfigError, match="folder"):
+        extract_footage(config, [str(own_video), "cache.path=s3://bucket/x"], head=run)
+    shutil.copytree(run, tmp_path / "half")
+    stored = json.loads((run / HEAD_FINGERPRINT).read_text()) | {"precision": "bfloat16"}
+    (tmp_path / "half" / HEAD_FINGERPRINT).write_text(json.dumps(stored))
+    with pytest.raises(FingerprintMismatch, match="bfloat16 need device=cuda"):
+        extract_footage(config, [str(own_video), place], head=tmp_path / "half")
     with pytest.raises(FrameError, match="nothing to extract"):
         extract_footage(config, [place], head=run)
     with pytest.raises(FrameError, match="no such file"):

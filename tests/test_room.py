@@ -7,20 +7,26 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
+from cache.__main__ import main as cache_main
 from cache.errors import CacheError
 from cache.labels.annotations import load_labels
 from cache.layout import View
 from cache.reader import FeatureCache
 from cache.remote_writer import LOCAL_VIDEOS
 from configs.splits import SplitPaths
-from extract import room
 from extract.__main__ import main as extract_main
+from extract.batches import BatchRunner
+from extract.detector.frozen import FrameFeatures
+from extract.estimate import _duration, seconds_per_pixel
 from extract.jobs import SplitJobs, video_job
 from extract.room import FrameCost, Workload, stored_bytes
 from extract.stage import extract
@@ -40,13 +46,13 @@ def workload(tmp_path: Path, lengths: dict[int, int]) -> Workload:
     return Workload.of(SplitJobs(split=split, labels_json=b"", jobs=jobs, short_edge=None))
 
 
-def test_bytes_and_seconds_by_hand(tmp_path: Path) -> None:
+def test_bytes_and_hours_by_hand(tmp_path: Path) -> None:
     """Frames of 48 x 80 without resizing, padded to 64 x 96, so maps of 13 x 21 are kept of 16 x 24."""
-    cost = FrameCost(query_bytes=3 * 4 * 6 * 2, channels=6, seconds_per_pixel=1e-6)
+    cost = FrameCost(query_bytes=3 * 4 * 6 * 2, channels=6)
     work = workload(tmp_path, {1: 5, 2: 7})
     videos = [job.attributes for job in work.jobs]
     assert stored_bytes(videos, 6 * 2, cost) == 12 * (144 + 13 * 21 * 6 * 2)
-    assert room.seconds(videos, cost) == pytest.approx(12 * 64 * 96 * 1e-6)
+    assert _duration(videos, 1e-6) == "0.1 seconds" and _duration(videos, 0.1) == "2.0 hours"
 
 
 def test_videos_in_the_cache_are_not_counted(tmp_path: Path) -> None:
@@ -96,7 +102,7 @@ def test_the_estimate_is_what_is_written(
     assert extract_main() == 0
     printed = capsys.readouterr().out
     assert not (tmp_path / "none").exists()
-    blocks = re.findall(r"^(\w+): (\d+) videos, (\d+) frames, [\d.]+ minutes\n((?:  .*\n)+)", printed, re.M)
+    blocks = re.findall(r"^(\w+): (\d+) videos, (\d+) frames, [\d.]*[1-9][\d.]* \w+\n((?:  .*\n)+)", printed, re.M)
     assert [(name, videos, frames) for name, videos, frames, _ in blocks] == [
         ("train", "5", "30"),
         ("valid", "2", "12"),
@@ -110,6 +116,32 @@ def test_the_estimate_is_what_is_written(
     assert said["float16"] == pytest.approx(feature_bytes(tiny_cache / "train") / 30e6, rel=0.02)
     assert said["logit 1/64"] == pytest.approx(feature_bytes(tmp_path / "logit" / "train") / 30e6, rel=0.1)
     assert re.search(r"^free: [\d.]+ GB at ", printed, re.M)
+
+
+def test_the_cache_passes_the_question_on(capfd: pytest.CaptureFixture[str]) -> None:
+    assert cache_main(["estimate", "nowhere"]) == 2
+    assert "nowhere: no such config" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("batch_frames", [1, 8, 20, 32])
+def test_20_frames_are_timed_in_full_batches(tiny_data: Path, batch_frames: int) -> None:
+    """By a detector that takes its time: 1 ms a frame of 96 x 128 pixels with padding."""
+
+    class Slow:
+        def __init__(self) -> None:
+            self.batches = list[int]()
+
+        def features(self, images_BCHW: Tensor) -> FrameFeatures:
+            self.batches.append(len(images_BCHW))
+            time.sleep(1e-3 * len(images_BCHW))
+            nothing = torch.zeros(len(images_BCHW), 1, 1, 1)
+            return FrameFeatures(frame_queries_BLQC=nothing, mask_features_BCHW=nothing)
+
+    slow, videos = Slow(), load_labels(tiny_data / "valid.json").videos
+    jobs = [video_job(video, View(), tiny_data / "valid/JPEGImages", None) for video in videos if video.height == 96]
+    pace = seconds_per_pixel(BatchRunner(slow, batch_frames), jobs)  # type: ignore[arg-type]
+    assert set(slow.batches) == {batch_frames} and 20 <= sum(slow.batches[1:]) < 20 + batch_frames  # the first warms up
+    assert 1e-3 <= pace * 96 * 128 < 1e-2
 
 
 # Refusal

@@ -21,13 +21,18 @@ from PIL import Image
 from torch import Tensor
 
 from cache.errors import CacheError, ConfigError, FrameError, VideoBusy
+from cache.fingerprint import Provenance
 from cache.layout import VIDEOS
 from cache.reader import FeatureCache
 from cache.storage.locks import LOCKS, Owner, VideoLocks, sweep_locks
+from cache.writer import CacheWriter
 from extract.batches import BatchRunner
 from extract.detector.engines import open_detector
 from extract.detector.frozen import FrameDetector, FrameFeatures
+from extract.jobs import open_jobs
+from extract.record import EXTRACTION_RECORD
 from extract.stage import extract
+from extract.workers.pool import Equipment, VideoWorker
 from tests.cache_samples import files_below, open_writer, write_video
 from tests.conftest import tiny_settings
 
@@ -143,6 +148,30 @@ def test_unreadable_videos_are_skipped_by_name(tiny_data: Path, tiny_cache: Path
     extract(tiny_settings(data, features, tmp_path))
     assert stored_files(features) == stored_files(tiny_cache)
     assert not (features / "train" / "skipped.json").exists()
+
+
+def test_a_session_that_fails_counts_and_a_worker_leaves_nothing_of_what_it_cannot_read(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    data, features = tmp_path / "data", tmp_path / "features"
+    shutil.copytree(tiny_data, data)
+    video = json.loads((data / "train.json").read_text())["videos"][3]
+    broken = data / "train" / "JPEGImages" / video["file_names"][5]
+    broken.write_bytes(b"")
+    settings = tiny_settings(data, features, tmp_path, "detector.batch_frames=2")
+    with pytest.raises(FrameError, match="not a readable image"):
+        extract(settings, only=["train"])
+    record = json.loads((features / "train" / EXTRACTION_RECORD).read_text())
+    complete = len(FeatureCache.open(features / "train").video_names())
+    assert 6 * complete < record["frames"] < 30 and record["seconds"] > 0
+    folder = features / "train" / VIDEOS / str(video["id"])
+    assert folder.exists()
+    worker = VideoWorker(settings, Equipment(device="cpu", precision="float32", threads=1))
+    held = FeatureCache.open(features / "train")
+    assert worker.prepare(CacheWriter(held.path, held.fingerprint, held.codec, {}, Provenance.gather())) is None
+    (asked,) = open_jobs(settings, ["train"])
+    assert isinstance(worker.extract(next(job for job in asked.jobs if job.name == folder.name)), FrameError)
+    assert not folder.exists()
 
 
 # Memory

@@ -57,11 +57,11 @@ class Calibration:
 
 
 def smallest_faithful(rows: Sequence[Distortion], min_mask_iou: float) -> int:
-    """Index of the smallest row whose mean IoU suffices; of the most faithful one where none does."""
+    """Index of the smallest row whose mean IoU suffices; else of the most faithful one, of equals by their logits."""
     faithful = [index for index, row in enumerate(rows) if row.mask_iou >= min_mask_iou]
     if faithful:
         return min(faithful, key=lambda index: rows[index].bytes_per_frame)
-    return max(range(len(rows)), key=lambda index: rows[index].mask_iou)
+    return max(range(len(rows)), key=lambda index: (rows[index].mask_iou, -rows[index].logit_error))
 
 
 def write_calibration(path: Path, calibration: Calibration) -> None:

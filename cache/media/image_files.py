@@ -32,13 +32,18 @@ def to_rgb(image: Image.Image, where: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_rgb(path: Path, expected_hw: tuple[int, int]) -> NDArray[np.uint8]:
-    """Read an image (h, w, 3). Raises FrameError where it is missing, unreadable or of another size."""
+def open_rgb(path: Path) -> Image.Image:
+    """Decode an image (see to_rgb). Raises FrameError where it is missing, no image, or truncated."""
     try:
         with Image.open(path) as opened:
-            image = to_rgb(opened, path)
+            return to_rgb(opened, path)
     except _UNREADABLE as error:
         raise _unreadable(path, error) from error
+
+
+def read_rgb(path: Path, expected_hw: tuple[int, int]) -> NDArray[np.uint8]:
+    """Read an image (h, w, 3). Raises FrameError where it is unreadable or of another size."""
+    image = open_rgb(path)
     if (image.height, image.width) != expected_hw:
         raise _other_size(path, expected_hw, (image.height, image.width))
     return np.array(image)
@@ -64,7 +69,9 @@ def _size(path: Path) -> tuple[int, int]:
 
 def _unreadable(path: Path, error: Exception) -> FrameError:
     reason = "no such file" if isinstance(error, FileNotFoundError) else " ".join(str(error).split())
-    return FrameError(f"not a readable image: {reason}", where=path, hint="replace it, or take it out")
+    return FrameError(
+        f"not a readable image: {reason}", where=path, hint="fetch it again, or take it out; then the same command"
+    )
 
 
 def _other_size(path: Path, expected: tuple[int, int], got: tuple[int, int]) -> FrameError:

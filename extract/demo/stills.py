@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cache.errors import ConfigError
 from cache.labels import masks
 from cache.layout import write_file_atomically
 from cache.progress import with_progress
@@ -26,6 +29,7 @@ from extract.demo.shapes import (
 
 LABELLED_CATEGORIES = (*VIDEO_CATEGORIES, "heart", "ell")  # as COCO does, they know more than the videos show
 LABELLED_SIZE = (120, 160)  # height, width
+NOT_OURS = "name your data's config (CONFIG=...), or an empty data.root; delete what an old demo has left"
 _DETECTORS, _LABELLED = 7, 8  # streams of random numbers: no image is in both
 
 
@@ -44,25 +48,41 @@ def make_still(seed: int, image_hw: tuple[int, int]) -> Still:
 
 
 def write_stills(root: Path, count: int) -> None:
-    """Write `root`/stills and, last, `root`/stills.json (COCO instances JSON), for pseudo-videos."""
-    folder = root / "stills"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    """Write `root`/stills and, last, `root`/stills.json (COCO instances JSON), for pseudo-videos.
+
+    Raises ConfigError where the folder is there already.
+    """
     height, width = LABELLED_SIZE
     images: list[dict[str, object]] = []
     annotations: list[dict[str, object]] = []
-    for number in with_progress(range(1, count + 1), "demo data, stills", unit="image"):
-        still = _draw_still(np.random.default_rng([_LABELLED, number]), LABELLED_SIZE, LABELLED_CATEGORIES)
-        name = f"{number:05d}.jpg"
-        Image.fromarray(still.image).save(folder / name, quality=92)
-        images.append({"id": number, "file_name": name, "height": height, "width": width})
-        for mask, label in zip(still.masks, still.classes.tolist(), strict=True):
-            rle = masks.encode(mask).to_json()
-            annotation = {"image_id": number, "category_id": label + 1, "iscrowd": 0, "segmentation": rle}
-            annotations.append({"id": len(annotations) + 1, **annotation})
+    with new_folder(root / "stills") as folder:
+        for number in with_progress(range(1, count + 1), "demo data, stills", unit="image"):
+            still = _draw_still(np.random.default_rng([_LABELLED, number]), LABELLED_SIZE, LABELLED_CATEGORIES)
+            name = f"{number:05d}.jpg"
+            Image.fromarray(still.image).save(folder / name, quality=92)
+            images.append({"id": number, "file_name": name, "height": height, "width": width})
+            for mask, label in zip(still.masks, still.classes.tolist(), strict=True):
+                rle = masks.encode(mask).to_json()
+                annotation = {"image_id": number, "category_id": label + 1, "iscrowd": 0, "segmentation": rle}
+                annotations.append({"id": len(annotations) + 1, **annotation})
     categories = [{"id": index, "name": name} for index, name in enumerate(LABELLED_CATEGORIES, start=1)]
     labels = {"images": images, "annotations": annotations, "categories": categories}
     write_file_atomically(root / "stills.json", json.dumps(labels).encode())
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes `folder` when the block ends without an error.
+
+    Raises ConfigError where `folder` exists: it may hold what nobody can generate again.
+    """
+    if folder.exists():
+        raise ConfigError("this folder is there already, without its labels", where=folder, hint=NOT_OURS)
+    temporary = folder.with_name(f"{folder.name}.generated")
+    shutil.rmtree(temporary, ignore_errors=True)  # what an interrupted run has left
+    temporary.mkdir(parents=True)
+    yield temporary
+    temporary.rename(folder)
 
 
 def _draw_still(rng: np.random.Generator, image_hw: tuple[int, int], categories: tuple[str, ...]) -> Still:

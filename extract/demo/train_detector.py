@@ -1,6 +1,6 @@
 """Train the demo's detector, a small but real Mask2Former, on still images only.
 
-It plays the COCO-pretrained detector of the paper: `make demo-detector` retrains it (about an hour on 2 cores),
+It plays the COCO-pretrained detector of the paper: `make demo-detector` retrains it (about 40 minutes on 2 cores),
 resuming from its last checkpoint, and writes a Hugging Face folder (float16 safetensors) that `extract` reads.
 """
 
@@ -25,6 +25,7 @@ from extract.demo.pretrain import DensePretraining
 from extract.demo.shapes import DETECTOR_CATEGORIES
 from extract.demo.stills import make_still
 from extract.demo.videos import FRAME_SIZES
+from extract.detector.architectures import ALL_STAGES
 from extract.detector.frozen import PADDING_DIVISOR, normalise_and_pad
 from extract.detector.loading import quiet_transformers
 
@@ -32,8 +33,6 @@ DEMO_DETECTOR = Path(__file__).parent / "detector"
 NUM_HELD_OUT = 64
 _STILLS_PER_SEED = 1_000_000
 _HELD_OUT_OFFSET = 900_000_000
-
-_ALL_STAGES: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 
 Batch = dict[str, Any]
 
@@ -45,7 +44,7 @@ def build_model() -> Mask2FormerForUniversalSegmentation:
         hidden_sizes=[32, 64, 128, 192],
         depths=[1, 1, 2, 2],
         layer_type="basic",
-        **_ALL_STAGES,
+        **ALL_STAGES,
     )
     config = Mask2FormerConfig(
         backbone_config=backbone,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +18,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from cache.errors import ConfigError
 from cache.layout import write_file_atomically
 from cache.progress import with_progress
 from extract.demo.motion import crossing, drift, excursion
 from extract.demo.shapes import VIDEO_CATEGORIES, Floats, Sprite, random_background, random_texture, render
-from extract.demo.stills import write_stills
+from extract.demo.stills import NOT_OURS, new_folder, write_stills
 
 FRAME_SIZES = ((90, 160), (96, 120))  # (height, width): 16:9, which needs padding, and 5:4
 MIN_VISIBLE_AREA = 8  # pixels; a sliver smaller than this is "absent", as an annotator would have it
@@ -154,10 +154,14 @@ def _annotation(video_id: int, category: str, masks: list[NDArray[np.bool_]]) ->
 
 
 def write_split(root: Path, split: str, num_videos: int, num_frames: int | None = None) -> None:
-    """Write `root`/<split>/JPEGImages and `root`/<split>.json; the JSON comes last and marks completeness."""
-    folder = root / split / "JPEGImages"
-    shutil.rmtree(folder, ignore_errors=True)
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+    """Write `root`/<split>/JPEGImages and `root`/<split>.json; the JSON comes last and marks completeness.
+
+    Raises ConfigError where the folder is there already: it may hold what cannot be generated again.
+    """
+    with (
+        new_folder(root / split / "JPEGImages") as folder,
+        ProcessPoolExecutor(max_workers=os.cpu_count()) as pool,
+    ):
         jobs = [pool.submit(write_video, split, i, folder, num_frames) for i in range(1, num_videos + 1)]
         entries = [job.result() for job in with_progress(jobs, f"demo data, {split}", unit="video")]
     annotations = [annotation for entry in entries for annotation in entry["annotations"]]
@@ -173,10 +177,23 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
 def write_demo_data(
     root: Path, num_train: int = 200, num_valid: int = 50, num_long: int = 0, num_stills: int = 0
 ) -> None:
-    """Write what is not there yet: `num_long` videos of LONG_FRAMES (split `long`), `num_stills` for pseudo-videos."""
+    """Write what is not there yet: `num_long` videos of LONG_FRAMES (split `long`), `num_stills` for pseudo-videos.
+
+    Raises ConfigError, before anything is written, where `root` holds another data set.
+    """
     splits = (("train", num_train, None), ("valid", num_valid, None), ("long", num_long, LONG_FRAMES))
-    for split, count, length in splits:
-        if count and not (root / f"{split}.json").exists():
-            write_split(root, split, count, length)
+    missing = [entry for entry in splits if entry[1] and not (root / f"{entry[0]}.json").exists()]
+    if missing:
+        _require_own(root)
     if num_stills and not (root / "stills.json").exists():
         write_stills(root, num_stills)
+    for split, count, length in missing:
+        write_split(root, split, count, length)
+
+
+def _require_own(root: Path) -> None:
+    for split in _SPLIT_SEEDS:
+        for folder, own in ((root / split, "JPEGImages"), (root / split / "JPEGImages", f"shapes_{split}_")):
+            foreign = next((entry for entry in folder.glob("*") if not entry.name.startswith(own)), None)
+            if foreign is not None:
+                raise ConfigError("this is not the demo's data", where=foreign, hint=NOT_OURS)

@@ -18,7 +18,7 @@ from extract.detector.key_table import PIXEL_DECODER, PREDICTOR, BackboneConfig,
 Shapes = Mapping[str, tuple[int, ...]]
 
 ARCHITECTURES = ("r50", "r101", "swin-l")
-_ALL_STAGES: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
+ALL_STAGES: dict[str, Any] = {"out_features": ["stage1", "stage2", "stage3", "stage4"]}
 _NUM_LEVELS, _NUM_POINTS = 3, 4  # of the deformable attention, fixed in Mask2Former
 _SWIN_DROP_PATH = 0.3  # training only; not visible in the shapes
 
@@ -123,7 +123,7 @@ def _resnet(stem: int, *, widths: list[int], depths: list[int], layer_type: str 
         hidden_sizes=widths,
         depths=depths,
         layer_type=layer_type,
-        **_ALL_STAGES,
+        **ALL_STAGES,
     )
 
 
@@ -134,7 +134,7 @@ def _swin(embed_dim: int, *, depths: list[int], num_heads: list[int], window_siz
         num_heads=num_heads,
         window_size=window_size,
         drop_path_rate=_SWIN_DROP_PATH,
-        **_ALL_STAGES,
+        **ALL_STAGES,
     )
 
 

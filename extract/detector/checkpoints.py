@@ -67,7 +67,7 @@ class LoadReport:
 
 
 def read_official_checkpoint(path: Path) -> OfficialCheckpoint:
-    """Read an official `.pkl` or `.pth` file (REFERENCE section 2).
+    """Read an official `.pkl` or `.pth` file (Mask2Former's model zoo, or VITA's).
 
     Raises WeightsError when it is missing, truncated, unsafe, or not of the form {"model": {key: tensor}}.
     """

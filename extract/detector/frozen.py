@@ -25,7 +25,7 @@ from extract.detector.loading import load_model
 
 PIXEL_MEAN = (123.675, 116.280, 103.530)
 PIXEL_STD = (58.395, 57.120, 57.375)
-"""RGB, in 0..255; the official Mask2Former values (REFERENCE section 2)."""
+"""RGB, in 0..255: ImageNet's, as in Mask2Former's configuration files (MODEL.PIXEL_MEAN, PIXEL_STD)."""
 
 PADDING_DIVISOR = 32
 PRECISIONS: Mapping[str, torch.dtype] = {

@@ -116,17 +116,20 @@ class TrainableDetector(nn.Module):
         return to_official(self.table, self.model.state_dict())
 
     def load_official_state(self, state: Mapping[str, Tensor]) -> None:
-        """Take up `official_state` again."""
+        """Load what `official_state` returned."""
         self.model.load_state_dict(from_official(self.table, state), strict=False)
 
     def save(self, folder: Path) -> None:
         """Write a Hugging Face folder that `extract` reads as `detector.weights`; it replaces an older one."""
-        temporary = folder.with_name(f"{folder.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary, older = (folder.with_name(f"{folder.name}.{word}") for word in ("tmp", "old"))
+        for left in (temporary, older):
+            shutil.rmtree(left, ignore_errors=True)
         with quiet_transformers():
             self.model.save_pretrained(temporary, safe_serialization=True)
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            folder.rename(older)  # It takes long to remove: a kill meanwhile must not leave none.
         temporary.rename(folder)
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def with_classes(

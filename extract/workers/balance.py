@@ -1,7 +1,7 @@
 """`python -m extract balance`: what many workers would do, by simulation, before anybody pays for them.
 
 Lengths are drawn, not read: log-normal about the mean and cut at the longest video of a data set. Of YouTube-VIS 2019
-the mean is known (61,845 frames of 2,238 train videos), of OVIS the longest video (REFERENCE section 7); all other
+the mean is known (61,845 frames of 2,238 train videos), of OVIS the longest video (500 frames); all other
 figures in LENGTHS are assumptions.
 """
 
@@ -20,8 +20,8 @@ LENGTHS = {"ytvis2019": (27.6, 0.3, 36), "ytvis2021": (30.0, 0.4, 84), "ovis": (
 """Mean of the frames, spread (of their logarithm), longest video."""
 METADATA_FILES = 3
 """Of a video: its group and two arrays."""
-FLOAT16_BYTES = 7_500_000
-"""A frame of 360x640 with its queries (REFERENCE section 10); other codecs need less: `python -m extract estimate`."""
+BYTES_PER_FRAME = 7_500_000
+"""A frame of 360x640 with its queries (README.md, How large?); other codecs need less: `python -m extract estimate`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ def print_balance(num_workers: int, num_videos: int, rates: Rates) -> None:
         lengths = draw_lengths(name, num_videos, rng)
         frames = sum(lengths)
         best, plain = (simulate(order, num_workers, rates) for order in (sorted(lengths, reverse=True), lengths))
-        hours, terabytes = best.seconds / 3600, frames * FLOAT16_BYTES / 1e12
+        hours, terabytes = best.seconds / 3600, frames * BYTES_PER_FRAME / 1e12
         files = sum(METADATA_FILES + 2 * -(-length // FRAMES_PER_SHARD) for length in lengths)
         print(f"{name:<12}{frames:>12,}{best.idle:>14.2%} {plain.idle:>11.2%}{hours:>8.2f}", end="")
         print(f"{hours * num_workers * rates.dollars_per_gpu_hour:>9,.0f}{terabytes:>12,.2f}{files:>12,}", end="")

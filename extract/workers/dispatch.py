@@ -13,7 +13,7 @@ from extract.streaming import UNREADABLE, Advance, Outcome
 from extract.workers.pool import VIDEOS_AT_A_TIME, Crew, require_ray
 
 MAX_DEATHS = 3
-"""Of workers, before the video that they were at is given up."""
+"""So many workers may die over one video; then it is given up."""
 _PATIENCE = 600.0  # seconds without any worker
 
 

@@ -21,12 +21,13 @@ from cache.errors import CacheError, ConfigError, VitaCacheError
 from cache.writer import CacheWriter
 from configs.schema import ExtractSettings, Settings
 from extract.batches import BatchRunner
+from extract.decoding import frame_decoder
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import open_detector
 from extract.detector.frozen import FrameDetector
 from extract.jobs import VideoJob
 from extract.stage import fingerprint
-from extract.streaming import extract_videos
+from extract.streaming import UNREADABLE, extract_videos
 
 VIDEOS_AT_A_TIME = 2
 """Of a worker: one is decoded or written while the detector works on the other."""
@@ -56,7 +57,8 @@ class VideoWorker:
         try:
             if self._runner is None:
                 detector = open_detector(chosen, precision=self._equipment.precision, device=self._equipment.device)
-                self._runner = BatchRunner(detector, chosen.batch_frames)
+                decode = frame_decoder(chosen.decoder, self._equipment.device)
+                self._runner = BatchRunner(detector, chosen.batch_frames, decode)
             mine = fingerprint(
                 self._settings, self._runner.detector, weights_sha256(Path(chosen.weights)), writer.codec
             )
@@ -69,11 +71,14 @@ class VideoWorker:
         return None
 
     def extract(self, job: VideoJob) -> VitaCacheError | None:
-        """Extract and commit one video."""
+        """Extract and commit one video; nothing is left of one that cannot be read."""
         assert self._runner is not None
         torch.set_num_threads(self._equipment.threads)  # of this thread: two videos are extracted at a time
         try:
             busy = extract_videos(self._runner, self._writer, [job], lambda frames: None)
+        except UNREADABLE as error:
+            self._writer.discard(job.name)
+            return error
         except VitaCacheError as error:
             return error
         except OSError as error:

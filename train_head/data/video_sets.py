@@ -126,7 +126,8 @@ def _open_mixed(settings: Settings, videos: VideoSet, path: Path, ratio: float) 
     other = FeatureCache.open(local_copy(path, settings.cache.stage_to), preload=settings.cache.preload)
     wanted = replace(videos.feature_cache.fingerprint, short_edge=other.fingerprint.short_edge)
     hint = (
-        "extract both with the same detector and codec: `make extract` with the detector.* and cache.* of this config"
+        "both need the same detector, and one fit of the codec: extract this one into another cache.path, with the "
+        f"detector.* of this config and cache.codec_from={videos.feature_cache.path}"
     )
     other.fingerprint.require(wanted, where=path, hint=hint)
     labels = other.labels()
@@ -148,6 +149,7 @@ def _require_settings(feature_cache: FeatureCache, settings: Settings) -> None:
     wanted = {
         "detector.num_layers": (stored.num_layers, detector.num_layers),
         "detector.short_edge": (stored.short_edge or None, detector.short_edge),
+        "detector.decoder": (stored.decoder, detector.decoder.value),
         "cache.codec": (codec, codec if settings.cache.codec is CodecName.auto else settings.cache.codec.value),
     }
     for key, (held, asked) in wanted.items():
