@@ -13,7 +13,7 @@ from torch import nn
 from cache.codecs import Codec
 from cache.heads import DetectorHeads
 from cache.reader import FeatureCache
-from configs.schema import LossSettings, PaddedArea, Settings
+from configs.schema import LossSettings, Settings
 from train_head.heads.contract import HeadConfig
 from train_head.losses.criterion import LossWeights, VitaCriterion
 from train_head.losses.mask_folding import MapDecoding
@@ -90,7 +90,7 @@ def build_criterion(chosen: LossSettings) -> VitaCriterion:
             no_object=chosen.no_object_weight,
         ),
         cost_weights=CostWeights(label=chosen.class_weight, mask=chosen.mask_weight, dice=chosen.dice_weight),
-        padded_area="background" if chosen.padded_area is PaddedArea.background else "ignore",
+        padded_area=chosen.padded_area,
         absent_frames=chosen.absent_frames,
     )
 

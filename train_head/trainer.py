@@ -24,6 +24,7 @@ from train_head.build import TrainedPart, build_optimizer, head_config, learning
 from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from train_head.data.clip_loader import load_clips
 from train_head.data.sources import AnyClip, CachedSource, FeatureSource
+from train_head.data.upload import place_batches
 from train_head.data.video_sets import open_training_set
 from train_head.distributed import Group, join_group
 from train_head.heads.kinds import build_head
@@ -174,8 +175,7 @@ class Trainer(Generic[AnyClip]):
         steps = range(self.progress.step, train.iterations)
         numbers = share_of_batches(steps, train.batch_clips, self.group)
         clips = load_clips(self.source.clips(), numbers, workers=train.workers, held=own, device=self.device)
-        for _ in steps:
-            yield list(islice(clips, own))
+        return place_batches((list(islice(clips, own)) for _ in steps), self.source.place, self.device)
 
     def training_step(self, clips: Sequence[AnyClip]) -> StepLosses:
         """Gradients and update for one batch; raises VitaCacheError, naming the videos, if anything is not finite."""
