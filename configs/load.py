@@ -102,7 +102,7 @@ def _all_keys(schema: DictConfig, prefix: str = "") -> list[str]:
 def _validate(settings: Settings, values: Mapping[str, Any], where: str) -> None:
     """Refuse values, given by dotted name too, that no run could work with; ConfigError names the setting."""
     signs = {name: (values[name] is None or values[name] > 0, values[name], "more than 0") for name in _POSITIVE}
-    signs |= {name: (values[name] >= 0, values[name], "0 or more") for name in _NOT_NEGATIVE}
+    signs |= {name: (values[name] is None or values[name] >= 0, values[name], "0 or more") for name in _NOT_NEGATIVE}
     _refuse(signs, where)
     _validate_relations(settings, where)
     _validate_sources(settings, where)
