@@ -13,16 +13,8 @@ from cache.labels.annotations import load_labels
 from cache.layout import View
 from cache.media.geometry import Transform
 from cache.reader import FeatureCache
-from train_head.data.clips import (
-    ClipConfig,
-    ClipDataset,
-    ClipSource,
-    ClipStream,
-    draw_frames,
-    read_targets,
-    remembered_mask,
-    shown_mask,
-)
+from train_head.data.clip_labels import read_targets, remembered_mask, shown_mask
+from train_head.data.clips import ClipConfig, ClipDataset, ClipSource, ClipStream, draw_frames
 
 
 def open_dataset(features: Path, seed: int = 3) -> ClipDataset:

@@ -33,7 +33,7 @@ from tests.train_until import interrupt, on_two_processes
 from train_head.__main__ import main
 from train_head.build import trained_parameters
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.data.clips import read_targets
+from train_head.data.clip_labels import read_targets
 from train_head.data.live_clips import LiveClip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set

@@ -19,7 +19,8 @@ from evaluate.metrics.weighted import FloatArray, IntArray
 from evaluate.pictures.overlays import evenly
 from evaluate.tracks.predictors import head_predictor
 from train_head.build import build_criterion, point_config
-from train_head.data.clips import Clip, read_targets
+from train_head.data.clip_labels import read_targets
+from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import VideoSet
 from train_head.heads.contract import HeadOutputs, TrackHead

@@ -23,8 +23,9 @@ from cache.labels.annotations import parse_labels
 from cache.media.geometry import Transform
 from cache.storage.frames import open_frames
 from train_head.bench.problem import VIDEO_FRAMES, Problem, bench_labels
+from train_head.data.clip_labels import read_targets, remembered_mask
 from train_head.data.clip_loader import Empty, load_clips, usual_workers
-from train_head.data.clips import USUAL_OBJECTS, read_targets, remembered_mask
+from train_head.data.clips import USUAL_OBJECTS
 from train_head.losses.targets import ClipTargets
 
 CLIP_FRAMES, CLIPS, ROUNDS = 6, 48, 3

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -23,21 +23,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.errors import AnnotationError
-from cache.labels import masks
-from cache.labels.masks import Rle
-from cache.labels.tracks import Labels, Track
+from cache.labels.tracks import Labels
 from cache.layout import View, video_group_name
-from cache.media.geometry import Transform, transform_of
+from cache.media.geometry import transform_of
 from cache.reader import ClipArrays, FeatureCache
+from train_head.data.clip_labels import read_targets, remembered_mask
 from train_head.data.clip_loader import Empty
 from train_head.data.upload import Copy
 from train_head.draws import ClipDraw
-from train_head.losses.targets import ClipTargets, clip_targets
+from train_head.losses.targets import ClipTargets
 
 USUAL_OBJECTS = 8
 """What the masks of a clip are given room for (see clip_loader.ClipReader); videos rarely show more."""
-_REMEMBERED_MASKS = 1 << 15
-"""Of every data worker: some 60 MB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,47 +211,3 @@ def draw_frames(
         shuffled = [int(frame) for _ in range(rounds) for frame in rng.permutation(others)]
         drawn = np.array(shuffled[: num_frames - 1], dtype=np.int64)
     return tuple(sorted([reference, *map(int, drawn)]))
-
-
-def shown_mask(rle: Rle, transform: Transform) -> NDArray[np.uint8]:
-    """The mask (h, w) as a transform shows it (nearest, as the release)."""
-    return transform.on_mask(masks.mask(rle))
-
-
-def remembered_mask(rle: Rle, transform: Transform) -> NDArray[np.uint8]:
-    """The same, of masks that come again: a clip's 24 take 4 ms instead of 10, or of 25 where labels have 720p."""
-    return masks.mask(_by_rows(rle, transform)).T
-
-
-@lru_cache(maxsize=_REMEMBERED_MASKS)
-def _by_rows(rle: Rle, transform: Transform) -> Rle:
-    """The shown mask's transpose: what is decoded column by column then lies in memory row by row."""
-    return masks.encode(shown_mask(rle, transform).T)
-
-
-def read_targets(
-    labels: Labels,
-    video_id: int,
-    frames: Sequence[int],
-    transforms: Sequence[Transform],
-    empty: Empty = np.empty,
-    mask: Callable[[Rle, Transform], NDArray[np.uint8]] = shown_mask,
-) -> ClipTargets:
-    """Decode the labels of some frames of a video, each as its transform shows it, into memory of `empty`."""
-    tracks = [track for track in labels.tracks_of(video_id) if not track.iscrowd]
-    seen = [number for number, track in enumerate(tracks) if _is_seen(track, frames)]
-    masks_NThw = empty((len(seen), len(frames), *transforms[0].size), np.dtype(np.uint8))
-    for masks_Thw, number in zip(masks_NThw, seen, strict=True):
-        for mask_hw, frame, transform in zip(masks_Thw, frames, transforms, strict=True):
-            rle = tracks[number].segmentations[frame]
-            mask_hw[:] = 0 if rle is None else mask(rle, transform)
-    categories = [labels.category_index[tracks[number].category_id] for number in seen]
-    return clip_targets(
-        torch.tensor(categories, dtype=torch.int64),
-        torch.tensor(seen, dtype=torch.int64),
-        torch.from_numpy(masks_NThw),
-    )
-
-
-def _is_seen(track: Track, frames: Sequence[int]) -> bool:
-    return any(track.segmentations[frame] is not None for frame in frames)

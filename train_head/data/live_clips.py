@@ -16,8 +16,9 @@ from torch import Tensor
 from cache.labels.tracks import Video
 from cache.media.geometry import Transform, TransformRanges, network_size
 from configs.schema import FinetuneSettings
+from train_head.data.clip_labels import read_targets
 from train_head.data.clip_loader import Empty
-from train_head.data.clips import USUAL_OBJECTS, ClipStream, read_targets
+from train_head.data.clips import USUAL_OBJECTS, ClipStream
 from train_head.data.upload import Copy
 from train_head.draws import ClipDraw
 from train_head.losses.targets import ClipTargets
