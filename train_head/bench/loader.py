@@ -102,6 +102,7 @@ def main() -> None:
             speeds[workers] = clips_per_second(RandomClips(fields), workers)
             print(f"{speeds[workers]:8.1f} clips/s  {workers} workers, {speeds[workers] / bare:.2f} of preadv")
     if chosen.json is not None:
+        chosen.json.parent.mkdir(parents=True, exist_ok=True)
         chosen.json.write_text(json.dumps({"machine": facts, "preadv": bare, "workers": speeds}, indent=2))
 
 
