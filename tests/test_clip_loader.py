@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train_head.data.clip_loader import Empty, Slots, load_clips
+from train_head.data.clip_loader import Empty, Slots, load_clips, usual_workers
 from train_head.data.upload import Copy, place_batches
 
 CPU = torch.device("cpu")
@@ -161,3 +162,12 @@ def test_memory_that_cannot_be_page_locked_serves_too(
     slots.pin()
     assert "does not page-lock" in capsys.readouterr().out
     assert_right(slots.unpack(slots.pack(lambda empty: Numbers().read(1, empty))), 1)
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    found = []
+    for processes in ("1", "4", "8", "16"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        found.append(usual_workers(torch.device("cuda")))
+    assert found == [4, 3, 1, 1] and usual_workers(CPU) == 2
