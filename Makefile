@@ -108,7 +108,7 @@ doctor: $(STAMP)  ## when something fails: check machine, disk, data and weights
 
 bench: $(STAMP)  ## a training step against the live detector; reading, workers, inference, extraction [SMALL=1: only that they run]
 	$(PY) -m cache bench --json bench.json $(if $(SMALL),--scale 0.01)
-	$(PY) -m train_head.bench.loader $(if $(SMALL),--scale 0.01)
+	$(PY) -m train_head.bench.loader --json runs/bench_loader.json $(if $(SMALL),--scale 0.01)
 	$(PY) -m train_head bench --output runs/bench_step.json $(if $(SMALL),--small)
 	$(PY) -m evaluate bench --output runs/bench_inference.json $(if $(SMALL),--small)
 	$(PY) -m extract bench --output runs/bench_extraction.json $(CONFIG) $(if $(SMALL),--small) $(OVERRIDES)

@@ -125,7 +125,7 @@ class _Origin:
 def _validate(settings: Settings, values: Mapping[str, Any], origin: _Origin) -> None:
     """Refuse values, given by dotted name too, that no run could work with; ConfigError names the setting."""
     signs = [(name, values[name] is None or values[name] > 0, "more than 0") for name in _POSITIVE]
-    signs += [(name, values[name] >= 0, "0 or more") for name in _NOT_NEGATIVE]
+    signs += [(name, values[name] is None or values[name] >= 0, "0 or more") for name in _NOT_NEGATIVE]
     _refuse(signs, values, origin)  # Relations divide by some of them.
     _refuse([*_relations(settings), *_sources(settings)], values, origin)
 

@@ -235,7 +235,7 @@ class TrainSettings:
     time_budget: float = 0.0  # seconds after which a run stops, with a checkpoint; 0 is no limit
     precision: Precision = Precision.auto
     compile: bool = False  # torch.compile the head: minutes at the start; what it gains on CUDA is not measured
-    workers: int = 2
+    workers: int | None = None  # that read clips ahead; null: 2, on CUDA up to 4 a GPU; 0: the trainer reads
     log_every: int = 20
     checkpoint_every: int = 1000
     evaluate_every: int = 0  # steps between evaluations while training, which keep the best checkpoint; 0 is never

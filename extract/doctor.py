@@ -29,6 +29,7 @@ from extract.room import existing_folder, free_bytes
 LIBRARIES = ("zarr", "numcodecs", "h5py", "scipy", "pycocotools", "transformers", "av", "fastcrc")
 PYTHONS = ((3, 11), (3, 13))
 SMALL_DISK = 2e9
+SMALL_SHARED = 1e9
 PROBE_BYTES = 64 * 2**20
 GREEN, RED, PLAIN = "\033[32m", "\033[31m", "\033[0m"
 
@@ -63,6 +64,7 @@ def examine(settings: Settings) -> Iterator[Finding]:
         ("pytorch", _pytorch),
         ("gpu", _gpu),
         ("libraries", _libraries),
+        ("shared", partial(_shared_memory, Path("/dev/shm"), settings)),
         ("runs", partial(_folder, "runs", Path(settings.runs))),
         ("cache.path", partial(_cache_path, settings)),
     ]
@@ -129,6 +131,16 @@ def _libraries() -> Finding:
     if missing:
         return Finding(name="libraries", message=f"not importable: {', '.join(missing)}", remedy="make install")
     return Finding(name="libraries", message=f"{len(LIBRARIES)} importable")
+
+
+def _shared_memory(folder: Path, settings: Settings) -> Finding:
+    """Whether the clips that training reads ahead fit: some 50 MB each of float16 features, 12 or more of them."""
+    if not folder.is_dir():
+        return Finding(name="shared", message=f"no {folder} on this system")
+    free = free_bytes(folder)
+    small = free < SMALL_SHARED and settings.train.workers != 0
+    remedy = "docker run --shm-size=8g (or --ipc=host); clips now go by way of files in the temporary folder"
+    return Finding(name="shared", message=f"{free / 1e9:.1f} GB free in {folder}", remedy=remedy if small else "")
 
 
 def _cache_path(settings: Settings) -> Finding:

@@ -1,15 +1,23 @@
-"""Clips through slots of shared memory: the right numbers in order, never overwritten while they are in use."""
+"""Clips through slots of shared memory, in order, never overwritten while in use; batches on their way to a GPU."""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import islice
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from train_head.data.clip_loader import Empty, load_clips
+from train_head.data.clip_loader import Empty, Slots, load_clips, usual_workers
+from train_head.data.upload import Copy, place_batches
 
 CPU = torch.device("cpu")
 
@@ -78,3 +86,88 @@ def test_clips_all_kept_are_all_right() -> None:
 def test_slots_too_small_for_any_clip_serve_too() -> None:
     for index, clip in enumerate(load_clips(Numbers(clip_bytes=1), range(5), workers=0, held=1, device=CPU)):
         assert_right(clip, index)
+
+
+class FakeGpu:
+    """What `upload` asks of CUDA, as far as it can be told without a device: how far copies are."""
+
+    def __init__(self) -> None:
+        self.sent, self.arrived = 0, 0
+
+    def event(self) -> SimpleNamespace:
+        """An event of the copies that are sent by now."""
+        self.sent += 1
+        number = self.sent
+
+        def synchronize() -> None:
+            self.arrived = max(self.arrived, number)
+
+        return SimpleNamespace(record=lambda: None, synchronize=synchronize)
+
+
+def place(clip: SmallClip, _: Copy) -> SmallClip:
+    return SmallClip(**{name: t.clone() if isinstance(t, Tensor) else t for name, t in vars(clip).items()})
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
+    gpu = FakeGpu()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace(device=device))
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    return gpu
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_every_clip_of_a_batch_ahead_has_a_slot(workers: int, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also just after a batch, when the memory of the one on its way to the GPU is not yet free."""
+    held, without_slot, unpack = 3, [], Slots.unpack
+
+    def watched(slots: Slots, packed: Any) -> Any:
+        without_slot.append(packed.slot is None)
+        return unpack(slots, packed)
+
+    monkeypatch.setattr(Slots, "unpack", watched)
+    clips = load_clips(Numbers(clip_bytes=40_000), range(36), workers=workers, held=held, device=CPU)
+    batches = place_batches((list(islice(clips, held)) for _ in range(12)), place, torch.device("cuda"))
+    for number, batch in enumerate(batches):
+        assert [clip.index for clip in batch] == list(range(held * number, held * (number + 1)))
+        assert (gpu.sent, gpu.arrived) == (min(number + 2, 12), number + 1)
+        for clip in batch:
+            assert_right(clip, clip.index)
+        time.sleep(0.02)  # workers read as far ahead as they may
+    assert without_slot == [False] * 36
+
+
+def test_batches_on_the_cpu_are_not_read_ahead() -> None:
+    read: list[int] = []
+
+    def batches() -> Iterator[list[SmallClip]]:
+        for index in range(3):
+            read.append(index)
+            yield [Numbers().read(index, np.empty)]
+
+    for number, (clip,) in enumerate(place_batches(batches(), place, CPU)):
+        assert_right(clip, number)
+        assert read == list(range(number + 1))
+
+
+def test_memory_that_cannot_be_page_locked_serves_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusing = SimpleNamespace(cudaHostRegister=lambda *_: 801)  # cudaErrorNotSupported
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: refusing)
+    slots = Slots(1, 2, 4096)
+    slots.pin()
+    assert "does not page-lock" in capsys.readouterr().out
+    assert_right(slots.unpack(slots.pack(lambda empty: Numbers().read(1, empty))), 1)
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    found = []
+    for processes in ("1", "4", "8", "16"):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        found.append(usual_workers(torch.device("cuda")))
+    assert found == [4, 3, 1, 1] and usual_workers(CPU) == 2

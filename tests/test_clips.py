@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from cache.labels.annotations import load_labels
 from cache.layout import View
 from cache.media.geometry import Transform
 from cache.reader import FeatureCache
-from train_head.data.clips import ClipConfig, ClipDataset, ClipSource, ClipStream, draw_frames, read_targets
+from train_head.data.clip_labels import read_targets, remembered_mask, shown_mask
+from train_head.data.clips import ClipConfig, ClipDataset, ClipSource, ClipStream, draw_frames
 
 
 def open_dataset(features: Path, seed: int = 3) -> ClipDataset:
@@ -58,26 +60,26 @@ def test_every_epoch_visits_every_labelled_video_once(tiny_cache: Path) -> None:
 
 def test_a_clip_depends_on_seed_and_index_alone(tiny_cache: Path) -> None:
     first, second = open_dataset(tiny_cache), open_dataset(tiny_cache)
-    clips = {index: first[index] for index in (9, 0, 4)}
+    clips = {index: first.read(index, np.empty) for index in (9, 0, 4)}
     for index in (4, 9, 0):
-        again = second[index]
-        assert again.video_id == clips[index].video_id
+        again = second.read(index, np.empty)
+        assert again.key == clips[index].key
         assert again.frames == clips[index].frames
         assert torch.equal(again.map_TRHW, clips[index].map_TRHW)
         assert torch.equal(again.targets.masks_NThw, clips[index].targets.masks_NThw)
     other = open_dataset(tiny_cache, seed=4)
-    assert any(other[i].frames != first[i].frames or other[i].video_id != first[i].video_id for i in range(6))
+    assert any(other.stream.draw(i) != first.stream.draw(i) for i in range(6))
 
 
 def test_a_clip_carries_the_cached_frames_and_the_labels_of_them(tiny_cache: Path) -> None:
     dataset = open_dataset(tiny_cache)
-    clip = dataset[1]
+    clip, video_id = dataset.read(1, np.empty), dataset.stream.draw(1).video_id
     source = dataset.sources[0]
-    cached = source.feature_cache.video(str(clip.video_id))
+    cached = source.feature_cache.video(str(video_id))
     for position, frame in enumerate(clip.frames):
         assert np.array_equal(clip.map_TRHW[position].numpy(), cached.mask_features([frame])[0])
         assert np.array_equal(clip.frame_queries_TLQC[position].numpy(), cached.frame_queries([frame])[0])
-    tracks = source.labels.tracks_of(clip.video_id)
+    tracks = source.labels.tracks_of(video_id)
     for row, identity in enumerate(clip.targets.identities_N.tolist()):
         track = tracks[identity]
         assert clip.targets.labels_N[row] == source.labels.category_index[track.category_id]
@@ -99,6 +101,42 @@ def test_labels_are_resized_to_the_networks_input(tiny_cache: Path) -> None:
     rle = track.segmentations[frame]
     assert rle is not None
     assert np.array_equal(doubled.masks_NThw[row, 0].numpy(), masks.mask(rle).repeat(2, 0).repeat(2, 1))
+
+
+@pytest.mark.parametrize("size", [(24, 36), (36, 54)])
+def test_remembered_masks_are_the_decoded_ones(size: tuple[int, int]) -> None:
+    """Cut out and mirrored, as a view does; no pixel, one, many."""
+    for pixels in (0, 1, 300):
+        mask = np.zeros(24 * 36, np.uint8)
+        mask[np.random.default_rng(pixels).choice(24 * 36, pixels, replace=False)] = 1
+        rle = masks.encode(mask.reshape(24, 36))
+        for transform in (
+            Transform.resize((24, 36), size),
+            Transform(crop=(3, 5, 16, 24), size=size, flip=True),
+        ):
+            for _ in range(2):
+                remembered = remembered_mask(rle, transform)
+                assert np.array_equal(remembered, shown_mask(rle, transform))
+                assert remembered.flags.c_contiguous or size == (24, 36)
+
+
+def test_objects_that_are_not_seen_are_left_out(tiny_cache: Path) -> None:
+    """Some have no mask in any of the frames, one has masks but is cut away: all others keep their numbers."""
+    labels = load_labels(tiny_cache / "train" / "annotations.json")
+    video = labels.videos[0]
+    full, corner = np.ones((video.height, video.width), np.uint8), np.zeros((video.height, video.width), np.uint8)
+    corner[:2, :2] = 1
+    shapes = [full, None, corner, full]
+    template = labels.tracks[0]
+    tracks = tuple(
+        replace(template, id=n, segmentations=(None if shape is None else masks.encode(shape),) * video.length)
+        for n, shape in enumerate(shapes)
+    )
+    cut = Transform(crop=(10, 10, 20, 20), size=(20, 20))
+    targets = read_targets(replace(labels, tracks=tracks), video.id, [0, 1], [cut] * 2)
+    assert targets.identities_N.tolist() == [0, 3] and targets.masks_NThw.all()
+    whole = Transform.resize(full.shape, full.shape)
+    assert read_targets(replace(labels, tracks=tracks), video.id, [0], [whole]).identities_N.tolist() == [0, 2, 3]
 
 
 def test_videos_without_objects_or_features_are_refused(tiny_cache: Path) -> None:

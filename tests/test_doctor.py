@@ -7,6 +7,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from configs.schema import Settings
 from extract.doctor import examine
@@ -44,6 +47,14 @@ def test_an_interrupted_extraction_is_named(tiny_data: Path, tiny_cache: Path, t
     metadata.write_text(metadata.read_text().replace('"complete": true', '"complete": false'))
     found = reds(tiny_settings(tiny_data, feature_cache, tmp_path))
     assert found == {"cache train": "1 of 5 videos are incomplete"}
+
+
+def test_docker_s_shared_memory_is_too_small_for_workers(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
+    assert "shared" not in reds(tiny_settings(tiny_data, tiny_cache, tmp_path))  # the demo has no workers
+    assert "shared" in reds(tiny_settings(tiny_data, tiny_cache, tmp_path, "train.workers=null"))
 
 
 def test_exit_status_and_a_line_per_check(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from tests.train_until import interrupt, on_two_processes
 from train_head.__main__ import main
 from train_head.build import trained_parameters
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
-from train_head.data.clips import read_targets
+from train_head.data.clip_labels import read_targets
 from train_head.data.live_clips import LiveClip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
@@ -86,10 +86,10 @@ def test_live_and_cached_features_give_one_loss(tiny_data: Path, tiny_cache: Pat
     live = LiveSource(settings, CPU, augment=False)
     trainer = Trainer(settings, cached, tmp_path)
     step, indices = trainer.compute, (0, 3)
-    clips, live_clips = [cached.clips()[i] for i in indices], [live.clips()[i] for i in indices]
+    clips, live_clips = ([source.clips().read(i, np.empty) for i in indices] for source in (cached, live))
     targets = [cached.targets(clip) for clip in clips]
     for clip, live_clip in zip(clips, live_clips, strict=True):
-        assert (clip.video_id, clip.frames) == (live_clip.video_id, live_clip.frames)
+        assert (clip.name, clip.frames) == (live_clip.name, live_clip.frames)
         assert torch.equal(clip.targets.masks_NThw, live_clip.targets.masks_NThw)
     normalisers = step.normalisers(targets)
     with torch.no_grad():
@@ -126,7 +126,6 @@ def unpadded_clip(source: LiveSource, video: Video) -> LiveClip:
     return LiveClip(
         index=video.id,
         name=video.name,
-        video_id=video.id,
         frames=(0,),
         images_T3HW=torch.from_numpy(np.array(image)).permute(2, 0, 1)[None],
         targets=read_targets(source.labels, video.id, [0], [transform]),
@@ -284,7 +283,7 @@ def test_pseudo_videos_are_mixed_in(tiny_data: Path, tiny_cache: Path, tmp_path:
     clips = source.clips()
     drawn = [clips.stream.draw(index) for index in range(10)]
     assert [found.source for found in drawn].count(1) == 5
-    clip = clips[next(index for index, found in enumerate(drawn) if found.source == 1)]
+    clip = clips.read(next(index for index, found in enumerate(drawn) if found.source == 1), np.empty)
     assert min(clip.images_T3HW.shape[-2:]) == 64 and clip.targets.image_hw == tuple(clip.images_T3HW.shape[-2:])
     trainer = Trainer(source.settings, source, tmp_path)
     assert StepLosses.read(trainer.compute.gradients(trainer.head, [clip]), torch.tensor(0.0)).frames > 0
@@ -307,7 +306,7 @@ def test_every_clip_cuts_its_image_out_anew_and_the_labels_follow(
     drawn = [(i, found) for i in range(60) if (found := clips.stream.draw(i)).source == 1]
     first, video_id = drawn[0][0], drawn[0][1].video_id
     later = next(i for i, found in drawn[1:] if found.video_id == video_id)  # of another epoch
-    one, again, other = clips[first], source.clips()[first], clips[later]
+    one, again, other = (clips.read(number, np.empty) for number in (first, first, later))
     assert torch.equal(one.images_T3HW, again.images_T3HW) and torch.equal(
         one.targets.masks_NThw, again.targets.masks_NThw
     )

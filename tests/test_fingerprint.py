@@ -91,6 +91,7 @@ def test_unreadable_fingerprints_are_refused(stored: Any) -> None:
 
 TABLE = {
     "detector weights, architecture or number of stored layers": "test_row_changed_features_need_another_cache",
+    "decoder of the frames": "test_frames.py::test_another_decoder_needs_another_cache",
     "short edge, mean, deviation, padding divisor, precision": "test_row_changed_features_need_another_cache",
     "codec, or another fit of the same codec": "test_codec_storage.py::test_another_fit_is_another_cache",
     "settings of the fit": "test_codec_extraction.py::test_a_continued_cache_keeps_its_fit",

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from cache.errors import ConfigError
 from cache.heads import DetectorHeads
+from configs.schema import FrameMatching
 from train_head.losses.detector_predictions import FrozenHeads
 from train_head.losses.frame_matches import frame_points, label_map, match_frames
 from train_head.losses.mask_folding import MapDecoding
@@ -89,7 +90,7 @@ def test_matches_are_the_cheapest_by_the_literal_costs(mode: str, classes_of_lab
 
     frozen = FrozenHeads(heads)
     pairs = [(label, number) for label, numbers in enumerate(classes_of_label) for number in numbers]
-    map_KJ = label_map(mode, len(classes_of_label), NUM_CLASSES, pairs)  # type: ignore[arg-type]
+    map_KJ = label_map(FrameMatching(mode), len(classes_of_label), NUM_CLASSES, pairs)
     predictions = frozen.predict(frozen.normed(queries), decoding)
     actual_LTN = match_frames(predictions, stored_TRHW, targets, map_KJ, points_TP2)
 
@@ -124,7 +125,7 @@ def test_more_objects_than_queries_and_empty_clips() -> None:
     map_TRHW = torch.randn(1, CHANNELS, 6, 8, generator=generator)
     masks = torch.rand(7, 1, *HW, generator=generator) > 0.5
     crowd = clip_targets(torch.zeros(7, dtype=torch.int64), torch.arange(7), masks)
-    map_KJ = label_map("mask_only", NUM_LABELS, NUM_CLASSES)
+    map_KJ = label_map(FrameMatching.mask_only, NUM_LABELS, NUM_CLASSES)
     matches = match_frames(predictions, map_TRHW, crowd, map_KJ, frame_points("a", [0], P))
     for layer in range(L):
         assert sorted(matches[layer, 0].tolist()) == [-1, -1, *range(Q)]
@@ -142,4 +143,4 @@ def test_points_belong_to_video_and_frame() -> None:
 
 def test_the_release_s_mode_needs_the_data_set_s_classes() -> None:
     with pytest.raises(ConfigError, match="mask_only"):
-        label_map("release", 40, 80)
+        label_map(FrameMatching.release, 40, 80)

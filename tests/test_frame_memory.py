@@ -1,42 +1,64 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
+from train_head.data import frame_memory
 from train_head.data.clips import Clip, ClipConfig, ClipDataset, ClipStream
+from train_head.data.frame_memory import FrameMatchMemory, build_frame_memory, redrawn_classes
 from train_head.data.video_sets import VideoSet, open_training_set
 from train_head.losses.detector_predictions import FrozenHeads
-from train_head.losses.frame_memory import FrameMemory, build_frame_memory, redrawn_classes
+from train_head.losses.frame_matches import match_frames
 
 
-def build(data: Path, features: Path, runs: Path, mode: str) -> tuple[VideoSet, FrameMemory, list[Clip]]:
+def build(data: Path, features: Path, runs: Path, mode: str) -> tuple[VideoSet, FrameMatchMemory, list[Clip]]:
     settings = tiny_settings(data, features, runs, f"loss.frame_matching={mode}")
     videos = open_training_set(settings)
     heads = videos.feature_cache.heads
     decoding = decoding_of(videos.codec, map_channels(heads))
     config = ClipConfig(num_frames=4, frame_range=3, seed=0)
     dataset = ClipDataset(videos.sources, ClipStream([videos.labels], [1.0], config))
-    return videos, build_frame_memory(settings, videos, FrozenHeads(heads), decoding), [dataset[i] for i in range(8)]
+    clips = [dataset.read(i, np.empty) for i in range(8)]
+    return videos, build_frame_memory(settings, videos, FrozenHeads(heads), decoding), clips
 
 
 @pytest.mark.parametrize("mode", ["category_map", "mask_only", "release"])
 def test_remembered_matches_equal_fresh_ones(tiny_data: Path, tiny_cache: Path, tmp_path: Path, mode: str) -> None:
     _, memory, clips = build(tiny_data, tiny_cache, tmp_path, mode)
     for clip in clips:
-        memory.with_matches(clip, clip.targets)
+        memory.with_matches(clip)
     for clip in clips:
         _, fresh, _ = build(tiny_data, tiny_cache, tmp_path, mode)
-        remembered = memory.with_matches(clip, clip.targets).frame_queries_LTN
-        computed = fresh.with_matches(clip, clip.targets).frame_queries_LTN
+        remembered = memory.with_matches(clip).frame_queries_LTN
+        computed = fresh.with_matches(clip).frame_queries_LTN
         assert remembered is not None and computed is not None
         assert torch.equal(remembered, computed)
         present_TN = clip.targets.present_NT.t()
         assert torch.equal(remembered >= 0, present_TN.expand_as(remembered))  # more queries than objects
+
+
+def test_every_frame_is_matched_once(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, memory, clips = build(tiny_data, tiny_cache, tmp_path, "mask_only")
+    matched = []
+
+    def counted(*arguments: Any) -> Tensor:
+        matched.append(len(arguments[1]))
+        return match_frames(*arguments)
+
+    monkeypatch.setattr(frame_memory, "match_frames", counted)
+    for clip in (*clips, *clips):
+        memory.with_matches(clip)
+    frames = {(clip.key, frame) for clip in clips for frame in clip.frames}
+    assert sum(matched) == len(frames) < sum(len(clip.frames) for clip in clips)
 
 
 def test_the_modes_differ_in_their_class_costs(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:

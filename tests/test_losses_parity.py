@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from configs.schema import PaddedArea
 from tests.test_head_parity import GOLDEN, golden_head
 from train_head.bench.problem import FixedPoints
 from train_head.heads.vita import VitaHead
@@ -65,7 +66,7 @@ def recorded() -> Recorded:
         maps.unflatten(0, (2, 5)).unbind(),
         golden_targets(),
         points,
-        VitaCriterion(padded_area="background"),
+        VitaCriterion(padded_area=PaddedArea.background),
     )
     losses.total.backward()
     return head, queries, maps, losses
@@ -151,7 +152,7 @@ def test_losses_stay_float32_under_bfloat16_autocast() -> None:
     head, points = golden_head(), FixedPoints(torch.from_numpy(np.load(GOLDEN / "targets.npz")["points"]))
     queries_LBTQC = torch.from_numpy(golden["frame_queries"]).unflatten(1, (2, 5))
     maps = torch.from_numpy(golden["raw_mask_features"]).unflatten(0, (2, 5)).unbind()
-    criterion = VitaCriterion(padded_area="background")
+    criterion = VitaCriterion(padded_area=PaddedArea.background)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = step(head, queries_LBTQC, maps, golden_targets(), points, criterion)
     losses.total.backward()

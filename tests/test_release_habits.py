@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cache.errors import ConfigError
 from configs.load import load_settings
+from configs.schema import PaddedArea
 from evaluate.tracks.inference import best_labels
 from tests.test_head_parity import GOLDEN, assert_near, golden_head
 from tests.test_losses_parity import FixedPoints, step
@@ -36,17 +37,17 @@ def test_defaults_are_the_releases() -> None:
 
 def test_settings_reach_the_losses() -> None:
     criterion = build_criterion(load_settings("demo").loss)
-    assert (criterion.padded_area, criterion.absent_frames) == ("ignore", True)
+    assert (criterion.padded_area, criterion.absent_frames) == (PaddedArea.ignore, True)
     overrides = ["loss.padded_area=background", "loss.absent_frames=false"]
     criterion = build_criterion(load_settings("demo", overrides).loss)
-    assert (criterion.padded_area, criterion.absent_frames) == ("background", False)
+    assert (criterion.padded_area, criterion.absent_frames) == (PaddedArea.background, False)
     with pytest.raises(ConfigError, match="padded_area"):
         load_settings("demo", ["loss.padded_area=foreground"])
 
 
 def test_background_points_reach_as_far_as_the_stored_map() -> None:
-    assert sampling_area((90, 160), (24, 40), "background") == (96, 160)
-    assert sampling_area((90, 160), (24, 40), "ignore") == (90, 160)
+    assert sampling_area((90, 160), (24, 40), PaddedArea.background) == (96, 160)
+    assert sampling_area((90, 160), (24, 40), PaddedArea.ignore) == (90, 160)
 
 
 @pytest.mark.parametrize(("num_frames", "window"), [(1, 6), (7, 7), (7, 12)])

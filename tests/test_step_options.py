@@ -17,9 +17,9 @@ from cache.errors import ConfigError
 from configs.load import load_settings
 from configs.schema import Settings
 from tests.conftest import tiny_settings
-from train_head.bench.pace import measure_pace
 from train_head.bench.problem import Problem, in_miniature, write_bench_cache
 from train_head.bench.sides import Dense, Ours
+from train_head.bench.sustained import sustain
 from train_head.build import point_config
 from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
@@ -141,7 +141,7 @@ def test_the_pace_counts_waiting_within_the_step(tmp_path: Path) -> None:
             time.sleep(0.05)
             yield clips
 
-    pace = measure_pace(side.trainer, slow_batches())
+    pace = sustain(side.trainer, slow_batches())
     assert 0.05 <= pace.seconds * pace.waiting < pace.seconds
     assert side.trainer.progress.step == 3 and "aten::" in pace.largest
 

@@ -16,7 +16,7 @@ from cache.heads import DetectorHeads
 from cache.labels.tracks import Labels
 from cache.layout import video_group_name
 from cache.reader import FeatureCache
-from configs.schema import LossSettings, PaddedArea, Settings
+from configs.schema import LossSettings, Settings
 from train_head.heads.contract import HeadConfig
 from train_head.losses.criterion import LossWeights, VitaCriterion
 from train_head.losses.mask_folding import MapDecoding
@@ -95,7 +95,7 @@ def build_criterion(chosen: LossSettings, matching_type: torch.dtype = torch.flo
             no_object=chosen.no_object_weight,
         ),
         cost_weights=cost_weights(chosen),
-        padded_area="background" if chosen.padded_area is PaddedArea.background else "ignore",
+        padded_area=chosen.padded_area,
         matching_type=matching_type,
         absent_frames=chosen.absent_frames,
     )

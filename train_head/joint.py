@@ -34,11 +34,14 @@ from train_head.build import FeatureSizes, TrainedPart, build_criterion, point_c
 from train_head.checkpoint import Checkpoint
 from train_head.data.live_clips import LiveClip, LiveClips
 from train_head.data.sources import ClipFeatures, clip_stream
+from train_head.data.upload import Copy
 from train_head.data.video_sets import chosen_videos
+from train_head.draws import StepDraw
 from train_head.heads.contract import HeadOutputs
 from train_head.losses.criterion import LossNormalisers, VitaLosses
-from train_head.losses.frame_losses import expected_matches, frame_losses, frame_points, with_frame_matches
+from train_head.losses.frame_losses import expected_matches, frame_losses, with_frame_matches
 from train_head.losses.mask_folding import MapDecoding, fold_mask_embeddings
+from train_head.losses.points import RandomPoints
 from train_head.losses.targets import ClipTargets
 from train_head.trainer import run_training
 
@@ -46,7 +49,6 @@ if TYPE_CHECKING:
     from extract.detector.trainable import LayerPredictions, TrainableDetector  # noqa: TID251
 
 DETECTOR = "detector"  # the folder of a run that `extract` reads as detector.weights
-_STREAM = 3  # of random numbers
 
 
 def finetune(settings: Settings) -> Path:
@@ -117,9 +119,13 @@ class LiveSource:
         chosen = settings.finetune if self.augment else None
         return LiveClips(stream, readers, settings.detector.short_edge, chosen, stills)
 
+    def place(self, clip: LiveClip, copy: Copy) -> LiveClip:
+        """Copy the clip's images and labels."""
+        return clip.placed(copy)
+
     def targets(self, clip: LiveClip) -> ClipTargets:
-        """Move the clip's targets to the device; of the frame matches only the number is known yet."""
-        targets = clip.targets.to(self.device)
+        """Return the clip's targets; of the frame matches only the number is known yet."""
+        targets = clip.targets
         return replace(targets, frame_queries_LTN=expected_matches(targets, self.num_layers, self.sizes.num_queries))
 
     def features(
@@ -151,9 +157,9 @@ class LiveSource:
             # Stochastic depth (Swin) draws from the global generators, for all frames that go through together: other
             # micro-batches, or another number of processes, drop other paths.
             with torch.random.fork_rng(devices):
-                entropy = [self.settings.seed, clips[positions[0]].index, _STREAM]
+                entropy = [self.settings.seed, clips[positions[0]].index, StepDraw.dropped_paths]
                 torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
-                together = self.detector(images_FCHW.to(self.device, non_blocking=True))
+                together = self.detector(images_FCHW)
             found.update(zip(positions, together.split(len(images_FCHW) // len(positions)), strict=True))
         return [found[position] for position in range(len(clips))]
 
@@ -176,7 +182,8 @@ class LiveSource:
             frame_similarity_LBTQC=None,
         )
         folded = fold_mask_embeddings(mask_embed_D1FQE, convolution.weight.flatten(1), convolution.bias, self.decoding)
-        points = [frame_points(self.points, self.settings.seed, clip.index, self.device) for clip in clips]
+        seed, draw = self.settings.seed, StepDraw.frame_points
+        points = [RandomPoints.for_clip(self.points, seed, clip.index, self.device, draw) for clip in clips]
         return frame_losses(self.criterion, outputs, folded, maps, targets, points, normalisers)
 
     def state(self) -> dict[str, Tensor]:

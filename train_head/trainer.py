@@ -25,8 +25,9 @@ from train_head.allocation import keep_freed_memory
 from train_head.batch_errors import explained_errors
 from train_head.build import TrainedPart, build_optimizer, head_config, learning_rate, trained_parameters
 from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
-from train_head.data.clip_loader import load_clips
+from train_head.data.clip_loader import load_clips, num_workers
 from train_head.data.sources import AnyClip, CachedSource, FeatureSource
+from train_head.data.upload import place_batches
 from train_head.data.video_sets import open_labelled_set, open_training_set
 from train_head.distributed import Group, join_group
 from train_head.heads.kinds import build_head
@@ -188,7 +189,7 @@ class Trainer(Generic[AnyClip]):
         return (
             f"train: {self.folder}, steps {self.progress.step} to {train.iterations}; {count:,} parameters on "
             f"{self.device} in {'bfloat16' if self.compute.autocast else 'float32'}; {self.group.size} processes with "
-            f"{train.workers} workers each"
+            f"{num_workers(train.workers, self.device)} workers each"
         )
 
     def _any(self, flag: bool) -> bool:
@@ -203,8 +204,7 @@ class Trainer(Generic[AnyClip]):
         steps = range(self.progress.step, train.iterations)
         numbers = share_of_batches(steps, train.batch_clips, self.group)
         clips = load_clips(self.source.clips(), numbers, workers=train.workers, held=own, device=self.device)
-        for _ in steps:
-            yield list(islice(clips, own))
+        return place_batches((list(islice(clips, own)) for _ in steps), self.source.place, self.device)
 
     def training_step(self, clips: Sequence[AnyClip]) -> StepLosses:
         """Gradients and update for one batch.

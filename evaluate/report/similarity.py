@@ -19,7 +19,8 @@ from evaluate.metrics.weighted import FloatArray, IntArray
 from evaluate.pictures.overlays import evenly
 from evaluate.tracks.predictors import head_predictor
 from train_head.build import build_criterion, point_config
-from train_head.data.clips import Clip, read_targets
+from train_head.data.clip_labels import read_targets
+from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import VideoSet
 from train_head.heads.contract import HeadOutputs, TrackHead
@@ -63,9 +64,9 @@ def similarity_matrix(settings: Settings, videos: VideoSet, video: Video) -> Sim
     predictor = head_predictor(settings, videos)
     last_layer = replace(settings, train=replace(settings.train, num_layers=1))
     source = CachedSource(last_layer, videos, predictor.device)
-    clip = _clip(videos, video)
+    clip = source.place(_clip(videos, video), lambda tensor: tensor.to(predictor.device))
     targets = source.targets(clip)
-    queries_1TQC = source.heads.normed(clip.frame_queries_TLQC[:, -1].to(predictor.device))[None]
+    queries_1TQC = source.heads.normed(clip.frame_queries_TLQC[:, -1])[None]
     outputs = predictor.head(queries_1TQC[None])
     embedded = _embedded(predictor.head, queries_1TQC, outputs)
     if embedded is None:
@@ -74,7 +75,7 @@ def similarity_matrix(settings: Settings, videos: VideoSet, video: Video) -> Sim
     (match,) = match_clips(
         outputs.class_logits_DLBVK,
         predictor.head.fold_masks(outputs.mask_embed_DLBVC, source.decoding),
-        [clip.map_TRHW.to(predictor.device)],
+        [clip.map_TRHW],
         [targets],
         [RandomPoints.for_clip(point_config(settings.loss), settings.seed, 0, predictor.device)],
         cost_weights=criterion.cost_weights,
@@ -96,7 +97,6 @@ def _clip(videos: VideoSet, video: Video) -> Clip:
         index=0,
         key=cached.name,
         name=video.name,
-        video_id=video.id,
         num_tracks=len(videos.labels.tracks_of(video.id)),
         frames=frames,
         frame_queries_TLQC=torch.from_numpy(cached.frame_queries(frames)),

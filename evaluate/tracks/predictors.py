@@ -15,7 +15,7 @@ from torch import Tensor
 from cache.labels.category_map import category_pairs
 from cache.reader import CachedVideo
 from configs.command import device_name
-from configs.schema import CheckpointChoice, EvaluateSettings, Settings
+from configs.schema import CheckpointChoice, EvaluateSettings, FrameMatching, Settings
 from evaluate.tracks.baseline import track_without_training
 from evaluate.tracks.inference import VideoTracks, predict_video
 from evaluate.tracks.read_ahead import read_ahead
@@ -127,7 +127,7 @@ def baseline_predictor(settings: Settings, videos: VideoSet) -> VideoPredictor:
     stored, categories = videos.feature_cache.heads, videos.labels.categories
     frozen, decoding = FrozenHeads(stored).to(device), decoding_of(videos.codec, map_channels(stored)).to(device)
     pairs = category_pairs(categories, stored.category_names)
-    label_map_KJ = label_map("category_map", len(categories), stored.num_classes, pairs).to(device)
+    label_map_KJ = label_map(FrameMatching.category_map, len(categories), stored.num_classes, pairs).to(device)
 
     def predict(cached: CachedVideo) -> VideoTracks:
         frames, chunk = range(cached.attributes.num_frames), settings.evaluate.chunk_frames

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from train_head.bench.dense import PlainPoints, dense_losses
 from train_head.bench.measuring import Memory, Stopwatch, product_rate
-from train_head.bench.pace import Pace, measure_pace
 from train_head.bench.problem import FixedPoints, Problem
+from train_head.bench.sustained import SustainedSteps, sustain
 from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource, ClipFeatures
 from train_head.data.video_sets import open_training_set
@@ -49,7 +49,7 @@ class SideReport:
 
     peak_bytes: int  # of a step, above what is held between steps
     parts: dict[str, float]  # seconds, of `ours` only
-    pace: Pace | None  # of `ours` only
+    pace: SustainedSteps | None  # of `ours` only
     flops: float  # multiplications and additions of one step's matrix products, of `ours` only
     flops_per_second: float  # of one large product, now
     losses: dict[str, tuple[float, float]]  # dense and ours, from the same points, of `dense` only
@@ -232,7 +232,7 @@ def serve(name: SideName, problem: Problem, folder: Path, parent: Connection) ->
         SideReport(
             peak_bytes=peak_bytes,
             parts=_median_parts(side) if name is SideName.ours else {},
-            pace=measure_pace(side.trainer, side.batches) if name is SideName.ours else None,
+            pace=sustain(side.trainer, side.batches) if name is SideName.ours else None,
             flops=side.flops() if name is SideName.ours else 0.0,
             flops_per_second=product_rate(device),
             losses=losses,

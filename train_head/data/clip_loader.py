@@ -3,7 +3,7 @@
 Through PyTorch's own loader every tensor of every clip becomes new shared memory: for a clip of 45 MB that is 36 ms
 of page faults in the worker and 9 ms in the trainer, where reading takes 3 ms, and a handshake of sockets for each
 tensor (LOG.md). Here memory is allocated once, in slots of one clip. Workers read straight into a slot and send where
-in it every tensor lies. On CUDA the slots are page-locked, so that copies to the device run beside its work.
+in it every tensor lies. On CUDA the slots are page-locked, so that a step need not wait for copies (upload.py).
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import ctypes
 import io
 import math
+import os
 import pickle
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, Generic, Protocol, TypeVar
@@ -24,6 +26,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from cache.progress import say
+from train_head.allocation import keep_freed_memory
 from train_head.stopping import ignore_interrupts
 
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
@@ -48,13 +52,15 @@ class ClipReader(Protocol[T_co]):
 
 
 def load_clips(
-    clips: ClipReader[T], indices: Iterable[int], *, workers: int, held: int, device: torch.device
+    clips: ClipReader[T], indices: Iterable[int], *, workers: int | None, held: int, device: torch.device
 ) -> Iterator[T]:
     """Yield the clips of these numbers in order; `held` of them may be in use without slowing the workers down.
 
-    Without workers the clips are read when they are asked for. A clip's memory is used again once nothing refers
-    to its tensors any more, and what was queued on the current CUDA stream by then is done.
+    With 0 workers the clips are read when they are asked for; None takes `usual_workers`. A clip's memory is used
+    again once nothing refers to its tensors any more: whoever copies them to a device without waiting has to keep
+    them until they have arrived.
     """
+    workers = num_workers(workers, device)
     ahead = max(_AHEAD, -(-held // workers) + 1) if workers else 1
     slots = Slots(max(1, workers), ahead + -(-held // max(1, workers)), clips.clip_bytes)
     if device.type == "cuda":
@@ -66,10 +72,32 @@ def load_clips(
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=ignore_interrupts,
+        worker_init_fn=_start_worker,
     )
     for packed in loader:
         yield slots.unpack(packed)
+
+
+def num_workers(chosen: int | None, device: torch.device) -> int:
+    """Resolve `train.workers`."""
+    return usual_workers(device) if chosen is None else chosen
+
+
+def usual_workers(device: torch.device) -> int:
+    """How many processes read ahead where nobody says: on CUDA up to four, of the cores that are this process's share.
+
+    A step of 8 clips takes a GPU 40 ms or more, and a clip of 6 frames one core 12 ms, from memory: three keep up,
+    four also where files come from the disk or are unpacked.
+    """
+    if device.type != "cuda":
+        return 2
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(4, max(1, cores - 1))
+
+
+def _start_worker(number: int) -> None:
+    ignore_interrupts(number)
+    keep_freed_memory()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +123,21 @@ class Slots:
         self.per_worker, self.slot_bytes = per_worker, -(-slot_bytes // _ALIGNMENT) * _ALIGNMENT
         self._memory = RawArray(ctypes.c_uint8, workers * per_worker * self.slot_bytes)
         self._taken = RawArray(ctypes.c_uint8, workers * per_worker)
-        self._pinned = False
-        self._copied: list[tuple[torch.cuda.Event, int]] = []
 
     def pin(self) -> None:
-        """Page-lock the memory for the CUDA device, where the system allows it."""
+        """Page-lock the memory for the CUDA device; where the system refuses, copies are slower, and a line says so."""
         address, size = ctypes.addressof(self._memory), len(self._memory)
         runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        self._pinned = int(runtime.cudaHostRegister(address, size, 0)) == 0
-        if self._pinned:
+        if int(runtime.cudaHostRegister(address, size, 0)) == 0:
             weakref.finalize(self, runtime.cudaHostUnregister, address)
+            return
+        with suppress(RuntimeError):  # CUDA reports a failed call a second time, to whoever launches the next kernel
+            torch.ones(1, device="cuda")
+        say(
+            f"train: the system does not page-lock {size / 1e9:.1f} GB for clips, so copies to the GPU are slower: "
+            "raise the limit of locked memory (`ulimit -l unlimited`; in Docker --ulimit memlock=-1), or lower "
+            "train.workers"
+        )
 
     def pack(self, read: Callable[[Empty], object]) -> _PackedClip:
         """Read a clip into a free slot of this process; without a free one, or room in it, the pipe takes more."""
@@ -116,8 +149,6 @@ class Slots:
 
     def unpack(self, packed: _PackedClip) -> Any:
         """The clip, its tensors in the slot, which is free again when the last of them has gone."""
-        while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
-            self._taken[self._copied.pop(0)[1]] = 0
         # An object of its own, which the tensors keep alive.
         memory = np.empty(0, np.uint8) if packed.slot is None else self._slot(packed.slot)
         if packed.slot is not None:
@@ -135,12 +166,7 @@ class Slots:
         return None
 
     def _release(self, number: int) -> None:
-        if not self._pinned:
-            self._taken[number] = 0
-            return
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
-        self._copied.append((copied, number))
+        self._taken[number] = 0
 
     def _slot(self, number: int) -> NDArray[np.uint8]:
         start = number * self.slot_bytes

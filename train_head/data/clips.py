@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate
 
@@ -23,13 +23,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.errors import AnnotationError
-from cache.labels import masks
 from cache.labels.tracks import Labels
 from cache.layout import View, video_group_name
-from cache.media.geometry import Transform, transform_of
+from cache.media.geometry import transform_of
 from cache.reader import ClipArrays, FeatureCache
+from train_head.data.clip_labels import read_targets, remembered_mask
 from train_head.data.clip_loader import Empty
-from train_head.losses.targets import ClipTargets, clip_targets
+from train_head.data.upload import Copy
+from train_head.draws import ClipDraw
+from train_head.losses.targets import ClipTargets
 
 USUAL_OBJECTS = 8
 """What the masks of a clip are given room for (see clip_loader.ClipReader); videos rarely show more."""
@@ -68,12 +70,20 @@ class Clip:
     index: int
     key: str  # of the video in this run: no other video, view or source has the same
     name: str  # for people: the video's, and the view's
-    video_id: int
     num_tracks: int  # of the whole video
     frames: tuple[int, ...]
     frame_queries_TLQC: Tensor  # as stored: before the detector's decoder_norm
     map_TRHW: Tensor  # as stored, in the codec's number type
     targets: ClipTargets
+
+    def placed(self, copy: Copy, layers: slice) -> Clip:
+        """The clip copied, with some of its detector layers."""
+        return replace(
+            self,
+            frame_queries_TLQC=copy(self.frame_queries_TLQC)[:, layers],
+            map_TRHW=copy(self.map_TRHW),
+            targets=self.targets.placed(copy),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +114,7 @@ class ClipStream:
     def draw(self, index: int) -> DrawnClip:
         """Clip number `index`, 0 or more, without an upper bound."""
         source, video_id = self.video_at(index)
-        rng, config = np.random.default_rng([self.config.seed, 1, index]), self.config
+        rng, config = np.random.default_rng([self.config.seed, ClipDraw.frames, index]), self.config
         length = self.labels[source].video_by_id[video_id].length
         frames = draw_frames(rng, length, config.num_frames, config.frame_range, config.replacement)
         return DrawnClip(source=source, video_id=video_id, frames=frames)
@@ -113,14 +123,15 @@ class ClipStream:
         """Return (source, video id) of clip `index`: no source repeats a video before it has shown all of them."""
         seed, count = self.config.seed, self._ends[-1]
         epoch, place = divmod(index, count)
-        slot = int(_permutation((seed, 0, epoch), count)[place])
+        slot = int(_permutation((seed, ClipDraw.videos, epoch), count)[place])
         source = bisect_right(self._ends, slot)
         ids, share = self.video_ids[source], self._shares[source]
         if source == 0:
             return source, ids[slot]
         shown = epoch * share + slot - self._ends[source - 1]
         own_epoch, place = divmod(shown, len(ids))
-        return source, ids[int(_permutation((seed, 3, source, own_epoch), len(ids))[place])]
+        order = _permutation((seed, ClipDraw.mixed_videos, source, own_epoch), len(ids))
+        return source, ids[int(order[place])]
 
 
 class ClipDataset:
@@ -147,16 +158,13 @@ class ClipDataset:
         map_bytes = largest_map * maps.shape[1] * maps.dtype.itemsize
         return self.stream.config.num_frames * (query_bytes + map_bytes + USUAL_OBJECTS * largest_image)
 
-    def __getitem__(self, index: int) -> Clip:
-        """Read clip number `index` into memory of its own."""
-        return self.read(index, np.empty)
-
     def read(self, index: int, empty: Empty) -> Clip:
         """Read clip number `index`, in one of its video's views."""
         drawn = self.stream.draw(index)
         source, video_id, frames = self.sources[drawn.source], drawn.video_id, drawn.frames
         views = source.views_of(video_id)
-        view = views[int(np.random.default_rng([self.stream.config.seed, 2, index]).integers(len(views)))]
+        rng = np.random.default_rng([self.stream.config.seed, ClipDraw.view, index])
+        view = views[int(rng.integers(len(views)))]
         key = _key(drawn.source, video_id, view)
         cached = self._cached[key]
         buffers = [empty((len(frames), *array.shape[1:]), array.dtype) for array in (cached.queries, cached.maps)]
@@ -166,12 +174,13 @@ class ClipDataset:
             index=index,
             key=key,
             name=f"{video_name}@{view.name}" if view.name else video_name,
-            video_id=video_id,
             num_tracks=len(source.labels.tracks_of(video_id)),
             frames=frames,
             frame_queries_TLQC=torch.from_numpy(clip.frame_queries),
             map_TRHW=torch.from_numpy(clip.mask_features),
-            targets=read_targets(source.labels, video_id, frames, [transform_of(cached.attributes)] * len(frames)),
+            targets=read_targets(
+                source.labels, video_id, frames, [transform_of(cached.attributes)] * len(frames), empty, remembered_mask
+            ),
         )
 
 
@@ -202,19 +211,3 @@ def draw_frames(
         shuffled = [int(frame) for _ in range(rounds) for frame in rng.permutation(others)]
         drawn = np.array(shuffled[: num_frames - 1], dtype=np.int64)
     return tuple(sorted([reference, *map(int, drawn)]))
-
-
-def read_targets(labels: Labels, video_id: int, frames: Sequence[int], transforms: Sequence[Transform]) -> ClipTargets:
-    """Decode the labels of some frames of a video, each as its transform shows it (nearest, as the release)."""
-    tracks = [track for track in labels.tracks_of(video_id) if not track.iscrowd]
-    masks_NThw = torch.zeros(len(tracks), len(frames), *transforms[0].size, dtype=torch.uint8)
-    for row, track in enumerate(tracks):
-        for column, (frame, transform) in enumerate(zip(frames, transforms, strict=True)):
-            rle = track.segmentations[frame]
-            if rle is not None:
-                masks_NThw[row, column] = torch.from_numpy(transform.on_mask(masks.mask(rle)))
-    return clip_targets(
-        torch.tensor([labels.category_index[track.category_id] for track in tracks], dtype=torch.int64),
-        torch.arange(len(tracks)),
-        masks_NThw,
-    )

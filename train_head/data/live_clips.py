@@ -6,7 +6,7 @@ Shapes: T frames, H×W input pixels without padding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor
 from cache.labels.tracks import Video
 from cache.media.geometry import Transform, TransformRanges, network_size
 from configs.schema import FinetuneSettings
+from train_head.data.clip_labels import read_targets
 from train_head.data.clip_loader import Empty
-from train_head.data.clips import USUAL_OBJECTS, ClipStream, read_targets
+from train_head.data.clips import USUAL_OBJECTS, ClipStream
+from train_head.data.upload import Copy
+from train_head.draws import ClipDraw
 from train_head.losses.targets import ClipTargets
 
 FrameReader = Callable[[Video, int], Image.Image]
 """The RGB image of one frame of a video, of the size that the labels say."""
-_STREAM = 2  # of random numbers: 0 shuffles videos, 1 draws frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,10 +33,13 @@ class LiveClip:
 
     index: int
     name: str  # of the video, for people
-    video_id: int
     frames: tuple[int, ...]
     images_T3HW: Tensor  # uint8 RGB, unpadded
     targets: ClipTargets
+
+    def placed(self, copy: Copy) -> LiveClip:
+        """The clip copied."""
+        return replace(self, images_T3HW=copy(self.images_T3HW), targets=self.targets.placed(copy))
 
 
 class LiveClips:
@@ -63,12 +68,8 @@ class LiveClips:
         sizes = [network_size((v.height, v.width), short_edge) for part in self.stream.labels for v in part.videos]
         return self.stream.config.num_frames * (3 + USUAL_OBJECTS) * max(height * width for height, width in sizes)
 
-    def __getitem__(self, index: int) -> LiveClip:
-        """Read clip number `index`."""
-        return self.read(index, np.empty)
-
     def read(self, index: int, empty: Empty) -> LiveClip:
-        """Read, transform and label the frames of clip number `index`; `empty` is of no use to image decoders."""
+        """Read, transform and label the frames of clip number `index`; masks alone go into `empty`."""
         drawn = self.stream.draw(index)
         labels, video_id, frames = self.stream.labels[drawn.source], drawn.video_id, drawn.frames
         video = labels.video_by_id[video_id]
@@ -78,16 +79,15 @@ class LiveClips:
         return LiveClip(
             index=index,
             name=video.name,
-            video_id=video_id,
             frames=frames,
             images_T3HW=torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2),
-            targets=read_targets(labels, video_id, frames, transforms),
+            targets=read_targets(labels, video_id, frames, transforms, empty),
         )
 
     def transforms(self, index: int, video: Video, num_frames: int, *, from_still: bool) -> tuple[Transform, ...]:
         """Those of clip `index`: one for all frames of a video, each frame's own where an image plays the video."""
         original_hw = (video.height, video.width)
-        rng = np.random.default_rng([self.stream.config.seed, _STREAM, index])
+        rng = np.random.default_rng([self.stream.config.seed, ClipDraw.view, index])
         if from_still:
             assert self.stills is not None
             return self.stills.draw(rng, original_hw, num_frames)

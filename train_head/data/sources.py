@@ -6,7 +6,7 @@ Shapes: L detector layers, B clips, T frames, Q frame queries, C channels, R sto
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -21,10 +21,11 @@ from train_head.build import FeatureSizes, TrainedPart, decoding_of, feature_siz
 from train_head.checkpoint import Checkpoint
 from train_head.data.clip_loader import ClipReader
 from train_head.data.clips import Clip, ClipConfig, ClipDataset, ClipStream
+from train_head.data.frame_memory import build_frame_memory
+from train_head.data.upload import Copy
 from train_head.data.video_sets import VideoSet
 from train_head.losses.criterion import LossNormalisers, VitaLosses
 from train_head.losses.detector_predictions import FrozenHeads
-from train_head.losses.frame_memory import build_frame_memory
 from train_head.losses.mask_folding import MapDecoding
 from train_head.losses.targets import ClipTargets
 
@@ -85,14 +86,18 @@ class FeatureSource(Protocol[AnyClip]):
         """Clip i of the endless stream, a function of (seed, i) alone."""
         ...
 
+    def place(self, clip: AnyClip, copy: Copy) -> AnyClip:
+        """Copy what a step needs of a clip to the computing device."""
+        ...
+
     def targets(self, clip: AnyClip) -> ClipTargets:
-        """Return a clip's targets on the computing device, with as many frame matches as its features will have."""
+        """Return a placed clip's targets, with as many frame matches as its features will have."""
         ...
 
     def features(
         self, clips: Sequence[AnyClip], targets: Sequence[ClipTargets], frame_normalisers: LossNormalisers
     ) -> ClipFeatures:
-        """Features of some clips of a batch; `frame_normalisers` are the whole batch's, for the detector's losses."""
+        """Features of some clips, placed; `frame_normalisers` are the whole batch's, for the detector's losses."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -145,20 +150,22 @@ class CachedSource:
         labels, ratios = [source.labels for source in sources], [source.ratio for source in sources]
         return ClipDataset(sources, clip_stream(self.settings, labels, ratios))
 
+    def place(self, clip: Clip, copy: Copy) -> Clip:
+        """Copy the clip, as it is stored, with the layers that are trained on."""
+        return clip.placed(copy, self.layers)
+
     def targets(self, clip: Clip) -> ClipTargets:
-        """Move the clip's targets to the device, with the frame matches of the layers that are trained on."""
-        targets = self.frame_memory.with_matches(clip, clip.targets.to(self.device))
-        assert targets.frame_queries_LTN is not None
-        return replace(targets, frame_queries_LTN=targets.frame_queries_LTN[self.layers])
+        """Return the clip's targets with their frame matches."""
+        return self.frame_memory.with_matches(clip)
 
     def features(
         self, clips: Sequence[Clip], targets: Sequence[ClipTargets], frame_normalisers: LossNormalisers
     ) -> ClipFeatures:
         """Normalise the stored queries; maps stay as they are stored."""
-        queries = torch.stack([clip.frame_queries_TLQC for clip in clips]).to(self.device, non_blocking=True)
+        queries_BTLQC = torch.stack([clip.frame_queries_TLQC for clip in clips])
         return ClipFeatures(
-            frame_queries_LBTQC=self.heads.normed(queries[:, :, self.layers]).permute(2, 0, 1, 3, 4),
-            maps=[clip.map_TRHW.to(self.device, non_blocking=True) for clip in clips],
+            frame_queries_LBTQC=self.heads.normed(queries_BTLQC).permute(2, 0, 1, 3, 4),
+            maps=[clip.map_TRHW for clip in clips],
             targets=targets,
         )
 

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from cache.codecs import Codec
 from cache.errors import AnnotationError, ConfigError, FingerprintMismatch
 from cache.labels.splits import Split, holdout_split
@@ -14,10 +16,12 @@ from cache.layout import video_group_name
 from cache.preload import require_memory
 from cache.reader import FeatureCache
 from cache.upkeep.staging import local_copy
+from configs.command import device_name
 from configs.schema import CodecName, Settings
 from configs.schema import Split as SplitName
 from configs.splits import SplitPaths, pseudo_split, train_split, valid_split
 from configs.views import train_views
+from train_head.data.clip_loader import num_workers
 from train_head.data.clips import ClipSource
 
 
@@ -116,7 +120,8 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
     if settings.cache.preload:
         ids = {str(video.id) for video in labels.videos}
         names = [name for name in feature_cache.video_names() if name.partition("@")[0] in ids]
-        workers = max(1, settings.train.workers) if split == "train" else 1
+        device = torch.device(device_name(settings.device))
+        workers = max(1, num_workers(settings.train.workers, device)) if split == "train" else 1
         require_memory(feature_cache, names, workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return VideoSet(split=split, feature_cache=feature_cache, labels=labels, holdout=holdout)
 

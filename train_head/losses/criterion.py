@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from configs.schema import PaddedArea
 from train_head.heads.contract import HeadOutputs
 from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.matcher import ClipMatch, CostWeights, match_clips
-from train_head.losses.points import PaddedArea, PointSource, sample_logits, sample_masks, sampling_area
+from train_head.losses.points import PointSource, sample_logits, sample_masks, sampling_area
 from train_head.losses.similarity import num_similarity_pairs, similarity_loss
 from train_head.losses.targets import ClipTargets
 
@@ -87,7 +88,7 @@ class VitaCriterion:
 
     weights: LossWeights = field(default_factory=LossWeights)
     cost_weights: CostWeights = field(default_factory=CostWeights)
-    padded_area: PaddedArea = "ignore"
+    padded_area: PaddedArea = PaddedArea.ignore
     matching_type: torch.dtype = torch.float32
     absent_frames: bool = True  # VITA: the release's cross-entropy counts frames without the object too
 

@@ -1,4 +1,4 @@
-"""What the frozen detector predicts, from its cached queries and its prediction heads (REFERENCE §2).
+"""What the frozen detector predicts, from its cached queries and its prediction heads (Mask2Former §3).
 
 Shapes: C query channels, K detector categories, E mask embedding size, F map channels, R stored channels.
 """

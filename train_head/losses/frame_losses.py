@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +19,8 @@ from train_head.heads.contract import HeadOutputs
 from train_head.losses.criterion import LossNormalisers, VitaCriterion, VitaLosses
 from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.matcher import ClipMatch
-from train_head.losses.points import PointConfig, RandomPoints
+from train_head.losses.points import RandomPoints
 from train_head.losses.targets import ClipTargets
-
-_STREAM = 1  # keeps the points of the frames apart from those of the clips
 
 
 def frame_normalisers(targets: Sequence[ClipTargets], num_queries: int, no_object: float) -> LossNormalisers:
@@ -74,29 +71,23 @@ def with_frame_matches(
     return matched
 
 
-def frame_points(config: PointConfig, seed: int, index: int, device: torch.device) -> RandomPoints:
-    """Points for the frames of clip `index`: a function of (seed, index), apart from those of the clip itself."""
-    state = int(np.random.SeedSequence([seed, index, _STREAM]).generate_state(1, np.uint64)[0] >> 1)
-    return RandomPoints(config, torch.Generator(device).manual_seed(state))
-
-
 def _single_frames(target: ClipTargets) -> list[ClipTargets]:
     """Each frame as a clip of its own, with the objects that are present in it."""
     return [
         ClipTargets(
-            labels_N=target.labels_N[present_N],
-            identities_N=target.identities_N[present_N],
-            present_NT=present_N[present_N][:, None],
-            masks_NThw=target.masks_NThw[present_N, frame : frame + 1],
+            labels_N=target.labels_N[objects],
+            identities_N=target.identities_N[objects],
+            present_NT=target.present_NT[objects, frame, None],
+            masks_NThw=target.masks_NThw[objects, frame : frame + 1],
         )
-        for frame, present_N in enumerate(target.present_NT.t())
+        for frame, objects in enumerate(target.objects_by_frame())
     ]
 
 
 def _frame_queries(target: ClipTargets, matches: Sequence[ClipMatch], num_layers: int) -> Tensor:
     N, T = target.present_NT.shape
     matches_LTN = target.labels_N.new_full((num_layers, T, N), -1)
-    for frame, (present_N, match) in enumerate(zip(target.present_NT.t(), matches, strict=True)):
-        objects_LM = present_N.nonzero().flatten()[match.object_DLM[-num_layers:, 0]]
+    for frame, (objects, match) in enumerate(zip(target.objects_by_frame(), matches, strict=True)):
+        objects_LM = objects[match.object_DLM[-num_layers:, 0]]
         matches_LTN[:, frame].scatter_(1, objects_LM, match.query_DLM[-num_layers:, 0])
     return matches_LTN

@@ -1,4 +1,4 @@
-"""Which of the frozen detector's queries belongs to which object of a frame (REFERENCE §4).
+"""Which of the frozen detector's queries belongs to which object of a frame (VITA §3.3).
 
 The detector never changes, so a frame's matches never change: they can be computed once and remembered.
 
@@ -10,23 +10,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cache.errors import ConfigError
+from configs.schema import FrameMatching
 from train_head.losses.detector_predictions import FramePredictions
 from train_head.losses.matcher import CostWeights, assign, point_costs
 from train_head.losses.points import sample_map, sample_masks
 from train_head.losses.targets import ClipTargets
 
-MatchingMode = Literal["category_map", "mask_only", "release"]
-
 
 def label_map(
-    mode: MatchingMode, num_labels: int, num_detector_classes: int, pairs: Iterable[tuple[int, int]] = ()
+    mode: FrameMatching, num_labels: int, num_detector_classes: int, pairs: Iterable[tuple[int, int]] = ()
 ) -> Tensor:
     """Build the (K, J) map of 0 and 1 that says which detector classes count as which label.
 
@@ -35,10 +33,10 @@ def label_map(
     VITA: the release knows the last only, and freezes a re-initialised class layer if the classes differ.
     """
     result_KJ = torch.zeros(num_labels, num_detector_classes)
-    if mode == "category_map":
+    if mode is FrameMatching.category_map:
         for label, detector_class in pairs:
             result_KJ[label, detector_class] = 1.0
-    elif mode == "release":
+    elif mode is FrameMatching.release:
         if num_labels != num_detector_classes:
             raise ConfigError(
                 "loss.frame_matching=release needs a detector with the classes of the data set",
@@ -50,11 +48,11 @@ def label_map(
     return result_KJ
 
 
-def frame_points(video: str, frames: Sequence[int], num_points: int, seed: int = 0) -> Tensor:
+def frame_points(video: str, frames: Sequence[int], num_points: int) -> Tensor:
     """Points (T, P, 2) in [0, 1] that depend on the video's name and the frame's number only."""
     digest = int.from_bytes(hashlib.sha256(video.encode()).digest()[:8], "little")
     points_TP2 = [
-        np.random.default_rng([seed, digest, frame]).random((num_points, 2), dtype=np.float32) for frame in frames
+        np.random.default_rng([0, digest, frame]).random((num_points, 2), dtype=np.float32) for frame in frames
     ]
     return torch.from_numpy(np.stack(points_TP2))
 
@@ -95,7 +93,7 @@ def match_frames(
     ).view(T, L, Q, N)
     probability_TLQJ = predictions_TLQ.class_logits.float().softmax(dim=-1)[..., :-1]
     cost_TLQN = cost_TLQN - cost_weights.label * (probability_TLQJ @ label_map_KJ[targets.labels_N].t())
-    objects_T = [present_N.nonzero().flatten() for present_N in targets.present_NT.t()]
+    objects_T = targets.objects_by_frame()
     solved = assign([cost_LQN[..., objects] for cost_LQN, objects in zip(cost_TLQN, objects_T, strict=True)])
     for frame, (objects, (query_LM, column_LM)) in enumerate(zip(objects_T, solved, strict=True)):
         matches_LTN[:, frame].scatter_(1, objects[column_LM], query_LM)

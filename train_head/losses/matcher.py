@@ -17,8 +17,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
+from configs.schema import PaddedArea
 from train_head.losses.mask_folding import MaskWeights
-from train_head.losses.points import PaddedArea, PointSource, sample_map, sample_masks, sampling_area
+from train_head.losses.points import PointSource, sample_map, sample_masks, sampling_area
 from train_head.losses.targets import ClipTargets
 from train_head.products import product
 

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from configs.schema import PaddedArea
+from train_head.draws import StepDraw
+
 STRIDE = 4  # input pixels per map pixel
 _CANDIDATES_AT_ONCE = 1 << 20
 _MASK_PIXELS_AT_ONCE, _MASK_PIXELS_AT_ONCE_CUDA = 1 << 20, 1 << 28
-
-PaddedArea = Literal["ignore", "background"]
 
 
 def sampling_area(image_hw: tuple[int, int], map_hw: tuple[int, int], padded: PaddedArea) -> tuple[int, int]:
@@ -31,7 +32,7 @@ def sampling_area(image_hw: tuple[int, int], map_hw: tuple[int, int], padded: Pa
     ("background", exact if the map covers the canvas). The cache stores next to nothing of the padding, which
     holds no object either, so by default points lie on the image ("ignore").
     """
-    if padded == "ignore":
+    if padded is PaddedArea.ignore:
         return image_hw
     return map_hw[0] * STRIDE, map_hw[1] * STRIDE
 
@@ -165,12 +166,14 @@ class RandomPoints:
         self.config, self.generator = config, generator
 
     @classmethod
-    def for_clip(cls, config: PointConfig, seed: int, index: int, device: torch.device) -> RandomPoints:
-        """Points of clip `index` of a run: they depend on (seed, index) only.
+    def for_clip(
+        cls, config: PointConfig, seed: int, index: int, device: torch.device, draw: StepDraw = StepDraw.clip_points
+    ) -> RandomPoints:
+        """Points of clip `index` of a run: they depend on (seed, index, draw) only.
 
         So a resumed run draws the same ones, and so does any number of processes that share a batch.
         """
-        state = int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0] >> 1)
+        state = int(np.random.SeedSequence([seed, index, draw]).generate_state(1, np.uint64)[0] >> 1)
         return cls(config, torch.Generator(device).manual_seed(state))
 
     def _uniform(self, *shape: int) -> Tensor:

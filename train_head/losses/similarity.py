@@ -1,4 +1,4 @@
-"""Similarity loss between frame queries and video queries of one object (VITA §3.3, Eq. 5; REFERENCE §4).
+"""Similarity loss between frame queries and video queries of one object (VITA §3.3, Eq. 5).
 
 Shapes: B clips, T frames, N objects, M matched objects, L detector layers, S matched embeddings of a clip.
 """
@@ -27,8 +27,8 @@ def similarity_loss(
 
     The pairs are those of one (layer, clip): matched frame queries of all frames and matched video queries of
     the last decoder layer, each pair twice and the diagonal included, as in the release. `num_pairs` is
-    the divisor (`num_similarity_pairs`, summed over processes). Where the release builds one matrix of all
-    embeddings of the batch and masks most of it, clips that do not see each other never meet here.
+    the divisor (`num_similarity_pairs`, summed over processes).
+    VITA: the release builds one matrix over the batch and masks most of it; here each clip has its own.
     """
     total = frame_similarity_LBTQC.new_zeros((), dtype=torch.float32)
     for clip, (target, match) in enumerate(zip(targets, matches, strict=True)):

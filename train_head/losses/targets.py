@@ -1,10 +1,11 @@
-"""What a clip's labels say: its objects, where they are present, their masks (REFERENCE §4).
+"""What a clip's labels say: its objects, where they are present, their masks (VITA §3.3).
 
 Shapes: N objects of the clip, T frames, L detector layers, h×w input pixels without padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -47,20 +48,23 @@ class ClipTargets:
         """Input size without padding, in pixels."""
         return self.masks_NThw.shape[2], self.masks_NThw.shape[3]
 
-    def to(self, device: torch.device) -> ClipTargets:
-        """Copy to a device."""
-        matches = self.frame_queries_LTN
+    def placed(self, copy: Callable[[Tensor], Tensor]) -> ClipTargets:
+        """The labels of a clip, copied."""
         return ClipTargets(
-            labels_N=self.labels_N.to(device),
-            identities_N=self.identities_N.to(device),
-            present_NT=self.present_NT.to(device),
-            masks_NThw=self.masks_NThw.to(device),
-            frame_queries_LTN=None if matches is None else matches.to(device),
+            labels_N=copy(self.labels_N),
+            identities_N=copy(self.identities_N),
+            present_NT=copy(self.present_NT),
+            masks_NThw=copy(self.masks_NThw),
         )
+
+    def objects_by_frame(self) -> tuple[Tensor, ...]:
+        """T of int64 (M): the objects present in each frame, ascending."""
+        objects = self.present_NT.t().nonzero()[:, 1]
+        return torch.split(objects, self.present_NT.sum(dim=0).tolist())
 
 
 def clip_targets(labels_N: Tensor, identities_N: Tensor, masks_NThw: Tensor) -> ClipTargets:
-    """Targets from a clip's instance masks (N, T, h, w), all zero where an object is absent.
+    """Targets from a clip's instance masks (N, T, h, w), all zero where an object is absent; copied only if one goes.
 
     Objects without a pixel in the whole clip are dropped, as in the release.
     VITA: the release shifts identities so that the smallest is 0; here they are only ever compared within one
@@ -73,5 +77,5 @@ def clip_targets(labels_N: Tensor, identities_N: Tensor, masks_NThw: Tensor) -> 
         labels_N=labels_N[kept].long(),
         identities_N=identities_N[kept].long(),
         present_NT=present_NT[kept],
-        masks_NThw=masks_NThw.index_select(0, kept),
+        masks_NThw=masks_NThw if len(kept) == len(masks_NThw) else masks_NThw.index_select(0, kept),
     )

@@ -15,13 +15,13 @@ from train_head.build import cost_weights
 from train_head.data.clips import Clip
 from train_head.data.video_sets import VideoSet
 from train_head.losses.detector_predictions import FrozenHeads
-from train_head.losses.frame_matches import MatchingMode, frame_points, label_map, match_frames
+from train_head.losses.frame_matches import frame_points, label_map, match_frames
 from train_head.losses.mask_folding import MapDecoding
 from train_head.losses.matcher import CostWeights
 from train_head.losses.targets import ClipTargets
 
 
-class FrameMemory:
+class FrameMatchMemory:
     """Adds to a clip's targets which detector query is which object in each frame.
 
     Shapes: T frames, L detector layers, N objects of the clip, A tracks of the video.
@@ -39,27 +39,32 @@ class FrameMemory:
         self.num_points, self.cost_weights = num_points, cost_weights
         self._known: dict[tuple[str, int], Tensor] = {}  # (clip's key, frame) -> (L, A), -1 where not matched
 
-    def with_matches(self, clip: Clip, targets: ClipTargets) -> ClipTargets:
-        """Return `targets`, the clip's on the computing device, with their `frame_queries_LTN`."""
+    def with_matches(self, clip: Clip) -> ClipTargets:
+        """Return the targets of a clip on the computing device with the matches of its layers, always the same ones."""
+        targets = clip.targets
         unknown = [f for f in dict.fromkeys(clip.frames) if (clip.key, f) not in self._known]
         if unknown:
-            self._compute(clip, targets, unknown)
+            self._compute(clip, unknown)
         matches_TLA = torch.stack([self._known[clip.key, frame] for frame in clip.frames])
         matches_LTN = matches_TLA.transpose(0, 1)[..., targets.identities_N]
         return replace(targets, frame_queries_LTN=matches_LTN)
 
-    def _compute(self, clip: Clip, targets: ClipTargets, frames: list[int]) -> None:
-        device = targets.labels_N.device
-        rows = torch.tensor([clip.frames.index(frame) for frame in frames])
-        chosen = replace(targets, present_NT=targets.present_NT[:, rows], masks_NThw=targets.masks_NThw[:, rows])
-        normed_TLQC = self.heads.normed(clip.frame_queries_TLQC[rows].to(device))
-        points_TP2 = frame_points(clip.name, frames, self.num_points)
+    def _compute(self, clip: Clip, frames: list[int]) -> None:
+        targets, device = clip.targets, clip.map_TRHW.device
+        rows = torch.tensor([clip.frames.index(frame) for frame in frames], device=device)
+        # index_select copies whole frames; indexing by a tensor takes twice as long.
+        chosen = replace(
+            targets,
+            present_NT=targets.present_NT.index_select(1, rows),
+            masks_NThw=targets.masks_NThw.index_select(1, rows),
+        )
+        normed_TLQC = self.heads.normed(clip.frame_queries_TLQC.index_select(0, rows))
         matches_LTN = match_frames(
             self.heads.predict(normed_TLQC, self.decoding),
-            clip.map_TRHW[rows].to(device),
+            clip.map_TRHW.index_select(0, rows),
             chosen,
             self.label_map_KJ,
-            points_TP2.to(device),
+            frame_points(clip.name, frames, self.num_points).to(device),
             self.cost_weights,
         )
         for column, frame in enumerate(frames):
@@ -68,7 +73,9 @@ class FrameMemory:
             self._known[clip.key, frame] = matches_LA
 
 
-def build_frame_memory(settings: Settings, videos: VideoSet, heads: FrozenHeads, decoding: MapDecoding) -> FrameMemory:
+def build_frame_memory(
+    settings: Settings, videos: VideoSet, heads: FrozenHeads, decoding: MapDecoding
+) -> FrameMatchMemory:
     """Build the memory that `loss.frame_matching` asks for."""
     device = heads.decoder_norm.weight.device
     stored, labels, loss = videos.feature_cache.heads, videos.labels, settings.loss
@@ -77,12 +84,11 @@ def build_frame_memory(settings: Settings, videos: VideoSet, heads: FrozenHeads,
         print("loss.frame_matching=release: the detector has other classes; its class layer is drawn anew and frozen")
         stored = redrawn_classes(stored, num_labels, settings.seed)
         heads = FrozenHeads(stored).to(device)
-    mode: MatchingMode = loss.frame_matching.value
     pairs = category_pairs(labels.categories, stored.category_names)
-    return FrameMemory(
+    return FrameMatchMemory(
         heads,
         decoding,
-        label_map(mode, num_labels, stored.num_classes, pairs).to(device),
+        label_map(loss.frame_matching, num_labels, stored.num_classes, pairs).to(device),
         loss.num_points,
         cost_weights(loss),
     )

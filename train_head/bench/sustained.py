@@ -16,7 +16,7 @@ _PREFETCHED = 16  # batches that loaders may have read while other sides took th
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pace:
+class SustainedSteps:
     """Consecutive steps, in real seconds, with nothing else to do in between."""
 
     seconds: float  # of one step
@@ -24,7 +24,7 @@ class Pace:
     largest: str  # table of the operations that took longest
 
 
-def measure_pace(trainer: Trainer[Clip], batches: Iterator[list[Clip]]) -> Pace:
+def sustain(trainer: Trainer[Clip], batches: Iterator[list[Clip]]) -> SustainedSteps:
     """Take many steps on CUDA, a few on CPU, then one more under the profiler."""
     on_cuda = trainer.device.type == "cuda"
     for _ in range(_PREFETCHED if on_cuda else 0):
@@ -36,7 +36,7 @@ def measure_pace(trainer: Trainer[Clip], batches: Iterator[list[Clip]]) -> Pace:
         waited += time.perf_counter() - asked
         trainer.training_step(clips)
     seconds = _now(trainer.device) - started
-    return Pace(seconds=seconds / steps, waiting=waited / seconds, largest=_largest(trainer, next(batches)))
+    return SustainedSteps(seconds=seconds / steps, waiting=waited / seconds, largest=_largest(trainer, next(batches)))
 
 
 def _now(device: torch.device) -> float:
