@@ -114,7 +114,7 @@ bench: $(STAMP)  ## a training step against the live detector; reading, workers,
 	$(PY) -m extract bench $(CONFIG) $(if $(SMALL),--small) $(OVERRIDES)
 
 test: $(STAMP)  ## the test suite, CPU only
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -rs
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .
