@@ -126,7 +126,8 @@ Use: `python -m extract run CONFIG {words} cache.path=FOLDER` fills a cache with
 
 
 def _origin_of_features(settings: Settings, source: str) -> str:
-    return f"""What: for every frame, frame queries and mask features of a frozen Mask2Former (Zarr, format 1 of vita-cache).
+    return f"""What: frame queries and mask features of a frozen Mask2Former for every frame (Zarr, format 1 of
+vita-cache).
 
 From: {source}, by the detector {settings.detector.weights}. The root's zarr.json has the fingerprint and the origin."""
 
