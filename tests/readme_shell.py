@@ -35,7 +35,7 @@ STAND_INS = {
     r" CONFIG(?!=)": " demo",
     r"\bgt\.json": "datasets/demo/valid.json",
     r"\bresults\.json": "runs/demo/results.zip",
-    r"^(python .*sim_weight.*) seed=0,1,2": r"\1 seed=0,1",
+    r" seed=0,1,2": " seed=0,1",
     r"evaluate_every=\d+": "evaluate_every=2",
     r"^make bench$": "make bench SMALL=1",
     r"^(python -m evaluate max-frames .*)": r"\1 --windows 3 --kept 0.05",
