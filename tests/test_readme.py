@@ -59,7 +59,7 @@ def fences() -> list[tuple[str, str]]:
 
 def code() -> tuple[list[str], list[str]]:
     """Lines of the sh blocks, without their comments, and inline code."""
-    lines = [line for language, body in fences() if language == "sh" for line in body.splitlines()]
+    lines = [line for language, body in fences() if language == "sh" for line in body.replace("\\\n", " ").splitlines()]
     prose = (re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE) for text in TEXTS)
     inline = [part for text in prose for part in re.findall(r"`([^`]+)`", text)]
     return [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines], [" ".join(c.split()) for c in inline]
