@@ -16,7 +16,8 @@ from configs.changes import changed_settings
 from configs.schema import HeadKind, Settings
 
 _LICENCES = "## Licences"
-_PYTHON = "`cache.reader.FeatureCache.open(path)` reads it in Python"
+_FOOTAGE = "video"  # the split of one's own videos (extract/video.py), which has no labels
+_DETECTOR = "detector"  # in the folder of a run: what it has fine-tuned (train_head/joint.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,45 +43,37 @@ _WEIGHTS = (
 )
 
 
-def write_cache_card(folder: Path, settings: Settings, split: str, source: str, path: str) -> None:
-    """Write the card of a cache. `source`: where the frames are from, for people; `path`: where the cache will lie."""
-    shown, config = shlex.quote(path), shlex.quote(f"cache.path={settings.cache.path}")
+def write_cache_card(folder: Path, settings: Settings, split: str, source: str) -> None:
+    """Write the card of a cache. `source`: where the frames are from, for people."""
+    path = shlex.quote(f"{settings.cache.path.rstrip('/')}/{split}")  # `folder` may be on its way to an object store
+    if split == _FOOTAGE:
+        licences = f"{_LICENCES}\n\n- videos: yours\n{_licence_of_weights(settings)}"
+        use = f"`python -m evaluate predict --head RUN --output FOLDER RUN/config.yaml {path}` writes tracks,"
+        use += "\nwith a run that was trained on features of this detector,"
+    else:
+        licences = _licences(settings)
+        words = shlex.quote(f"cache.path={settings.cache.path}")
+        use = f"`python -m train_head train CONFIG {words}` trains a head from it, with the config of the extraction,"
     (folder / CARD).write_text(
         f"""# Features of {settings.name}, {split}
 
-{_origin_of_features(settings, source)}
+What: frame queries and mask features of a frozen Mask2Former for every frame, format 1 of vita-cache (Zarr).
 
-Use: `python -m cache inspect {shown}` says what is in it, `python -m cache verify {shown}` whether it is sound.
-`python -m train_head train CONFIG {config}`, with the config of the extraction, trains a head from it, {_PYTHON}.
+From: {source}, by the detector {settings.detector.weights}. The root's zarr.json has the fingerprint and the origin.
 
-{_licences(settings)}
+Use: `python -m cache inspect {path}` says what is in it, `python -m cache verify {path}` whether it is sound,
+{use}
+`cache.reader.FeatureCache.open(path)` reads it in Python.
+
+{licences}
 """,
         encoding="utf-8",
     )
 
 
-def write_footage_card(folder: Path, settings: Settings, count: int) -> None:
-    """Write the card of a cache of `count` videos of one's own, which have no labels."""
-    shown = shlex.quote(str(folder))
-    (folder / CARD).write_text(
-        f"""# Features of {count} videos of your own
-
-{_origin_of_features(settings, "the files that footage.json names")}
-
-Use: `python -m cache inspect {shown}` says what is in it. `python -m evaluate predict --head RUN --output FOLDER
-RUN/config.yaml {shown}`, with a run trained on this detector's features, writes their tracks, {_PYTHON}.
-
-{_LICENCES}
-
-- videos: yours
-{_licence_of_weights(settings)}
-""",
-        encoding="utf-8",
-    )
-
-
-def write_run_card(folder: Path, settings: Settings, *, fine_tuned: bool = False) -> None:
-    """Write the card of a run; `fine_tuned`: its detector was trained along, or alone (`finetune.frames_only`)."""
+def write_run_card(folder: Path, settings: Settings) -> None:
+    """Write the card of a run, whose folder tells by a detector in it whether that was fine-tuned."""
+    fine_tuned = (folder / _DETECTOR).is_dir()
     changed = "\n".join(f"    {key}={value}" for key, value in changed_settings(settings).items())
     head = "a VITA head" if settings.head.kind is HeadKind.vita else f"a head of kind {settings.head.kind}"
     if not fine_tuned:
@@ -125,19 +118,12 @@ Use: `python -m extract run CONFIG {words} cache.path=FOLDER` fills a cache with
     )
 
 
-def _origin_of_features(settings: Settings, source: str) -> str:
-    return f"""What: frame queries and mask features of a frozen Mask2Former for every frame (Zarr, format 1 of
-vita-cache).
-
-From: {source}, by the detector {settings.detector.weights}. The root's zarr.json has the fingerprint and the origin."""
-
-
 def _uses(folder: Path, settings: Settings, fine_tuned: bool) -> str:
     run, config, elsewhere = shlex.quote(str(folder)), shlex.quote(str(folder / "config.yaml")), ""
     uses = []
     if fine_tuned:
         elsewhere = " cache.path=FOLDER"
-        words = shlex.quote(f"detector.weights={folder / 'detector'}")
+        words = shlex.quote(f"detector.weights={folder / _DETECTOR}")
         uses.append(f"`python -m extract run {config} {words}{elsewhere}` fills a cache with its detector")
     if not (fine_tuned and settings.finetune.frames_only):
         uses.append(f"`python -m evaluate run {config}{elsewhere}` scores it")

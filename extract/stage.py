@@ -14,7 +14,6 @@ from cache.codecs.rate_distortion import format_table
 from cache.errors import FrameError
 from cache.fingerprint import Fingerprint, Provenance
 from cache.storage.locks import sweep_locks
-from cache.storage.remote import remote_url
 from cache.upkeep.upload import opened_writer
 from configs.cards import write_cache_card
 from configs.schema import CodecName, Settings
@@ -123,8 +122,7 @@ def _extract_split(
         ),
         calibration=chosen.calibration,
     ) as writer:
-        path = remote_url(split.features) or str(split.features)
-        write_cache_card(writer.path, settings, split.name, str(split.frames), path)
+        write_cache_card(writer.path, settings, split.name, str(split.frames))
         outcome = fill(writer, asked, engine, f"extract {split.name}")
         write_skipped(writer.path, outcome.skipped)
     return [f"{split.name}/{name}" for name in outcome.skipped]

@@ -23,7 +23,7 @@ from cache.media.footage import RECORD, Footage, look_through, read_record, writ
 from cache.progress import StageProgress
 from cache.storage.background import BackgroundWriter
 from cache.writer import CacheWriter
-from configs.cards import write_footage_card
+from configs.cards import write_cache_card
 from configs.load import load_settings
 from configs.schema import Precision, Settings
 from extract.batches import BatchRunner
@@ -73,7 +73,7 @@ def extract_footage(config: str, words: Sequence[str], *, head: Path | None = No
     known = read_record(features) if (features / RECORD).exists() else []
     footage = known + [piece for piece in footage if piece not in known]
     write_record(features, footage)
-    write_footage_card(features, settings, len(footage))
+    write_cache_card(features, settings, FOLDER, f"{len(footage)} videos of your own (footage.json)")
     _extract(settings, detector, writer, footage)
     return features
 

@@ -125,7 +125,7 @@ def _write_small_configs(folder: Path) -> None:
     shutil.copytree(ROOT / "configs", folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
     for path in folder.glob("*.yaml"):
         config = OmegaConf.merge(OmegaConf.load(path), TINY)
-        if config.detector.get("short_edge") is not None:
+        if config.detector.get("short_edge", 360) is not None:
             OmegaConf.update(config, "detector", {"short_edge": 64, "architecture": None})
         OmegaConf.save(config, path)
 

@@ -49,7 +49,7 @@ def test_licences_by_data_set(words: list[str], expected: list[str], not_expecte
     (tmp_path / "run").mkdir()
     (tmp_path / "cache").mkdir()
     write_run_card(tmp_path / "run", settings)
-    write_cache_card(tmp_path / "cache", settings, "train", "frames", "caches/x/train")
+    write_cache_card(tmp_path / "cache", settings, "train", "frames")
     for folder in ("run", "cache"):
         licences = (tmp_path / folder / CARD).read_text().partition("## Licences")[2]
         assert all(word in licences for word in expected), licences
@@ -70,7 +70,7 @@ def test_what_is_made_with_a_fine_tuned_detector_carries_its_licences_on(tmp_pat
     weights = "detector.weights=/w/model_final_3c8ec9.pkl"
     write_detector_card(detector, load_settings("demo_finetune", ["data.root=/d/ovis", "name=own", weights]))
     settings = load_settings("demo", ["data.root=/d/ytvis_2019", "name=x", f"detector.weights={detector}"])
-    write_cache_card(tmp_path, settings, "train", "frames", str(tmp_path))
+    write_cache_card(tmp_path, settings, "train", "frames")
     licences = (tmp_path / CARD).read_text().partition("## Licences")[2]
     assert "weights of the detector: Mask2Former's model zoo: CC BY-NC 4.0" in licences
     assert "data that the detector was trained on, as named: OVIS: CC BY-NC-SA" in licences
@@ -84,8 +84,10 @@ def test_cards_offer_what_a_run_can_do(tmp_path: Path) -> None:
         ("head.kind=vita", True, ["and its detector", "export-release", "extract run"], []),
         ("finetune.frames_only=true", True, ["a detector (", "extract run"], ["head (", "evaluate", "predict"]),
     ):
-        write_run_card(tmp_path, load_settings("demo", ["name=x", word]), fine_tuned=fine_tuned)
-        card = (tmp_path / CARD).read_text()
+        run = tmp_path / f"{word}{fine_tuned}"
+        (run / "detector" if fine_tuned else run).mkdir(parents=True)
+        write_run_card(run, load_settings("demo", ["name=x", word]))
+        card = (run / CARD).read_text()
         assert all(words in card for words in offered) and not any(words in card for words in refused), card
 
 
@@ -129,9 +131,9 @@ def test_their_commands_run(tiny_cache: Path, tiny_run: Settings, tmp_path: Path
     commands += run_commands(footage / "video" / CARD, **stand_ins)
     (run / "detector").symlink_to(ROOT / "extract" / "demo" / "detector")
     settings.finetune.frames_only = True
-    write_run_card(run, settings, fine_tuned=True)
+    write_run_card(run, settings)
     commands += run_commands(run / CARD, **stand_ins)
-    assert len(commands) == 3 + 4 + 2 + 1
+    assert len(commands) == 3 + 4 + 3 + 1
 
 
 def test_a_card_changes_nothing_that_is_checked(

@@ -30,7 +30,7 @@ _FREE = (
 )
 
 
-def open_run(settings: Settings, holdout: Split | None, *, fine_tuned: bool = False) -> Path:
+def open_run(settings: Settings, holdout: Split | None) -> Path:
     """Create the run's folder, or check that the one that is there belongs to the same settings.
 
     Raises ConfigError naming each setting in which a run of this name differs.
@@ -50,7 +50,7 @@ def open_run(settings: Settings, holdout: Split | None, *, fine_tuned: bool = Fa
         OmegaConf.save(resolved, folder / CONFIG)
         provenance = Provenance.gather({"cache": settings.cache.path, "data": settings.data.root})
         (folder / PROVENANCE).write_text(json.dumps(asdict(provenance), indent=2))
-    write_run_card(folder, settings, fine_tuned=fine_tuned)
+    write_run_card(folder, settings)
     if holdout is not None:
         (folder / SPLIT).write_text(json.dumps(holdout.to_json(), indent=1))
     return folder

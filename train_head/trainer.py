@@ -63,9 +63,7 @@ def run_training(
             got=settings.train.batch_clips,
         )
     source = open_source(torch_device)
-    folder = Path(settings.runs) / settings.name
-    if group.is_main:
-        open_run(settings, source.holdout, fine_tuned=bool(source.parts))
+    folder = open_run(settings, source.holdout) if group.is_main else Path(settings.runs) / settings.name
     group.wait()
     Trainer(settings, source, folder, group, torch_device, evaluator).run()
     group.wait()
