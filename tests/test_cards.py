@@ -111,6 +111,7 @@ def run_commands(card: Path, **stand_ins: str) -> list[str]:
     return commands
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # of runpy
 def test_their_commands_run(tiny_cache: Path, tiny_run: Settings, tmp_path: Path) -> None:
     """In folders whose names a shell would part; a fine-tuned run's detector is the demo's own."""
     run, footage = tmp_path / "my runs" / "tiny", tmp_path / "own video"
