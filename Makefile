@@ -21,6 +21,8 @@ OVERRIDES := $(subst <space>,\ ,$(GIVEN)) $(if $(V),-v)
 # On no registry; the commit that the golden numbers were recorded with.
 DETECTRON2 := git+https://github.com/facebookresearch/detectron2.git@02b5c4e295e990042a714712c21dc79b731e8833
 .DEFAULT_GOAL := help
+# What was typed, for what commands say when they are stopped: cache/command.py.
+export MAKE_TYPED ?= make $(MAKECMDGOALS) $(MAKEOVERRIDES)
 
 # The demo needs nothing but itself, so each of its stages makes sure of the one before.
 ifneq ($(filter demo configs/demo.yaml,$(CONFIG)),)
@@ -37,6 +39,7 @@ endif
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@echo "Behind any of them: CONFIG=name (a file, or one of configs/), key=value (settings: configs/schema.py), V=1 (says more)"
 
 install: $(STAMP)  ## make .venv and install everything into it
 
@@ -90,11 +93,11 @@ demo-compare: demo-data  ## the demo's Table 7: what freezing the detector costs
 	@OMP_NUM_THREADS=1 $(MAKE) -j2 demo-frozen demo-finetuned
 	@$(PY) -m evaluate compare frozen=runs/demo-frozen/* fine-tuned=runs/demo-finetuned/* --output runs/demo-comparison
 
-demo-frozen: $(STAMP)
+demo-frozen: $(STAMP)  ## a half of demo-compare
 	@$(PY) -m extract run configs/demo.yaml $(OVERRIDES)
 	@$(HEADS) runs=runs/demo-frozen $(OVERRIDES)
 
-demo-finetuned: $(STAMP)
+demo-finetuned: $(STAMP)  ## the other half
 	@$(PY) -m train_head finetune configs/demo_finetune.yaml $(OVERRIDES)
 	@$(PY) -m extract run configs/demo.yaml $(TUNED) $(OVERRIDES)
 	@$(HEADS) runs=runs/demo-finetuned $(TUNED) $(OVERRIDES)
@@ -114,7 +117,7 @@ bench: $(STAMP)  ## a training step against the live detector; reading, workers,
 	$(PY) -m extract bench --output runs/bench_extraction.json $(CONFIG) $(if $(SMALL),--small) $(OVERRIDES)
 
 test: $(STAMP)  ## the test suite, CPU only
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -rs
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .

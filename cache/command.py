@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from cache.errors import VitaCacheError, first_line
 
 INTERRUPTED = 130
+_TYPED = "MAKE_TYPED"  # environment variable: the words of the `make` command that started this one (Makefile)
 
 
 def add_verbose(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -48,6 +50,9 @@ def is_main() -> bool:
 
 
 def _own_command() -> str:
+    if _TYPED in os.environ:
+        words = re.split(r"(?<!\\) ", os.environ[_TYPED].strip())  # make writes a space within a word as "\ "
+        return shlex.join(word.replace("\\ ", " ") for word in words)
     return "the same torchrun command" if "TORCHELASTIC_RUN_ID" in os.environ else shlex.join(sys.orig_argv)
 
 
@@ -57,7 +62,8 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.filename or 'system'}: {error.strerror or error}"
     reason = " ".join(first_line(error).split())
-    hint = "not a mistake of yours: the same command with -v shows where, for a bug report"
+    louder = "V=1" if _TYPED in os.environ else "-v"
+    hint = f"not a mistake of yours: the same command with {louder} shows where, for a bug report"
     return f"{type(error).__name__}: {reason}\n  hint: {hint}"
 
 

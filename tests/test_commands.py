@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,8 @@ from train_head.data.clips import Clip
 from train_head.run_folder import BOARD, read_metrics_log
 from train_head.step import StepLosses
 from train_head.trainer import train
+
+ROOT = Path(__file__).parent.parent
 
 
 def failing(error: Exception) -> int:
@@ -55,9 +58,32 @@ def test_a_stopped_command_says_how_to_go_on(
     def stopped() -> int:
         raise KeyboardInterrupt
 
+    monkeypatch.delenv("MAKE_TYPED", raising=False)  # of `make test`
     monkeypatch.setattr(sys, "orig_argv", ["/a b/python", "-m", "train_head", "train", "demo", "data.views=[]"])
     assert run_command(stopped) == INTERRUPTED
     assert "'/a b/python' -m train_head train demo 'data.views=[]'\n" in capsys.readouterr().err
+
+
+def test_started_by_make_it_names_the_make_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\necho "$MAKE_TYPED"\nexit 130\n')
+    python.chmod(0o755)
+    (tmp_path / ".installed").touch()
+    words = ["make", "predict", f"VENV={tmp_path}", f"OUTPUT={tmp_path}", "VIDEO=my clip.mp4"]
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
+    done = subprocess.run(words, cwd=ROOT, env=outside, capture_output=True, text=True, check=False)
+    monkeypatch.setenv("MAKE_TYPED", done.stdout)
+    failing_with = {KeyboardInterrupt(): "make predict 'VIDEO=my clip.mp4' OUTPUT=", KeyError("x"): "with V=1 shows"}
+    for error, said in failing_with.items():
+
+        def fail(error: BaseException = error) -> int:
+            raise error
+
+        run_command(fail)
+        assert said in capsys.readouterr().err  # no folder that make has deleted by then
 
 
 def test_settings_are_told_as_they_differ_from_the_defaults(tmp_path: Path) -> None:

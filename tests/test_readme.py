@@ -1,206 +1,195 @@
-"""README.md tells the truth: its commands run, in its order, in a real shell; it names what there is, and no more.
-
-The shell stands in a tree of this code with small configs and data. Its `python` forks tests/fork_server.py.
+"""README.md and docs/ tell the truth: their commands run, in their order, in a real shell (tests/readme_shell.py); they
+name what there is, and no more. What is not run is listed with the reason.
 """
 
 from __future__ import annotations
 
 import ast
-import json
 import os
 import re
-import shutil
+import signal
+import socket
 import subprocess
-import sys
+import tempfile
+import time
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from omegaconf import OmegaConf
 
-from extract.demo.clip import write_clip
-from extract.demo.stills import write_stills
-from tests.detector_samples import checkpoint_bytes, official_state
-from tests.fork_server import write_interpreter
-from tests.test_release import golden_head_state
+from configs.changes import flat
+from configs.schema import Settings
+from tests.object_store import local_s3
+from tests.readme_shell import ROOT, Shell, opened_shell, stood_in, write_program
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+TEXTS = (README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))))
 MAKEFILE = (ROOT / "Makefile").read_text()
-PACKAGES = ("configs", "extract", "cache", "train_head", "evaluate")
+PACKAGES = ("configs", "extract", "cache", "train_head", "evaluate", "docs")
 
-# Patterns of what stands for the reader's own files or for much work, and what is here instead.
-STAND_INS = {
-    r"/data/ytvis_2019": "datasets/ytvis_2019",
-    r"/weights/": "weights/",
-    r" CONFIG(?!=)": " demo",
-    r"\bgt\.json": "datasets/demo/valid.json",
-    r"\bresults\.json": "runs/demo/results.zip",
-    r"seed=0,1,2(?= --jobs)": "seed=0,1",
-    r"evaluate_every=\d+": "evaluate_every=2",
-    r"^make bench$": "make bench SMALL=1",
-    r"^(python -m evaluate max-frames .*)": r"\1 --windows 3 --kept 0.05",
-    r"^make demo-compare": "make demo-compare train.iterations=2 train.decay_steps=[1]",
-}
-
-# Commands that need what is not here (more processes, a device), or minutes, and the test of what they do.
-ELSEWHERE = {
-    "python -m train_head bench --device cuda": "test_readme.py::test_every_command_runs",  # of `make bench`
-    "make detectron2": "test_detectron2_engine.py::test_both_engines_give_the_same_features",
-    "make fuzz": "test_fuzz.py::test_a_damaged_cache",
-    "make torture": "test_torture.py::test_killed_stages_end_as_if_undisturbed",
-    "make extract extract.workers": "test_workers.py::test_a_worker_is_killed_and_the_arrays_are_those_of_one_process",
-    "make extract extract.ray_address": "test_workers.py::test_a_machine_dies_and_others_do_its_videos",
-    "torchrun": "test_trainer.py::test_runs_killed_on_any_number_of_processes_go_on_with_any_other",
-}
-# Commands that are only read, and why.
-READ = {
+# Starts of commands that are not run, and why. What `make -n` and `--help` can tell of them is checked all the same.
+NOT_RUN = {
     "make test": "this is a part of it",
     "make lint": ".ci/run runs it",
     "make install": ".ci/run runs it",
-    "make demo-detector": "minutes; its result is what the demo runs",
+    "make demo-detector": "40 minutes; its result is what the demo runs",
+    "make fuzz": "many minutes; test_fuzz.py runs the same tests with fewer examples",
+    "make torture": "minutes; test_torture.py runs the same with fewer kills",
+    "make detectron2": "compiles for minutes, from the network; the engine is tested where it is installed",
+    "python -m train_head bench --device cuda": "needs CUDA; `make bench` runs the same on the CPU",
+    "python -m evaluate bench-memory": "minutes; test_long_videos.py measures in small",
     "source .venv/bin/activate": "the shell of these tests has done so",
-    "pip install": "its extras and files are looked up below",
+    "pip install": "asks the network; its extras and files are looked up below",
+    "pip-audit": "asks the network; its file is looked up below",
+    "kubectl": "needs Kubernetes; what it starts in the pod runs with the cluster below",
+    "tensorboard": "serves until it is stopped; test_commands.py reads what it shows",
 }
+ON_A_CLUSTER = ("make extract extract.workers", "make extract extract.ray_address")  # beside the Slurm script's
 STATUS = {"python -m cache diff": 1}  # they differ; anything else ends with 0
+PROGRAMS = ("make ", "python ", "torchrun ", "pip ", "pip-audit ", "source ", "kubectl ", "tensorboard ")
 
-TINY = {
-    "device": "cpu",
-    "detector": {"batch_frames": 4},
-    "cache": {"calibration_frames": 6},
-    "head": {"hidden_dim": 64, "mask_dim": 64, "num_queries": 10, "ffn_dim": 32, "enc_layers": 1, "dec_layers": 1},
-    "loss": {"num_points": 32},
-    "train": {
-        "iterations": 2, "batch_clips": 2, "num_frames": 2, "warmup": 1, "decay_steps": [1], "workers": 0,
-        "checkpoint_every": 2,
-    },
-    "evaluate": {"report_videos": 1},
-}  # fmt: skip
+
+def fences() -> list[tuple[str, str]]:
+    """Every fenced block: its language, and what is in it."""
+    found = [fence for text in TEXTS for fence in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
+    return [(language, body) for language, body in found]
 
 
 def code() -> tuple[list[str], list[str]]:
-    """Lines of the sh blocks of README.md, without their comments, and its inline code."""
-    lines: list[str] = []
-    inline: list[str] = []
-    for number, part in enumerate(re.split(r"^```", README, flags=re.MULTILINE)):
-        if number % 2 == 0:
-            inline += re.findall(r"`([^`]+)`", part)
-        elif part.startswith("sh\n"):
-            lines += part.replace("\\\n", "").splitlines()[1:]
+    """Lines of the sh blocks, without their comments, and inline code."""
+    lines = [line for language, body in fences() if language == "sh" for line in body.replace("\\\n", " ").splitlines()]
+    prose = (re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE) for text in TEXTS)
+    inline = [part for text in prose for part in re.findall(r"`([^`]+)`", text)]
     return [" ".join(re.sub(r"\s#.*", "", line).split()) for line in lines], [" ".join(c.split()) for c in inline]
 
 
 def commands() -> list[str]:
-    """Every command of README.md; `make compare` in a sentence names what a line runs with its arguments."""
+    """Every command; `make compare` in a sentence names what a line runs with its arguments."""
     lines, inline = code()
-    starts = ("make ", "python ", "torchrun ", "pip ", "source ")
-    said = [c for c in inline if c.startswith(starts) and not c.endswith("...")]
+    said = [c for c in inline if c.startswith(PROGRAMS) and not c.endswith("...")]
     mentions = {c for c in said if any(other.startswith(f"{c} ") for other in (*lines, *said))}
     return [c for c in dict.fromkeys([*lines, *said]) if c and (c in lines or c not in mentions)]
 
 
-def runs_here(command: str) -> bool:
-    return not command.startswith((*ELSEWHERE, *READ))
-
-
-HERE = [command for command in commands() if runs_here(command)]
-
-
-def write_small_configs(folder: Path) -> None:
-    """The configs of this repository, made small, under their names."""
-    shutil.copytree(ROOT / "configs", folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
-    for path in folder.glob("*.yaml"):
-        config = OmegaConf.merge(OmegaConf.load(path), TINY)
-        if config.detector.get("short_edge", 360) is not None:
-            OmegaConf.update(config, "detector", {"short_edge": 64, "architecture": None})
-        OmegaConf.save(config, path)
-
-
-def write_small_data(tiny_data: Path, datasets: Path) -> None:
-    """The demo's videos, and some of them as a benchmark of five categories, which is what the golden head knows."""
-    shutil.copytree(tiny_data, datasets / "demo")
-    write_stills(datasets / "demo", 4)
-    (datasets / "ytvis_2019").mkdir()
-    (datasets / "ytvis_2019" / "train").symlink_to(datasets / "demo" / "train")
-    labels: dict[str, Any] = json.loads((tiny_data / "train.json").read_text())
-    labels["categories"] = labels["categories"][:5]
-    for annotation in labels["annotations"]:
-        annotation["category_id"] = (annotation["category_id"] - 1) % 5 + 1
-    (datasets / "ytvis_2019" / "train.json").write_text(json.dumps(labels))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shell:
-    """A reader's shell at the repository's root, .venv activated."""
-
-    root: Path
-
-    def run(self, command: str) -> subprocess.CompletedProcess[str]:
-        for pattern, stand_in in STAND_INS.items():
-            command = re.sub(pattern, stand_in, command)
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
-        environment |= {"PATH": f"{self.root / '.venv' / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        return subprocess.run(
-            ["bash", "-c", command], cwd=self.root, env=environment, capture_output=True, text=True, check=False
-        )
+HERE = [command for command in commands() if not command.startswith((*NOT_RUN, *ON_A_CLUSTER))]
+SCRIPTS = [body for language, body in fences() if language == "bash"]
 
 
 @pytest.fixture(scope="module")
 def shell(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    root = tmp_path_factory.mktemp("readme")
-    for name in ("cache", "extract", "train_head", "evaluate", "tests", "Makefile", "pyproject.toml"):
-        (root / name).symlink_to(ROOT / name)
-    write_small_configs(root / "configs")
-    write_small_data(tiny_data, root / "datasets")
-    (root / "weights").mkdir()
-    (root / "weights" / "model_final_3c8ec9.pkl").write_bytes(checkpoint_bytes("r50"))
-    torch.save({"model": official_state("r50") | golden_head_state(), "iteration": 7}, root / "vita.pth")
-    write_clip(root / "clip.mp4", seed=1, num_frames=4)
-    write_interpreter(root / ".venv" / "bin" / "python", root / "socket")
-    (root / ".venv" / ".installed").touch()
-    words = [sys.executable, "-m", "tests.fork_server", str(root / "socket")]
-    with subprocess.Popen(
-        words, cwd=root, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as server:
-        assert server.stdout is not None and server.stdout.readline() == b"ready\n"
-        yield Shell(root=root)
-        server.terminate()
+    with opened_shell(tmp_path_factory.mktemp("readme"), tiny_data) as opened:
+        yield opened
+
+
+def test_every_block_is_a_drawing_or_commands_of_known_programs() -> None:
+    assert {language for language, _ in fences()} <= {"", "sh", "bash"}
+    assert [line for line in code()[0] if line and not line.startswith(PROGRAMS)] == []
 
 
 @pytest.mark.parametrize("command", HERE)
 def test_every_command_runs(shell: Shell, command: str) -> None:
-    done = shell.run(command)
+    with local_s3("bucket") if "s3://" in command else nullcontext():
+        done = shell.run(command)
     expected = next((status for start, status in STATUS.items() if command.startswith(start)), 0)
     assert done.returncode == expected, f"{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
 
 
-def test_commands_that_run_elsewhere_are_tested_there(shell: Shell) -> None:
-    for test in ELSEWHERE.values():
-        file, _, name = test.partition("::")
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text(), test
+def test_commands_that_are_not_run_are_known_to_their_programs(shell: Shell) -> None:
+    assert all(any(command.startswith(start) for command in commands()) for start in NOT_RUN)
     for command in commands():
-        if command.startswith("make ") and not runs_here(command):
-            shown = shell.run(command.replace("make ", "make -n ", 1))
+        if command.startswith(tuple(NOT_RUN)) and command.startswith(("make ", "python ")):
+            shown = shell.run(re.sub("^make ", "make -n ", command) if command[0] == "m" else f"{command} --help")
             assert shown.returncode == 0, f"{command}: {shown.stderr}"
+
+
+def test_the_slurm_script_makes_a_cluster_that_extracts(shell: Shell, tmp_path: Path) -> None:
+    """On one machine: `srun` starts each part here, `sleep` lasts until the head answers."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    small = "--num-cpus=1 --object-store-memory=80000000"
+    write_program(tmp_path / "hostname", "echo 127.0.0.1")
+    write_program(tmp_path / "sleep", f"until (: > /dev/tcp/127.0.0.1/{port}) 2>/dev/null; do /bin/sleep 0.2; done")
+    options = 'while [[ $1 == -* ]]; do [[ $1 == -[wx] ]] && shift; shift; done; [[ $* == *--head* ]] && set -- "$@" '
+    write_program(tmp_path / "srun", f'{options} --include-dashboard=false\nexec "$@" {small}')
+    (script,) = SCRIPTS
+    pods = [re.sub(r"^kubectl exec \S+ -- ", "", c) for c in commands() if c.startswith("kubectl")]
+    own, joining = (next(c for c in commands() if c.startswith(start)) for start in ON_A_CLUSTER)
+    address = f"export RAY_ADDRESS=127.0.0.1:{port}"  # else `auto` may find that of another test on this machine
+    lines = ["set -e", script.replace("6379", str(port)), own, address, joining, *pods]
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # short: sockets lie in it
+        environment = {**shell.environment(), "RAY_TMPDIR": folder, "HOME": folder, "RAY_USAGE_STATS_ENABLED": "0"}
+        environment["PATH"] = f"{tmp_path}:{environment['PATH']}"
+        words = ["bash", "-c", "\n".join(map(stood_in, lines))]
+        with (
+            (tmp_path / "log").open("w") as log,
+            subprocess.Popen(
+                words, cwd=shell.root, env=environment, stdout=log, stderr=log, start_new_session=True
+            ) as job,
+        ):
+            try:
+                status = job.wait(timeout=200)
+            finally:
+                end_session(job.pid)
+    said = (tmp_path / "log").read_text()
+    assert status == 0, said[-3000:]
+
+
+def end_session(session: int) -> None:
+    """As Slurm ends what a job has left running."""
+    deadline = time.monotonic() + 10
+    while left := [process for process in Path("/proc").glob("[0-9]*") if in_session(process, session)]:
+        for process in left:
+            with suppress(ProcessLookupError):
+                os.kill(int(process.name), signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
+        time.sleep(0.2)
+
+
+def in_session(process: Path, session: int) -> bool:
+    try:
+        return os.getsid(int(process.name)) == session and (process / "cmdline").read_bytes() != b""  # no zombie
+    except (ProcessLookupError, FileNotFoundError):
+        return False
 
 
 def test_extras_and_constraints_that_pip_is_told_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     for command in commands():
-        if command.startswith("pip "):
-            extra, constraints = re.search(r"\[(\w+)\]", command), re.search(r"-c (\S+)", command)
+        if command.startswith("pip"):
+            extra, constraints = re.search(r"\[(\w+)\]", command), re.search(r"-[cr] (\S+)", command)
             assert extra is None or extra[1] in extras, command
             assert constraints is None or (ROOT / constraints[1]).exists(), command
 
 
-def test_every_target_is_in_the_readme_and_the_reverse() -> None:
+def test_every_target_is_helped_with_and_in_the_readme_and_the_reverse() -> None:
     targets = set(re.findall(r"^([a-z0-9-]+):.*## ", MAKEFILE, flags=re.MULTILINE))
-    named = {c.split()[1] for part in code() for c in part if c.startswith("make ")}
-    assert named == targets
+    phony = re.search(r"^\.PHONY: (.*)", MAKEFILE, flags=re.MULTILINE)
+    assert phony is not None and targets == set(phony[1].split())
+    named = {
+        word for part in code() for c in part if c.startswith("make ") for word in c.split()[1:] if word in targets
+    }
+    first = {c.split()[1] for part in code() for c in part if c.startswith("make ")}
+    assert first <= targets and named == targets - {"demo-frozen", "demo-finetuned"}  # the halves of demo-compare
+
+
+OF_OTHERS = {"operator torchvision::nms does not exist"}  # PyTorch says it
+
+
+def test_symptoms_are_what_commands_say() -> None:
+    table = README.partition("## Something fails\n")[2].partition("\n## ")[0]
+    symptoms = {code for row in re.findall(r"^\| (.*?) \|", table, re.MULTILINE) for code in re.findall("`(.+?)`", row)}
+    source = " ".join((ROOT / path).read_text() for path in tracked_files() if path.suffix == ".py")
+    said = re.sub(r'"\s*\n\s*f?"', "", source)  # literals that go on in the next line
+    assert len(symptoms) > 10 and {symptom for symptom in symptoms - OF_OTHERS if symptom not in said} == set()
+
+
+def test_settings_that_texts_name_exist() -> None:
+    named = {match[1] for part in code()[1] if (match := re.match(r"([a-z]+\.\w+)(=|$)", part))}
+    packages = {key.partition(".")[0] for key in flat(Settings) if "." in key}
+    settings = {name for name in named if name.partition(".")[0] in packages and not name.endswith((".py", ".json"))}
+    assert len(settings) > 20 and settings - flat(Settings).keys() == set()
 
 
 def tracked_files() -> list[Path]:
@@ -226,7 +215,7 @@ def test_every_file_is_named() -> None:
 
 
 def test_named_files_exist() -> None:
-    links = set(re.findall(r"\]\(([^)#]+)[^)]*\)", README))
+    links = {link for text in TEXTS for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text)}
     named = file_names() | {link for link in links if not link.startswith("https://")}
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 

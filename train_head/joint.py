@@ -27,6 +27,7 @@ from cache.labels.category_map import category_pairs
 from cache.labels.tracks import Category, Labels, Video
 from cache.layout import cropped_map_hw
 from cache.media.geometry import Transform
+from configs.cards import write_detector_card, write_run_card
 from configs.command import precision_name
 from configs.schema import DetectorEngine, Settings
 from configs.splits import SplitPaths, pseudo_split, train_split
@@ -201,6 +202,8 @@ class LiveSource:
         from extract.detector.checkpoints import weights_sha256  # noqa: TID251
 
         self.detector.save(folder / DETECTOR)
+        write_detector_card(folder / DETECTOR, self.settings)
+        write_run_card(folder, self.settings)
         self.fingerprint = replace(self.fingerprint, weights_sha256=weights_sha256(folder / DETECTOR))
         return f"the detector: `make extract detector.weights={folder / DETECTOR} cache.path=...` reads it\n"
 

@@ -143,7 +143,11 @@ def _connect(ray: Any, chosen: ExtractSettings, equipment: Equipment) -> int:
                 "extract.threads gives each fewer (the last bits of features depend on it)"
             )
         ray.init(
-            num_cpus=count, object_store_memory=_OBJECT_STORE_BYTES, include_dashboard=False, logging_level="warning"
+            address="local",  # not a cluster that happens to be here
+            num_cpus=count,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level="warning",
         )
         return count
     try:
