@@ -1,6 +1,6 @@
 """Video AP and AR by the definition, per pixel and with plain loops: the reference of test_metrics.py.
 
-Written from the definition (REFERENCE section 8 and the COCO rules for crowds and ignored objects), it
+Written from the definition (video IoU and the COCO rules for crowds and ignored objects), it
 shares nothing with the code under test.
 """
 

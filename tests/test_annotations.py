@@ -288,6 +288,6 @@ def test_category_maps_are_the_golden_tables() -> None:
         names = {category["id"]: category["name"] for category in golden[dataset]}
         assert {str(row["coco_id"]): row["id"] for row in rows} == golden[f"coco_to_{dataset}"]
         assert all(row["name"] == names[row["id"]] for row in rows)
-    # REFERENCE section 4 counts the categories that have a counterpart.
+    # Counted by hand: the categories that have a counterpart.
     assert len({row["id"] for row in maps["ytvis_2019"]}) == 19
     assert len({row["id"] for row in maps["ytvis_2021"]}) == 21

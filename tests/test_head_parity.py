@@ -107,7 +107,7 @@ def test_folding_a_codec_equals_decompressing() -> None:
 
 
 def masked_window_attention(layer: SelfAttentionLayer, frames: torch.Tensor, W: int, shifted: bool) -> torch.Tensor:
-    """Pad, roll, mask and attend frame by frame: slow and literal (REFERENCE §3)."""
+    """Pad, roll, mask and attend frame by frame: slow and literal."""
     T, _, C = frames.shape
     padded_T = -(-T // W) * W
     source = [(slot - (-(-W // 2) if shifted else 0)) % padded_T for slot in range(padded_T)]

@@ -38,7 +38,7 @@ def inputs(num_frames: int, seed: int) -> tuple[Tensor, Tensor]:
 def at_once(
     head: VitaHead, tokens: Tensor, maps: Tensor, image_hw: tuple[int, int], original_hw: tuple[int, int], top_k: int
 ) -> dict[tuple[int, int], tuple[float, Tensor]]:
-    """REFERENCE section 5, literally: (query, label) -> score and up-sampled logits (T, h, w)."""
+    """The release's inference, literally: (query, label) -> score and up-sampled logits (T, h, w)."""
     outputs = head.predict(tokens)
     probability = outputs.class_logits_VK.softmax(dim=-1)[:, :-1]
     found = {}

@@ -1,6 +1,6 @@
 """The published losses, implemented the plain way: what `python -m train_head bench` measures ours against.
 
-Written for the benchmark from VITA §3.3, Mask2Former §3.3, PointRend and REFERENCE §4. Every query of every layer
+Written for the benchmark from VITA §3.3, Mask2Former §3.3, PointRend and the release. Every query of every layer
 gets a dense logit map with gradients, labels become padded floats, and every (decoder layer, detector layer, clip)
 is its own matching problem with its own points.
 

@@ -1,4 +1,4 @@
-"""Losses of the head (VITA §3.3; REFERENCE §4).
+"""Losses of the head (VITA §3.3).
 
 Shapes: B clips, T frames, M matched objects of a clip and layer, V video queries, L detector layers,
 D decoder layers, P points, R stored channels, K categories.

@@ -1,4 +1,4 @@
-"""Mask logits straight from the stored map, without decompressing it (REFERENCE §3, last item).
+"""Mask logits straight from the stored map, without decompressing it.
 
 Shapes: C map channels, R stored channels, E mask embedding size. A stored map z stands for the FPN map
 m = decode · z + mean; a 1×1 convolution (A, b) and an embedding e give the logit

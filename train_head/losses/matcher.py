@@ -1,4 +1,4 @@
-"""Bipartite matching of video queries with objects (VITA §3.3, Mask2Former §3.3; REFERENCE §4).
+"""Bipartite matching of video queries with objects (VITA §3.3, Mask2Former §3.3).
 
 Shapes: B clips, T frames, N objects, V video queries, D decoder and L detector layers, G = D·L·V queries of
 all layers, P sampled points, R stored channels.
