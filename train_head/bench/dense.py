@@ -1,8 +1,8 @@
 """The published losses, implemented the plain way: what `python -m train_head bench` measures ours against.
 
-Written for the benchmark from VITA §3.3, Mask2Former §3.3, PointRend and the release. Every query of every layer
-gets a dense logit map with gradients, labels become padded floats, and every (decoder layer, detector layer, clip)
-is its own matching problem with its own points.
+Written for the benchmark from VITA §3.3, Mask2Former §3.3, PointRend and the release's settings. Every query of every
+layer gets a dense logit map with gradients, labels become padded floats, and every (decoder layer, detector layer,
+clip) is its own matching problem with its own points.
 
 Shapes: T frames, V video queries, N objects, M matched objects, P points, C map channels, L detector layers,
 D decoder layers, H×W the stride-4 map, h×w the padded canvas (4H×4W).
