@@ -35,12 +35,13 @@ class SideName(Enum):
     live = "live"  # the detector runs in every step
     dense = "dense"  # cached features, the published losses done the plain way
     ours = "ours"
+    dense_half = "dense_half"  # plain losses in bfloat16
     half = "half"  # ours in bfloat16, the losses unchanged: the release trains in half precision
     cheap = "cheap"  # ours with every option that changes the losses
     cheap_half = "cheap_half"  # cheap, in bfloat16 too
 
 
-HALF = (SideName.half, SideName.cheap_half)  # on a CPU; on CUDA every side is in bfloat16
+HALF = (SideName.dense_half, SideName.half, SideName.cheap_half)  # on a CPU; on CUDA every side is in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,8 +158,8 @@ class Live(Ours):
 class Dense(Ours):
     """Cached features, our head, the published losses done the plain way."""
 
-    def __init__(self, problem: Problem, folder: Path) -> None:
-        super().__init__(problem, folder)
+    def __init__(self, problem: Problem, folder: Path, options: Sequence[str] = ()) -> None:
+        super().__init__(problem, folder, options)
         self.generator = torch.Generator(self.trainer.device).manual_seed(0)
 
     def step(self) -> None:
@@ -204,10 +205,10 @@ def build(name: SideName, problem: Problem, folder: Path) -> Ours:
     """Build one side; it reads the cache in `folder`."""
     if name is SideName.live:
         return Live(problem, folder)
-    if name is SideName.dense:
-        return Dense(problem, folder)
-    cheap = problem.cheap_options() if name in (SideName.cheap, SideName.cheap_half) else []
     half = ["train.precision=bfloat16"] if name in HALF else []
+    if name in (SideName.dense, SideName.dense_half):
+        return Dense(problem, folder, half)
+    cheap = problem.cheap_options() if name in (SideName.cheap, SideName.cheap_half) else []
     return Ours(problem, folder, [*cheap, *half])
 
 

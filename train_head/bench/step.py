@@ -123,6 +123,7 @@ _WORDS = {
     SideName.live: "(a) live detector + our losses",
     SideName.dense: "(b) plain losses on cached features",
     SideName.ours: "(c) ours",
+    SideName.dense_half: "(b) in bfloat16",
     SideName.half: "(c) in bfloat16",
     SideName.cheap: "(d) ours, cheap options",
     SideName.cheap_half: "(e) the same in bfloat16",
@@ -130,18 +131,20 @@ _WORDS = {
 
 
 def table(found: Comparison) -> str:
-    """Seconds, ratios, memory; the parts of our step; the floor."""
+    """Seconds, ratios ((b) in the precision of the row), memory; the parts of our step; the floor."""
     size, ours = found.problem, found.reports["ours"]
     pace = ours.pace
     assert pace is not None
     head = f"{size.enc_layers} + {size.dec_layers} layers, {size.clips} x {size.frames} frames, {size.points} points"
     lines = [f"\n{head:38}{'seconds':>9}{'(a)/x':>8}{'(b)/x':>8}{'peak MB':>10}{'(b)/x':>8}"]
-    live, dense = found.median(SideName.live), found.median(SideName.dense)
+    live = found.median(SideName.live)
     for name, words in _WORDS.items():
         if name.value not in found.seconds:
             continue
-        seconds, peak = found.median(name), found.reports[name.value].peak_bytes
-        memory = found.reports["dense"].peak_bytes / max(1, peak)
+        plain = SideName.dense_half if name in HALF else SideName.dense  # of the same precision
+        seconds, dense = found.median(name), found.median(plain)
+        peak = found.reports[name.value].peak_bytes
+        memory = found.reports[plain.value].peak_bytes / max(1, peak)
         lines.append(
             f"{words:38}{seconds:9.3f}{live / seconds:8.1f}{dense / seconds:8.1f}{peak / 1e6:10.0f}{memory:8.1f}"
         )
