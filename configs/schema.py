@@ -148,7 +148,7 @@ class CacheSettings:
     """Where the features lie: one cache per split, `<path>/train` and `<path>/valid`."""
 
     path: str = "caches/demo"
-    codec: CodecName = CodecName.logit  # the smallest without a loss of AP on the demo (LOG.md)
+    codec: CodecName = CodecName.logit  # its AP against float16: docs/measured.md
     min_mask_iou: float = 0.99  # of codec=auto: mean IoU of the detector's masks from stored and from exact features
     logit_step: float = 1 / 64  # of codec=logit: share of the logits' standard deviation; auto chooses it
     identity_share: float = 0.1  # λ of the logit codec: how much it cares for what the detector does not look at
