@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ from configs.schema import Settings
 from extract.demo.videos import write_split
 from extract.stage import extract
 from train_head.trainer import train
+
+
+# `make test` started this process: a command that is stopped here would name that as the one that goes on.
+os.environ.pop("MAKE_TYPED", None)
 
 
 @pytest.fixture(autouse=True, scope="session")
