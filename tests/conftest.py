@@ -14,7 +14,6 @@ from extract.demo.videos import write_split
 from extract.stage import extract
 from train_head.trainer import train
 
-
 # `make test` started this process: a command that is stopped here would name that as the one that goes on.
 os.environ.pop("MAKE_TYPED", None)
 
