@@ -86,8 +86,8 @@ def num_workers(chosen: int | None, device: torch.device) -> int:
 def usual_workers(device: torch.device) -> int:
     """How many processes read ahead where nobody says: on CUDA up to four, of the cores that are this process's share.
 
-    A step of 8 clips takes a GPU 40 ms or more, and a clip of 6 frames one core 12 ms, from memory: three keep up,
-    four also where files come from the disk or are unpacked.
+    A clip of 6 frames takes one core 12 ms, from memory. If a step of 8 clips takes a GPU 40 ms, which nobody has
+    measured yet, three keep up, and four also where files come from the disk or are unpacked.
     """
     if device.type != "cuda":
         return 2
