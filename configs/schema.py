@@ -50,6 +50,7 @@ class CodecName(Enum):
     float16 = "float16"
     int8 = "int8"
     logit = "logit"
+    spectral = "spectral"
     auto = "auto"
 
 

@@ -101,6 +101,7 @@ def _clip(videos: VideoSet, video: Video) -> Clip:
         frames=frames,
         frame_queries_TLQC=torch.from_numpy(cached.frame_queries(frames)),
         map_TRHW=torch.from_numpy(cached.mask_features(frames)),
+        map_hw=cached.attributes.map_hw,
         targets=read_targets(videos.labels, video.id, frames, [transform_of(cached.attributes)] * len(frames)),
     )
 
