@@ -27,8 +27,8 @@ from cache.codecs.logit import logit_metric, rounding_step
 from cache.errors import CorruptData
 from cache.layout import Size
 
-ROUNDED_UP = 0.4
-"""Where rounding goes up: from .6 of a step on. Zeros are cheaper than what they cost (LOG.md)."""
+WEAKEST = 1 / 4
+"""Variance of the weakest planes that are kept, in steps. Below, the bits spent buy less than those of a finer step."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,8 +60,7 @@ class Spectral:
         projection_CC = turn_CC[:, ::-1].T @ root_CC / step
         moments_FCC = statistics.frequency_moment_FCC
         variance_CF = np.einsum("kc,fcd,kd->kf", projection_CC, moments_FCC, projection_CC, optimize=True)
-        # Rounding has variance 1/12 here: a weaker plane is better left out.
-        number_N = np.flatnonzero(variance_CF >= min(1 / 12, variance_CF.max()))
+        number_N = np.flatnonzero(variance_CF >= min(WEAKEST, variance_CF.max()))
         number_N = number_N[np.argsort(-variance_CF.ravel()[number_N], kind="stable")]
         kept, channel_N = np.unique(number_N // FREQUENCIES, return_inverse=True)
         return cls(
@@ -149,8 +148,7 @@ class Spectral:
             for frequency, (rows, projection) in enumerate(products):
                 planes_NS[rows] = projection @ coefficients_CFS[:, frequency]
             planes_NS -= offset_N1
-            planes_NS += np.copysign(np.float32(ROUNDED_UP), planes_NS)
-            np.trunc(planes_NS, out=planes_NS)
+            np.rint(planes_NS, out=planes_NS)
             row_RS[:wide], row_RS[kept:] = two_digits(planes_NS[:wide])
             row_RS[wide:kept] = np.clip(planes_NS[wide:], -LEVELS, LEVELS, out=planes_NS[wide:])
         return stored.reshape(num_frames, -1, h, w)
