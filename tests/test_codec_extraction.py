@@ -34,6 +34,7 @@ from train_head.losses.mask_folding import MapDecoding
 from train_head.trainer import train
 
 FRAMES = "cache.calibration_frames=12"
+CODECS = ("int8", "logit", "spectral", "auto")
 
 
 def detector_masks(feature_cache: FeatureCache, video: str) -> torch.Tensor:
@@ -42,8 +43,10 @@ def detector_masks(feature_cache: FeatureCache, video: str) -> torch.Tensor:
     cached = feature_cache.video(video)
     channels = map_channels(feature_cache.heads)
     normed_TQC = heads.normed(torch.from_numpy(cached.frame_queries())[:, -1])
-    predictions = heads.predict(normed_TQC, decoding_of(feature_cache.codec, channels))
-    logits = predictions.mask_weights.logits(torch.from_numpy(cached.mask_features()))
+    decoding = decoding_of(feature_cache.codec, channels)
+    predictions = heads.predict(normed_TQC, decoding)
+    maps_TRHW = decoding.expand(torch.from_numpy(cached.mask_features()), cached.attributes.map_hw)
+    logits = predictions.mask_weights.logits(maps_TRHW)
     best = predictions.class_logits.softmax(dim=-1)[..., -1].argsort(dim=1)[:, :10]
     return torch.take_along_dim(logits, best[..., None, None], dim=1)
 
@@ -52,12 +55,12 @@ def detector_masks(feature_cache: FeatureCache, video: str) -> torch.Tensor:
 def caches(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both splits, with each codec."""
     root = tmp_path_factory.mktemp("codec_caches")
-    for codec in ("int8", "logit", "auto"):
+    for codec in CODECS:
         extract(tiny_settings(tiny_data, root / codec, root, f"cache.codec={codec}", FRAMES))
-    return {codec: root / codec for codec in ("int8", "logit", "auto")}
+    return {codec: root / codec for codec in CODECS}
 
 
-@pytest.mark.parametrize("codec", ["int8", "logit", "auto"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_masks_from_stored_features_stay_true(caches: dict[str, Path], tiny_cache: Path, codec: str) -> None:
     exact, stored = FeatureCache.open(tiny_cache / "valid"), FeatureCache.open(caches[codec] / "valid")
     ious = []
@@ -79,7 +82,7 @@ def test_a_logit_cache_is_a_fraction_of_the_size(caches: dict[str, Path], tiny_c
     assert map_bytes(caches["logit"]) < 0.25 * map_bytes(tiny_cache)
 
 
-@pytest.mark.parametrize("codec", ["int8", "logit", "auto"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_splits_share_one_fit(caches: dict[str, Path], codec: str) -> None:
     train, valid = (FeatureCache.open(caches[codec] / split) for split in ("train", "valid"))
     assert train.fingerprint == valid.fingerprint
@@ -95,12 +98,13 @@ def test_the_measurements_are_stored(caches: dict[str, Path], capsys: pytest.Cap
         chosen = calibration.rows[calibration.chosen]
         assert chosen.codec == FeatureCache.open(path / "train").root.codec_name
         assert chosen.codec == codec or codec == "auto"
-        assert {row.codec for row in calibration.rows} == {"float16", "int8", "logit"}
+        assert {row.codec for row in calibration.rows} == {"float16", "int8", "logit", "spectral"}
         assert all(row.encode_ms > 0 and row.decode_ms > 0 and row.bytes_per_location > 0 for row in calibration.rows)
         sizes = [row.bytes_per_frame for row in calibration.rows]
         assert sizes == sorted(sizes)
-        by_step = [row for row in calibration.rows if row.codec == "logit"]
-        assert all(a.logit_error > b.logit_error for a, b in pairwise(by_step))
+        for name in ("logit", "spectral"):
+            by_step = [row for row in calibration.rows if row.codec == name]
+            assert all(a.logit_error > b.logit_error for a, b in pairwise(by_step))
         exact = next(row for row in calibration.rows if row.codec == "float16")
         assert exact.mask_iou > 0.995 and exact.feature_error < 1e-3
         if codec == "auto":

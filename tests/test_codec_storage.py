@@ -31,7 +31,7 @@ from tests.cache_samples import (
     random_heads,
 )
 
-NAMES = ("float16", "int8", "logit")
+NAMES = ("float16", "int8", "logit", "spectral")
 
 
 def write_cache(path: Path, codec: Codec, num_frames: int = 70) -> Path:
@@ -113,6 +113,10 @@ PARAMETERS = {"num_wide": 1, "relative_step": 0.01, "identity_share": 0.01}
         ("logit", PARAMETERS | {"num_wide": "1"}, FIT, "num_wide.*'1'"),
         ("logit", PARAMETERS | {"num_wide": 0.5}, FIT, "num_wide"),
         ("logit", {}, FIT, "parameters"),
+        ("spectral", PARAMETERS, FIT, "wrong arrays"),
+        ("spectral", PARAMETERS, FIT | {"plane": (2,)}, "impossible planes"),  # the same one twice
+        ("spectral", PARAMETERS | {"num_wide": 2}, FIT | {"plane": (1,)}, "num_wide"),
+        ("spectral", {}, FIT | {"plane": (1,)}, "parameters"),
     ],
 )
 def test_codecs_that_do_not_fit_together_are_refused(

@@ -31,7 +31,7 @@ class Codec(Protocol):
     compressed: ClassVar[bool]
     """Whether frames are stored compressed without loss: it pays where the numbers are far from uniform."""
     block: ClassVar[int]
-    """Pixels of the map, in each direction, that one stored position stands for: (h, w) = (H, W) / block, rounded up."""
+    """Pixels of the map that one stored position stands for, in each direction: (h, w) = (H, W) / block, rounded up."""
 
     @property
     def planes(self) -> Planes | None:

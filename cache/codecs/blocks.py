@@ -44,7 +44,7 @@ def to_blocks(
     h, w = block_grid((H, W), BLOCK)
     padded = np.pad(maps_KHW, ((0, 0), (0, h * BLOCK - H), (0, w * BLOCK - W)), mode="edge")
     pixels_KpS = padded.reshape(K, h, BLOCK, w, BLOCK).transpose(0, 2, 4, 1, 3).reshape(K, FREQUENCIES, h * w)
-    return cosines()[frequencies].astype(maps_KHW.dtype) @ pixels_KpS
+    return np.asarray(cosines()[frequencies].astype(maps_KHW.dtype) @ pixels_KpS)
 
 
 def from_blocks(coefficients_KFS: NDArray[np.floating[Any]], map_hw: Size) -> NDArray[np.floating[Any]]:
@@ -52,7 +52,7 @@ def from_blocks(coefficients_KFS: NDArray[np.floating[Any]], map_hw: Size) -> ND
     (h, w), K = block_grid(map_hw, BLOCK), len(coefficients_KFS)
     pixels_KpS = cosines().T.astype(coefficients_KFS.dtype) @ coefficients_KFS
     whole = pixels_KpS.reshape(K, BLOCK, BLOCK, h, w).transpose(0, 3, 1, 4, 2).reshape(K, h * BLOCK, w * BLOCK)
-    return whole[:, : map_hw[0], : map_hw[1]]
+    return np.asarray(whole[:, : map_hw[0], : map_hw[1]])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

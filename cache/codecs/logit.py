@@ -136,9 +136,7 @@ def rounding_step(statistics: Statistics, relative_step: float) -> float:
     return step
 
 
-def logit_metric(
-    statistics: Statistics, identity_share: float
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def logit_metric(statistics: Statistics, identity_share: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """W = M^½ and its inverse, both (C, C), for the second moment of the embeddings blended with λ·identity."""
     moment_CC, num_channels = statistics.embedding_moment_CC, len(statistics.mean_C)
     isotropic_CC = np.trace(moment_CC) / num_channels * np.eye(num_channels)

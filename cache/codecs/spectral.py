@@ -1,9 +1,9 @@
 """The logit codec's channels in blocks of 8 × 8 pixels, by frequency: what neighbouring pixels share is stored once.
 
-The basis is that of `logit`, in which a rounding step costs the same in the mask logits whatever the channel. An orthonormal
-cosine transform of blocks changes nothing of that, but turns a smooth channel into a few large numbers and many that
-round to zero. Of all planes (a channel at a frequency) only those are stored that are stronger than the rounding
-noise, strongest first, so that equally predictable numbers lie side by side and Zstandard packs them well.
+The basis is that of `logit`, in which a rounding step costs the same in the mask logits whatever the channel. An
+orthonormal cosine transform of blocks changes nothing of that, but turns a smooth channel into a few large numbers and
+many that round to zero. Of all planes (a channel at a frequency) only those stronger than half a step are stored, the
+strongest first, so that equally predictable numbers lie side by side and Zstandard packs them well.
 
 Shapes: T frames, C map channels, K kept channels, F = 64 frequencies, N kept planes, P of them wide, R = N + P
 stored numbers of a block, H×W the map, h×w its blocks, S = h·w.
@@ -126,7 +126,7 @@ class Spectral:
         return frequencies, [(rows_n, self.projection_KC[channel_N[rows_n]]) for rows_n in rows]
 
     @cached_property
-    def _offset_N(self) -> NDArray[np.float32]:
+    def _offsets(self) -> NDArray[np.float32]:
         """What the mean, the same in all pixels, makes of every plane."""
         channel_N, frequency_N = np.divmod(self.planes.number_N, FREQUENCIES)
         return np.where(frequency_N == 0, BLOCK * (self.projection_KC @ self.mean_C)[channel_N], np.float32(0))
@@ -141,7 +141,7 @@ class Spectral:
         h, w = block_grid((height, width), BLOCK)
         stored = np.empty((num_frames, self.stored_channels(num_channels), h * w), self.dtype)
         kept, wide, frequencies, products = len(self.plane_N), self.num_wide, *self._by_frequency
-        offset_N1 = self._offset_N[:, None]
+        offset_N1 = self._offsets[:, None]
         planes_NS = np.empty((kept, h * w), np.float32)
         for row_RS, features_CHW in zip(stored, mask_features_TCHW, strict=True):
             coefficients_CFS = to_blocks(features_CHW.astype(np.float32, copy=False), frequencies)

@@ -75,7 +75,7 @@ def similarity_matrix(settings: Settings, videos: VideoSet, video: Video) -> Sim
     (match,) = match_clips(
         outputs.class_logits_DLBVK,
         predictor.head.fold_masks(outputs.mask_embed_DLBVC, source.decoding),
-        [clip.map_TRHW],
+        [source.decoding.expand(clip.map_TRHW, clip.map_hw)],
         [targets],
         [RandomPoints.for_clip(point_config(settings.loss), settings.seed, 0, predictor.device)],
         cost_weights=criterion.cost_weights,

@@ -31,7 +31,6 @@ from train_head.data.clip_labels import read_targets, remembered_mask
 from train_head.data.clip_loader import Empty
 from train_head.data.upload import Copy
 from train_head.draws import ClipDraw
-from train_head.losses.mask_folding import MapDecoding
 from train_head.losses.targets import ClipTargets
 
 USUAL_OBJECTS = 8
@@ -74,16 +73,16 @@ class Clip:
     num_tracks: int  # of the whole video
     frames: tuple[int, ...]
     frame_queries_TLQC: Tensor  # as stored: before the detector's decoder_norm
-    map_TRHW: Tensor  # as stored, in the codec's number type; once placed, of channels at pixels
+    map_TRHW: Tensor  # as stored, in the codec's number type
     map_hw: Size  # of the channels at pixels
     targets: ClipTargets
 
-    def placed(self, copy: Copy, layers: slice, decoding: MapDecoding) -> Clip:
-        """The clip copied, with some of its detector layers and the maps as channels at pixels."""
+    def placed(self, copy: Copy, layers: slice) -> Clip:
+        """The clip copied, with some of its detector layers."""
         return replace(
             self,
             frame_queries_TLQC=copy(self.frame_queries_TLQC)[:, layers],
-            map_TRHW=decoding.expand(copy(self.map_TRHW), self.map_hw),
+            map_TRHW=copy(self.map_TRHW),
             targets=self.targets.placed(copy),
         )
 

@@ -151,8 +151,8 @@ class CachedSource:
         return ClipDataset(sources, clip_stream(self.settings, labels, ratios))
 
     def place(self, clip: Clip, copy: Copy) -> Clip:
-        """Copy the clip as it is stored, with the layers that are trained on, and expand its maps there."""
-        return clip.placed(copy, self.layers, self.decoding)
+        """Copy the clip, as it is stored, with the layers that are trained on."""
+        return clip.placed(copy, self.layers)
 
     def targets(self, clip: Clip) -> ClipTargets:
         """Return the clip's targets with their frame matches."""
@@ -161,11 +161,11 @@ class CachedSource:
     def features(
         self, clips: Sequence[Clip], targets: Sequence[ClipTargets], frame_normalisers: LossNormalisers
     ) -> ClipFeatures:
-        """Normalise the stored queries; maps stay in the codec's space."""
+        """Normalise the stored queries; maps stay in the codec's space, blocks of them become pixels."""
         queries_BTLQC = torch.stack([clip.frame_queries_TLQC for clip in clips])
         return ClipFeatures(
             frame_queries_LBTQC=self.heads.normed(queries_BTLQC).permute(2, 0, 1, 3, 4),
-            maps=[clip.map_TRHW for clip in clips],
+            maps=[self.decoding.expand(clip.map_TRHW, clip.map_hw) for clip in clips],
             targets=targets,
         )
 

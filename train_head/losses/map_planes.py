@@ -4,7 +4,7 @@ The same as `Planes.expand` (cache/codecs/blocks.py), which says what planes are
 many planes that are not stored.
 
 Shapes: T frames, N planes, R stored numbers of a block, K channels, F = 64 frequencies or pixels of a block, H×W the
-map, h×w its blocks; of a group: G channels, n planes of each.
+map, h×w its blocks, S those of all frames; of a group: G channels, n planes of each.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from cache.codecs.blocks import BLOCK, FREQUENCIES, Planes, cosines
 from cache.codecs.digits import DIGIT
 
-_GROUP = 16  # channels: their pixels fit a CPU's cache
+_GROUP = 16  # channels
+_PIXELS = 1 << 18  # of a group and some frames: what fits a CPU's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class ChannelGroup:
 
     channels: slice
     plane_Gn: Tensor  # int64: rows of the stored planes; N, a row of zeros, where a channel has fewer than n
-    pixels_GFn: Tensor  # what a plane adds to each pixel of a block
+    pixels_GnF: Tensor  # what a plane adds to each pixel of a block
 
     @classmethod
     def of(cls, planes: Planes, channels: range) -> ChannelGroup:
@@ -38,16 +39,15 @@ class ChannelGroup:
         for row, found in zip(plane_Gn, own, strict=True):
             row[: len(found)] = found
         frequency_Gn = np.append(frequency_N, 0)[plane_Gn]
-        pixels_GnF = cosines().astype(np.float32)[frequency_Gn]
         return cls(
             channels=slice(channels.start, channels.stop),
             plane_Gn=torch.from_numpy(plane_Gn),
-            pixels_GFn=torch.from_numpy(pixels_GnF).transpose(1, 2).contiguous(),
+            pixels_GnF=torch.from_numpy(cosines().astype(np.float32)[frequency_Gn]),
         )
 
     def to(self, device: torch.device) -> ChannelGroup:
         """Copy to a device."""
-        return replace(self, plane_Gn=self.plane_Gn.to(device), pixels_GFn=self.pixels_GFn.to(device))
+        return replace(self, plane_Gn=self.plane_Gn.to(device), pixels_GnF=self.pixels_GnF.to(device))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,35 +56,42 @@ class MapPlanes:
 
     planes: Planes
     groups: tuple[ChannelGroup, ...]
+    at_once: bool
+    """All frames of a clip together, whatever their size."""
 
     @classmethod
-    def on(cls, device: torch.device, planes: Planes) -> MapPlanes:
-        """On CUDA all channels at once: a launch costs more than products with zeros."""
+    def on(cls, device: torch.device, planes: Planes, *, at_once: bool | None = None) -> MapPlanes:
+        """By default all channels and frames at once on CUDA, where a launch costs more than products with zeros."""
+        at_once = device.type == "cuda" if at_once is None else at_once
         K = planes.num_channels
-        size = K if device.type == "cuda" else _GROUP
+        size = K if at_once else _GROUP
         ranges = [range(start, min(start + size, K)) for start in range(0, K, size)]
-        return cls(planes=planes, groups=tuple(ChannelGroup.of(planes, channels).to(device) for channels in ranges))
+        groups = tuple(ChannelGroup.of(planes, channels).to(device) for channels in ranges)
+        return cls(planes=planes, groups=groups, at_once=at_once)
 
     @torch.no_grad()
     def expand(self, stored_TRhw: Tensor, map_hw: tuple[int, int]) -> Tensor:
         """(T, R, h, w) int8 -> (T, K, H, W) float32: half precision could not hold two digits."""
         T, _, h, w = stored_TRhw.shape
-        H, W = map_hw
-        maps_TKHW = stored_TRhw.new_empty(T, self.planes.num_channels, H, W, dtype=torch.float32)
-        step = T if stored_TRhw.is_cuda else 1
+        whole_TKhw = stored_TRhw.new_empty(T, self.planes.num_channels, h * BLOCK, w * BLOCK, dtype=torch.float32)
+        blocks_TKhuwv = whole_TKhw.view(T, -1, h, BLOCK, w, BLOCK)
+        step = T if self.at_once else max(1, _PIXELS // (_GROUP * h * w * FREQUENCIES))
         for frames in (slice(start, start + step) for start in range(0, T, step)):
-            values_TNS = self._values(stored_TRhw[frames].flatten(2))
+            values_NS = self._values(stored_TRhw[frames])
             for group in self.groups:
-                chosen_TGnS = values_TNS[:, group.plane_Gn]
-                blocks = (group.pixels_GFn @ chosen_TGnS).unflatten(3, (h, w)).unflatten(2, (BLOCK, BLOCK))
-                rows = blocks.permute(0, 1, 4, 2, 5, 3).flatten(4).flatten(2, 3)
-                maps_TKHW[frames, group.channels] = rows[..., :H, :W]
-        return maps_TKHW
+                G, n = group.plane_Gn.shape
+                chosen_GnS = values_NS.index_select(0, group.plane_Gn.flatten()).view(G, n, -1)
+                pixels_GSF = chosen_GnS.mT @ group.pixels_GnF
+                pixels_GThwuv = pixels_GSF.view(G, -1, h, w, BLOCK, BLOCK)
+                blocks_TKhuwv[frames, group.channels] = pixels_GThwuv.permute(1, 0, 2, 4, 3, 5)
+        cut = whole_TKhw[..., : map_hw[0], : map_hw[1]]
+        return cut if map_hw[1] == w * BLOCK else cut.contiguous()  # a frame's channel is one piece of memory
 
-    def _values(self, stored_TRS: Tensor) -> Tensor:
-        """The planes as whole numbers in float32, and a row of zeros: (T, N + 1, S)."""
-        (T, _, S), N, P = stored_TRS.shape, len(self.planes.number_N), self.planes.num_wide
-        values_TNS = stored_TRS.new_zeros(T, N + 1, S, dtype=torch.float32)
-        values_TNS[:, :N] = stored_TRS[:, :N]
-        values_TNS[:, :P] += DIGIT * stored_TRS[:, N:].float()
-        return values_TNS
+    def _values(self, stored_TRhw: Tensor) -> Tensor:
+        """The planes of some frames as whole numbers in float32, and a row of zeros: (N + 1, T·h·w)."""
+        N, P = len(self.planes.number_N), self.planes.num_wide
+        stored_RS = stored_TRhw.transpose(0, 1).flatten(1)
+        values_NS = stored_RS.new_zeros(N + 1, stored_RS.shape[1], dtype=torch.float32)
+        values_NS[:N] = stored_RS[:N]
+        values_NS[:P] += DIGIT * stored_RS[N:].float()
+        return values_NS

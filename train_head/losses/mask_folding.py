@@ -1,7 +1,8 @@
 """Mask logits straight from the stored map, without decompressing it.
 
 Shapes: T frames, C map channels, R channels of the codec's space, E mask embedding size. A map z in that space, which
-is what is stored or what blocks of it expand to, stands for the FPN map m = decode · z + mean; a 1×1 convolution (A, b) and an embedding e give the logit
+is what is stored or what stored blocks expand to, stands for the FPN map m = decode · z + mean; a 1×1 convolution
+(A, b) and an embedding e give the logit
 
     e · (A m + b) = (decodeᵀ Aᵀ e) · z + e · (A mean + b)
 """
@@ -20,7 +21,7 @@ from train_head.products import product
 
 @dataclass(frozen=True, kw_only=True)
 class MapDecoding:
-    """How stored channels stand for map channels; None is the identity and zero (an uncompressed map)."""
+    """How the codec's space stands for map channels; None is the identity and zero (an uncompressed map)."""
 
     matrix_CR: Tensor | None = None
     mean_C: Tensor | None = None
