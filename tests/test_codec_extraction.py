@@ -181,7 +181,7 @@ def test_the_command_prints_the_table_and_stores_nothing(
     monkeypatch.setattr("sys.argv", ["extract", "calibrate", *arguments])
     assert extract_main() == 0
     printed = capsys.readouterr().out
-    assert "mask IoU" in printed and "* logit 1/64" in printed and "logit 1/128" in printed
+    assert "mask IoU" in printed and "* spectral 1/128" in printed and "logit 1/64" in printed
     assert not (tmp_path / "none").exists()
 
 
