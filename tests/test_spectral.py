@@ -23,7 +23,7 @@ STEP = 1 / 64
 
 
 def cosine_coefficients(maps_KHW: NDArray[Any]) -> NDArray[np.float64]:
-    """(K, H, W) -> (K, F, h·w), block by block, by SciPy."""
+    """(K, H, W) -> (K, F, h·w), block by block."""
     K, H, W = maps_KHW.shape
     h, w = block_grid((H, W), BLOCK)
     padded = np.pad(maps_KHW.astype(np.float64), ((0, 0), (0, h * BLOCK - H), (0, w * BLOCK - W)), mode="edge")
@@ -54,11 +54,14 @@ def smooth_statistics() -> Any:
 @pytest.mark.parametrize("map_hw", [(8, 16), (14, 18), (7, 3), (91, 160)])
 def test_blocks_are_scipys(map_hw: tuple[int, int]) -> None:
     maps = np.random.default_rng(0).standard_normal((3, *map_hw))
-    coefficients = to_blocks(maps)
-    np.testing.assert_allclose(coefficients, cosine_coefficients(maps), atol=1e-12)
-    np.testing.assert_allclose(from_blocks(coefficients, map_hw), maps, atol=1e-12)
+    frames = np.stack([maps, 2 * maps])
+    coefficients_FKS = to_blocks(frames)
+    expected_KFS = np.concatenate([cosine_coefficients(frame) for frame in frames], axis=2)
+    np.testing.assert_allclose(coefficients_FKS.transpose(1, 0, 2), expected_KFS, atol=1e-12)
+    first_KFS = expected_KFS[..., : expected_KFS.shape[2] // 2]
+    np.testing.assert_allclose(from_blocks(first_KFS, map_hw), maps, atol=1e-12)
     some = np.array([0, 9, 63])
-    np.testing.assert_allclose(to_blocks(maps, some), coefficients[:, some], atol=1e-12)
+    np.testing.assert_allclose(to_blocks(frames, some), coefficients_FKS[some], atol=1e-12)
 
 
 def test_planes_worked_by_hand() -> None:

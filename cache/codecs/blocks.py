@@ -2,12 +2,13 @@
 
 The transform (DCT-II, orthonormal, as in JPEG) keeps squared errors: a step in a coefficient is a step in the pixels.
 
-Shapes: K channels, F = 64 frequencies (vertical · 8 + horizontal), H×W the map, h×w its blocks.
+Shapes: T frames, K channels, F = 64 frequencies (vertical · 8 + horizontal), H×W the map, h×w its blocks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ def block_grid(map_hw: Size, block: int) -> Size:
     return -(-map_hw[0] // block), -(-map_hw[1] // block)
 
 
+@cache
 def cosines() -> NDArray[np.float64]:
     """The transform of a block's pixels, row by row: (F, 64), orthonormal."""
     pixel, frequency = np.arange(BLOCK), np.arange(BLOCK)[:, None]
@@ -34,21 +36,22 @@ def cosines() -> NDArray[np.float64]:
 
 
 def to_blocks(
-    maps_KHW: NDArray[np.floating[Any]], frequencies: NDArray[np.int64] | slice = slice(None)
+    maps_TKHW: NDArray[np.floating[Any]], frequencies: NDArray[np.int64] | slice = slice(None)
 ) -> NDArray[np.floating[Any]]:
-    """(K, H, W) -> coefficients (K, F, h·w), or of some frequencies alone.
+    """(T, K, H, W) -> coefficients (F, K, T·h·w), or of some frequencies alone.
 
     Edge pixels are repeated where blocks reach beyond the map.
     """
-    K, H, W = maps_KHW.shape
+    T, K, H, W = maps_TKHW.shape
     h, w = block_grid((H, W), BLOCK)
-    padded = np.pad(maps_KHW, ((0, 0), (0, h * BLOCK - H), (0, w * BLOCK - W)), mode="edge")
-    pixels_KpS = padded.reshape(K, h, BLOCK, w, BLOCK).transpose(0, 2, 4, 1, 3).reshape(K, FREQUENCIES, h * w)
-    return np.asarray(cosines()[frequencies].astype(maps_KHW.dtype) @ pixels_KpS)
+    padded = np.pad(maps_TKHW, ((0, 0), (0, 0), (0, h * BLOCK - H), (0, w * BLOCK - W)), mode="edge")
+    blocks = padded.reshape(T, K, h, BLOCK, w, BLOCK).transpose(3, 5, 1, 0, 2, 4)
+    coefficients = cosines()[frequencies].astype(maps_TKHW.dtype) @ blocks.reshape(FREQUENCIES, -1)
+    return coefficients.reshape(len(coefficients), K, T * h * w)
 
 
 def from_blocks(coefficients_KFS: NDArray[np.floating[Any]], map_hw: Size) -> NDArray[np.floating[Any]]:
-    """Inverse of `to_blocks`: (K, F, h·w) -> (K, H, W)."""
+    """Coefficients (K, F, h·w) of one frame -> (K, H, W)."""
     (h, w), K = block_grid(map_hw, BLOCK), len(coefficients_KFS)
     pixels_KpS = cosines().T.astype(coefficients_KFS.dtype) @ coefficients_KFS
     whole = pixels_KpS.reshape(K, BLOCK, BLOCK, h, w).transpose(0, 3, 1, 4, 2).reshape(K, h * BLOCK, w * BLOCK)

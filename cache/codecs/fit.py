@@ -68,13 +68,11 @@ class StatisticsAccumulator:
         self._sum_C += centred_CN.sum(axis=1)
         self._outer_CC += centred_CN @ centred_CN.T
         self._num_pixels += features_CN.shape[1]
-        for centred_CHW in np.moveaxis(centred_CN.reshape(len(self._sum_C), *shape_THW), 1, 0):
-            self._add_blocks(np.asarray(to_blocks(centred_CHW), np.float64))
+        self._add_blocks(to_blocks(np.moveaxis(centred_CN.reshape(len(self._sum_C), *shape_THW), 1, 0)))
         self._embedding_outer_CC += embeddings_NC.T @ embeddings_NC
         self._num_embeddings += len(embeddings_NC)
 
-    def _add_blocks(self, coefficients_CFS: Floats) -> None:
-        coefficients_FCS = coefficients_CFS.transpose(1, 0, 2)
+    def _add_blocks(self, coefficients_FCS: NDArray[np.floating[Any]]) -> None:
         self._frequency_outer_FCC += coefficients_FCS @ coefficients_FCS.transpose(0, 2, 1)
         self._constant_sum_C += coefficients_FCS[0].sum(axis=1)
         self._num_blocks += coefficients_FCS.shape[2]

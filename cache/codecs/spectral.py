@@ -30,6 +30,8 @@ from cache.layout import Size
 WEAKEST = 1 / 4
 """Variance of the weakest planes that are kept, in steps. Below, the bits spent buy less than those of a finer step."""
 
+_NUMBERS_AT_ONCE = 1 << 22
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spectral:
@@ -118,18 +120,8 @@ class Spectral:
         )
 
     @cached_property
-    def _by_frequency(self) -> tuple[NDArray[np.int64], list[tuple[NDArray[np.int64], NDArray[np.float32]]]]:
-        """The frequencies that are kept, and of each the planes' places and projections: few products, all needed."""
-        channel_N, frequency_N = np.divmod(self.planes.number_N, FREQUENCIES)
-        frequencies = np.unique(frequency_N)
-        rows = [np.flatnonzero(frequency_N == frequency) for frequency in frequencies]
-        return frequencies, [(rows_n, self.projection_KC[channel_N[rows_n]]) for rows_n in rows]
-
-    @cached_property
-    def _offsets(self) -> NDArray[np.float32]:
-        """What the mean, the same in all pixels, makes of every plane."""
-        channel_N, frequency_N = np.divmod(self.planes.number_N, FREQUENCIES)
-        return np.where(frequency_N == 0, BLOCK * (self.projection_KC @ self.mean_C)[channel_N], np.float32(0))
+    def _products(self) -> _Products:
+        return _Products.of(self)
 
     def stored_channels(self, num_channels: int) -> int:
         """R; independent of C, which the arrays fix."""
@@ -139,18 +131,15 @@ class Spectral:
         """(T, C, H, W) -> (T, R, h, w) int8; values beyond ±127 (wide planes: ±32,639) steps saturate."""
         num_frames, num_channels, height, width = mask_features_TCHW.shape
         h, w = block_grid((height, width), BLOCK)
-        stored = np.empty((num_frames, self.stored_channels(num_channels), h * w), self.dtype)
-        kept, wide, frequencies, products = len(self.plane_N), self.num_wide, *self._by_frequency
-        offset_N1 = self._offsets[:, None]
-        planes_NS = np.empty((kept, h * w), np.float32)
-        for row_RS, features_CHW in zip(stored, mask_features_TCHW, strict=True):
-            coefficients_CFS = to_blocks(features_CHW.astype(np.float32, copy=False), frequencies)
-            for frequency, (rows, projection) in enumerate(products):
-                planes_NS[rows] = projection @ coefficients_CFS[:, frequency]
-            planes_NS -= offset_N1
-            np.rint(planes_NS, out=planes_NS)
-            row_RS[:wide], row_RS[kept:] = two_digits(planes_NS[:wide])
-            row_RS[wide:kept] = np.clip(planes_NS[wide:], -LEVELS, LEVELS, out=planes_NS[wide:])
+        kept, wide = len(self.plane_N), self.num_wide
+        stored = np.empty((num_frames, kept + wide, h * w), self.dtype)
+        at_once = max(1, _NUMBERS_AT_ONCE // (num_channels * height * width))
+        for start in range(0, num_frames, at_once):
+            part = mask_features_TCHW[start : start + at_once].astype(np.float32, copy=False)
+            steps_NTS = np.rint(self._products.planes(part)).reshape(kept, len(part), h * w)
+            stored_TRS = stored[start : start + at_once]
+            stored_TRS[:, :wide], stored_TRS[:, kept:] = (d.swapaxes(0, 1) for d in two_digits(steps_NTS[:wide]))
+            stored_TRS[:, wide:kept] = np.clip(steps_NTS[wide:], -LEVELS, LEVELS).swapaxes(0, 1)
         return stored.reshape(num_frames, -1, h, w)
 
     def decode(self, stored_TRhw: NDArray[Any], map_hw: Size | None = None) -> NDArray[np.float32]:
@@ -164,3 +153,38 @@ class Spectral:
     ) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
         """Mask embeddings (..., C) -> ((..., K), constant (...)): logits = embedding · `planes.expand` + constant."""
         return mask_embeddings @ self.basis_CK, mask_embeddings @ self.mean_C
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Products:
+    """Features to planes, frequency by frequency: few products, of what is kept alone."""
+
+    frequencies: NDArray[np.int64]
+    projections: tuple[NDArray[np.float32], ...]
+    """(n, C) of the n planes of each of these frequencies."""
+    order_N: NDArray[np.int64]
+    """Where each plane's row is among the planes by frequency."""
+    offset_N1: NDArray[np.float32]
+    """What the mean, which is the same in all pixels, makes of the planes by frequency."""
+
+    @classmethod
+    def of(cls, codec: Spectral) -> _Products:
+        channel_N, frequency_N = np.divmod(codec.planes.number_N, FREQUENCIES)
+        by_frequency_N = np.argsort(frequency_N, kind="stable")
+        frequencies, starts = np.unique(frequency_N[by_frequency_N], return_index=True)
+        constant_K = BLOCK * (codec.projection_KC @ codec.mean_C)
+        offset_N = np.where(frequency_N == 0, constant_K[channel_N], np.float32(0))
+        return cls(
+            frequencies=frequencies,
+            projections=tuple(np.split(codec.projection_KC[channel_N[by_frequency_N]], starts[1:])),
+            order_N=np.argsort(by_frequency_N),
+            offset_N1=offset_N[by_frequency_N, None],
+        )
+
+    def planes(self, features_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(T, C, H, W) -> (N, T·h·w), in steps."""
+        coefficients_FCS = to_blocks(features_TCHW, self.frequencies)
+        rows = zip(self.projections, coefficients_FCS, strict=True)
+        planes_NS = np.concatenate([projection_nC @ coefficients_CS for projection_nC, coefficients_CS in rows])
+        planes_NS -= self.offset_N1
+        return np.asarray(planes_NS[self.order_N], np.float32)
