@@ -30,8 +30,6 @@ from cache.layout import Size
 WEAKEST = 1 / 4
 """Variance of the weakest planes that are kept, in steps. Below, the bits spent buy less than those of a finer step."""
 
-_NUMBERS_AT_ONCE = 1 << 22
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Spectral:
@@ -129,17 +127,16 @@ class Spectral:
 
     def encode(self, mask_features_TCHW: NDArray[np.floating[Any]]) -> NDArray[Any]:
         """(T, C, H, W) -> (T, R, h, w) int8; values beyond ±127 (wide planes: ±32,639) steps saturate."""
-        num_frames, num_channels, height, width = mask_features_TCHW.shape
+        num_frames, _, height, width = mask_features_TCHW.shape
         h, w = block_grid((height, width), BLOCK)
         kept, wide = len(self.plane_N), self.num_wide
         stored = np.empty((num_frames, kept + wide, h * w), self.dtype)
-        at_once = max(1, _NUMBERS_AT_ONCE // (num_channels * height * width))
-        for start in range(0, num_frames, at_once):
-            part = mask_features_TCHW[start : start + at_once].astype(np.float32, copy=False)
-            steps_NTS = np.rint(self._products.planes(part)).reshape(kept, len(part), h * w)
-            stored_TRS = stored[start : start + at_once]
-            stored_TRS[:, :wide], stored_TRS[:, kept:] = (d.swapaxes(0, 1) for d in two_digits(steps_NTS[:wide]))
-            stored_TRS[:, wide:kept] = np.clip(steps_NTS[wide:], -LEVELS, LEVELS).swapaxes(0, 1)
+        # Frame by frame: the last bits of products depend on their sizes, and may tip what is rounded.
+        for row_RS, features_CHW in zip(stored, mask_features_TCHW, strict=True):
+            steps_NS = self._products.planes(features_CHW.astype(np.float32, copy=False))
+            np.rint(steps_NS, out=steps_NS)
+            row_RS[:wide], row_RS[kept:] = two_digits(steps_NS[:wide])
+            row_RS[wide:kept] = np.clip(steps_NS[wide:], -LEVELS, LEVELS, out=steps_NS[wide:])
         return stored.reshape(num_frames, -1, h, w)
 
     def decode(self, stored_TRhw: NDArray[Any], map_hw: Size | None = None) -> NDArray[np.float32]:
@@ -181,9 +178,9 @@ class _Products:
             offset_N1=offset_N[by_frequency_N, None],
         )
 
-    def planes(self, features_TCHW: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(T, C, H, W) -> (N, T·h·w), in steps."""
-        coefficients_FCS = to_blocks(features_TCHW, self.frequencies)
+    def planes(self, features_CHW: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(C, H, W) -> (N, h·w), in steps."""
+        coefficients_FCS = to_blocks(features_CHW[None], self.frequencies)
         rows = zip(self.projections, coefficients_FCS, strict=True)
         planes_NS = np.concatenate([projection_nC @ coefficients_CS for projection_nC, coefficients_CS in rows])
         planes_NS -= self.offset_N1
