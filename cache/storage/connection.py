@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 SCHEME = re.compile(r"^(s3|gs|az|https?):/+")
-_HINT = "check the credentials and their rights (reading takes get and list, writing takes put), or try again"
+_HINT = (
+    "check the credentials and their rights (reading takes get and list, writing takes put too, pruning and replacing "
+    "delete), or try again"
+)
 _connected: set[int] = set()
 """The process that first used obstore, once one has."""
 
