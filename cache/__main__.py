@@ -17,6 +17,7 @@ from cache.bench.reading import bench
 from cache.command import add_verbose, run_command
 from cache.progress import with_progress
 from cache.reader import FeatureCache
+from cache.storage.connection import local_path
 from cache.upkeep.inspection import summarise
 from cache.upkeep.maintenance import UNREADABLE, differences, prunable, prune, upgrade
 from cache.upkeep.staging import stage
@@ -96,11 +97,11 @@ def _run(chosen: argparse.Namespace) -> int:
         case "diff":
             return diff(chosen.path, chosen.other)
         case "export":
-            export_hdf5(FeatureCache.open(chosen.path), Path(chosen.file))
+            export_hdf5(FeatureCache.open(chosen.path), local_path(chosen.file, "an HDF5 file"))
         case "import":
-            import_hdf5(Path(chosen.file), Path(chosen.path))
+            import_hdf5(local_path(chosen.file, "an HDF5 file"), local_path(chosen.path, "an imported cache"))
         case "stage":
-            stage(chosen.path, Path(chosen.folder))
+            stage(chosen.path, local_path(chosen.folder, "a local copy"))
         case "upload":
             upload(Path(chosen.path), chosen.address, replace=chosen.replace)
         case "upgrade":

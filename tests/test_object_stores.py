@@ -107,6 +107,11 @@ def test_a_video_that_has_changed_is_replaced(address: str, folder: Path) -> Non
     assert objects(address) == files_below(folder)
 
 
+def test_a_bucket_that_is_not_there_is_told_as_such(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", bucket.replace("features", "nowhere")]) == 2
+    assert "does not exist" in (said := capsys.readouterr().err) and "check the bucket's name" in said
+
+
 def test_damage_there_is_found(address: str, folder: Path) -> None:
     flip_bit(folder / "videos/1/mask_features/c.0.0.0.0", -10)
     flip_bit(folder / "videos/2/frame_queries/c.0.0.0.0", 10)

@@ -166,9 +166,9 @@ def test_added_videos_are_uploaded_alone_and_labels_replaced(
 def test_other_features_and_other_frames_are_refused(address: str, stage_to: str | None, temporary: Path) -> None:
     write_pending(address, stage_to)
     before = objects(address)
-    with pytest.raises(FingerprintMismatch, match=r"s3:/.*short edge"):
+    with pytest.raises(FingerprintMismatch, match=r"s3://.*short edge"):
         write_pending(address, None, fingerprint=replace(FINGERPRINT, short_edge=32))
-    with pytest.raises(FingerprintMismatch, match=r"s3:/.*video '1'.*other frames"):
+    with pytest.raises(FingerprintMismatch, match=r"s3://.*video '1'.*other frames"):
         write_pending(address, None, {**LENGTHS, 1: 6})
     assert objects(address) == before
 
@@ -307,7 +307,7 @@ def test_what_cannot_be_uploaded_is_refused_with_what_to_do(
     assert "expected s3://..." in capsys.readouterr().err
     upload(folder, address)
     assert main(["upload", address, f"{address}-copy"]) == 2
-    assert "python -m cache stage s3:/" in capsys.readouterr().err
+    assert f"python -m cache stage {address} FOLDER" in capsys.readouterr().err
 
 
 # Pruning

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from cache.errors import CorruptData, first_line
 from cache.layout import METADATA, VIDEOS, parse_group_attributes
 from cache.storage.compression import decompress
-from cache.storage.connection import in_words, object_store, require_connecting_process
+from cache.storage.connection import in_words, lacks_bucket, object_store, reason, require_connecting_process
 from cache.storage.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
 from cache.storage.shards import ShardedFrames, checked_output
 from cache.storage.stores import committed, is_record, require_finite
@@ -175,13 +175,15 @@ class RemoteStore:
             return obstore.list_with_delimiter(self.objects, prefix=prefix or None)
 
     def get(self, name: str) -> bytes | None:
-        """An object's bytes, None where there is none. Raises CacheError where the store cannot be reached."""
+        """An object's bytes, None where there is none. Raises CacheError where there is no store, or none answers."""
         with in_words(f"{self.url}/{name}"):
             import obstore
 
             try:
                 return bytes(obstore.get(self.objects, name).bytes())
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if lacks_bucket(error):
+                    raise
                 return None
 
 
@@ -234,7 +236,7 @@ class RemoteFrames:
             starts, lengths = [entry[0] for entry in entries], [entry[1] for entry in entries]
             found = obstore.get_ranges(self.store.objects, file, starts=starts, lengths=lengths)
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise self._corrupt(f"shard cannot be read: {first_line(error)}", frames[0]) from error
+            raise self._corrupt(f"shard cannot be read: {reason(error)}", frames[0]) from error
         return [bytes(chunk) for chunk in found]
 
     def _index(self, file: str, frame: int) -> list[tuple[int, int]]:
