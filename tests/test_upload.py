@@ -375,19 +375,17 @@ def test_a_damaged_marker_alone_does_not_delete_a_video(address: str, tmp_path: 
     assert main(["prune", address, "--delete", "--unreadable"]) == 0 and names_there(address) == ["1", "3"]
 
 
-@pytest.mark.parametrize("calls", [0, 1, 3])
 def test_a_prune_that_is_stopped_leaves_no_complete_video_without_its_shards(
-    calls: int, address: str, tmp_path: Path, idle: None, monkeypatch: pytest.MonkeyPatch
+    address: str, tmp_path: Path, idle: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_folder(tmp_path / "a", LENGTHS)
     open_writer(folder, labels_of({1: 5, 2: 3}), codec=fitted_codec("logit"))
     upload(folder, address)
     with monkeypatch.context() as patch, pytest.raises(CacheError, match="connection lost"):
-        stop_after(calls, "delete", patch)
+        stop_after(1, "delete", patch)
         prune(prunable(FeatureCache.open(address)))
-    complete = FeatureCache.open(address).video_names()
-    assert ("3" in complete) == (calls == 0)
-    assert all(len(FeatureCache.open(address).video(name).mask_features()) == LENGTHS[int(name)] for name in complete)
+    assert FeatureCache.open(address).video_names() == ["1", "2"]
+    assert names_there(address) == ["1", "2", "3"]
     prune(prunable(FeatureCache.open(address)))
     assert names_there(address) == ["1", "2"]
 
