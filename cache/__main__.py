@@ -1,6 +1,6 @@
 """`python -m cache VERB ...`: know, check, move and mend a cache.
 
-PATH is a cache's folder, an HDF5 file (x.h5), or an address (s3://..., gs://...).
+PATH is a cache's folder, an HDF5 file (x.h5), or an address (s3://..., gs://..., az://...).
 """
 
 from __future__ import annotations
@@ -17,12 +17,22 @@ from cache.bench.reading import bench
 from cache.command import add_verbose, run_command
 from cache.progress import with_progress
 from cache.reader import FeatureCache
+from cache.storage.connection import local_path
 from cache.upkeep.inspection import summarise
 from cache.upkeep.maintenance import UNREADABLE, differences, prunable, prune, upgrade
 from cache.upkeep.staging import stage
 from cache.upkeep.transfer import export_hdf5, import_hdf5
 from cache.upkeep.upload import upload
 from cache.upkeep.verification import verify_root, verify_video
+
+PRUNE = (
+    "list videos that are unfinished or not in the labels; at an address, where nothing is locked, unfinished ones are "
+    "deleted only when nothing of them has been uploaded for an hour"
+)
+UPLOAD = (
+    "copy a cache in a folder to an address, continuing where it stopped; videos that are there as something else are "
+    "replaced"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -48,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
     verb("inspect", "print counts, sizes and origin", "path").add_argument("--json", action="store_true")
     verb("verify", "check every stored byte", "path").add_argument("--json", action="store_true")
-    command = verb("prune", "list videos that are unfinished or not in the labels", "path")
+    command = verb("prune", PRUNE, "path")
     command.add_argument("--delete", action="store_true", help="delete them")
     command.add_argument("--unreadable", action="store_true", help="also those whose marker is damaged")
     verb("diff", "say in words what sets two caches apart", "path", "other")
@@ -60,7 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         "path",
         "folder",
     )
-    verb("upload", "copy a cache in a folder to an address, continuing where it stopped", "path", "address")
+    command = verb("upload", UPLOAD, "path", "address")
+    command.add_argument("--replace", action="store_true", help="even if no video that is there is the same as here")
     verb("upgrade", "convert a cache of an older format", "path")
     command = verb("bench", "measure reading against bare preadv and other libraries")
     command.add_argument("--folder", type=Path, help="where to write the test data (1 GB); default: the system's")
@@ -86,13 +97,13 @@ def _run(chosen: argparse.Namespace) -> int:
         case "diff":
             return diff(chosen.path, chosen.other)
         case "export":
-            export_hdf5(FeatureCache.open(chosen.path), Path(chosen.file))
+            export_hdf5(FeatureCache.open(chosen.path), local_path(chosen.file, "an HDF5 file"))
         case "import":
-            import_hdf5(Path(chosen.file), Path(chosen.path))
+            import_hdf5(local_path(chosen.file, "an HDF5 file"), local_path(chosen.path, "an imported cache"))
         case "stage":
-            stage(chosen.path, Path(chosen.folder))
+            stage(chosen.path, local_path(chosen.folder, "a local copy"))
         case "upload":
-            upload(Path(chosen.path), chosen.address)
+            upload(Path(chosen.path), chosen.address, replace=chosen.replace)
         case "upgrade":
             print(upgrade(chosen.path))
         case "bench":
@@ -149,7 +160,7 @@ def prune_videos(path: str, delete: bool, unreadable: bool) -> int:
     found = prunable(FeatureCache.open(path))
     for entry in found:
         kept = " (kept, unless --unreadable)" if entry.reason == UNREADABLE and not unreadable else ""
-        print(f"{entry.folder}: {entry.reason}, {entry.bytes / 1e6:.2f} MB{kept}")
+        print(f"{entry.where}: {entry.reason}, {entry.bytes / 1e6:.2f} MB{kept}")
     found = [entry for entry in found if unreadable or entry.reason != UNREADABLE]
     busy = prune(found) if delete else []
     for error in busy:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 
@@ -14,6 +15,11 @@ def some(items: Iterable[object], shown: int = 5) -> str:
 def first_line(error: Exception) -> str:
     """What went wrong, without the page of internals that libraries add; the error's type where it says nothing."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def shown(place: object) -> str:
+    """A path or address as text; a `Path` has lost one slash of `s3://bucket`."""
+    return re.sub(r"^(s3|gs|az|https?):/(?=[^/])", r"\1://", str(place))
 
 
 class VitaCacheError(ValueError):
@@ -32,7 +38,7 @@ class VitaCacheError(ValueError):
         hint: str | None = None,
     ) -> None:
         """Compose the message `where: what (expected ..., got ...). hint`."""
-        text = f"{where}: {what}" if where is not None else what
+        text = f"{shown(where)}: {what}" if where is not None else what
         if expected is not None and got is not None:
             text += f" (expected {expected}, got {got})"
         elif expected is not None:

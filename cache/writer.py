@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -198,17 +198,21 @@ def video_sources(labels_json: bytes) -> dict[str, str]:
         raise AnnotationError(what, hint="each of `videos` needs id, file_names, height, width") from error
 
 
-def check_continuation(store: Store, fingerprint: Fingerprint, sources: Mapping[str, str]) -> set[str]:
+def check_continuation(
+    store: Store, fingerprint: Fingerprint, sources: Mapping[str, str], *, replaced: Container[str] = ()
+) -> set[str]:
     """Names of the complete videos of a cache that features of this fingerprint and these labels may join.
 
-    Raises FingerprintMismatch where they may not.
+    `replaced`: videos that may show other frames, since they will be replaced. Raises FingerprintMismatch where the
+    features may not join.
     """
     hint = "extract into another path, set the old values again, or delete this cache"
     Root.read(store).fingerprint.require(fingerprint, where=store.path, hint=hint)
     complete = {name: attributes for name, attributes in store.videos() if attributes}
     for name, attributes in complete.items():
         source = attributes.get("source")
-        if source is not None and source != sources.get(name.partition("@")[0], source):
+        wanted = sources.get(name.partition("@")[0], source)
+        if source is not None and source != wanted and name not in replaced:
             raise FingerprintMismatch(
                 "the label file lists other frames (names, order, size) than were extracted under this name",
                 where=f"{store.path}: video {name!r}",

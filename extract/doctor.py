@@ -19,7 +19,7 @@ import torch
 from cache.errors import ConfigError, VitaCacheError
 from cache.labels.annotations import load_labels
 from cache.reader import FeatureCache
-from cache.storage.connection import object_store, remote_url
+from cache.storage.connection import in_words, object_store, remote_url
 from configs.schema import DetectorEngine, Settings
 from configs.splits import SplitPaths, all_splits
 from extract.detector.loading import load_model
@@ -171,16 +171,12 @@ def _folder(name: str, path: Path) -> Finding:
 
 
 def _bucket(address: str) -> Finding:
-    """Whether an object can be written, read and deleted below the address."""
+    """Whether an object can be written, read and deleted below the address. Raises CacheError where not."""
     objects, key = object_store(address), f".doctor-{uuid.uuid4().hex}"
-    try:
+    with in_words(address, "cannot be used"):
         objects.put(key, b"vita-cache")
         objects.get(key).bytes()
         objects.delete(key)
-    except Exception as error:  # obstore's errors share no base of their own
-        reason = str(error).strip().partition("\n")[0]
-        remedy = "check the bucket's name, credentials and endpoint (AWS_ACCESS_KEY_ID, AWS_ENDPOINT, ...)"
-        return Finding(name="cache.path", message=f"{address}: {reason}", remedy=remedy)
     return Finding(name="cache.path", message=f"{address}: can be written, read and deleted from")
 
 

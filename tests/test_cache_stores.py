@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -24,7 +25,7 @@ from cache.__main__ import main
 from cache.codecs.rate_distortion import CALIBRATION, Calibration, write_calibration
 from cache.errors import CacheError, CorruptData, FingerprintMismatch, IncompleteVideo
 from cache.reader import ClipArrays, FeatureCache
-from cache.storage.connection import remote_url
+from cache.storage.connection import in_words, remote_url
 from cache.storage.remote import RemoteStore
 from cache.upkeep.staging import local_copy, stage
 from cache.upkeep.transfer import export_hdf5, import_hdf5
@@ -278,6 +279,7 @@ def test_an_export_that_fails_leaves_nothing(plain: Path, tmp_path: Path) -> Non
         ("gs://bucket", "gs://bucket"),
         ("caches/demo", None),
         ("/s3:/x", None),
+        ("az://container/a/", "az://container/a"),
     ],
 )
 def test_addresses_are_told_from_paths(path: Path | str, url: str | None) -> None:
@@ -404,6 +406,8 @@ class _Denying(BaseHTTPRequestHandler):
         self.send_response(403)
         self.end_headers()
 
+    do_PUT = do_GET
+
     def log_message(self, *arguments: object) -> None: ...
 
 
@@ -416,6 +420,71 @@ def test_a_refused_request_is_told_as_such(monkeypatch: pytest.MonkeyPatch, tmp_
         for request, what in ((store.names, "listed"), (store.listing, "listed"), (store.get, "read")):
             with pytest.raises(CacheError, match=rf"s3://private/a/videos.* cannot be {what}[\s\S]*credentials"):
                 request("videos")
+        server.shutdown()
+
+
+@pytest.mark.parametrize("path", ["abfs://c@account/a", Path("s3a://bucket/a"), "S3://bucket/a"])
+def test_addresses_of_other_kinds_are_no_folders(path: Path | str) -> None:
+    with pytest.raises(CacheError, match=r"not an address that is known \(expected s3://"):
+        FeatureCache.open(path)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("export", "plain", "s3://b/x.h5"), ("import", "x.h5", "s3://b/x"), ("stage", "plain", "s3://b/x")],
+)
+def test_what_is_written_to_a_disk_is_not_written_to_an_address(
+    plain: Path,
+    arguments: tuple[str, str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Nor to a folder `s3:`, unnoticed."""
+    monkeypatch.chdir(tmp_path)
+    verb, source, target = arguments
+    assert main([verb, str(plain) if source == "plain" else source, target]) == 2
+    assert "not written to an address" in (said := capsys.readouterr().err) and "cache upload" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bucket_that_is_not_there_is_told_as_such(bucket: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "s3://no-such-bucket/a"]) == 2
+    assert "s3://no-such-bucket/a/zarr.json: cannot be read: The specified bucket" in (said := capsys.readouterr().err)
+    assert "check the bucket's name" in said
+
+
+@pytest.mark.parametrize(
+    ("variables", "hint"),
+    [
+        ({"AWS_ENDPOINT": "denying"}, "AWS_ALLOW_HTTP=true"),
+        (
+            {"AWS_ENDPOINT": "denying", "AWS_ALLOW_HTTP": "true", "AWS_METADATA_ENDPOINT": "denying"},
+            "AWS_ACCESS_KEY_ID",
+        ),
+        ({"AWS_ENDPOINT": "silent", "AWS_ALLOW_HTTP": "true", "AWS_TIMEOUT": "50ms"}, "AWS_TIMEOUT=5m"),
+        ({"AWS_ENDPOINT": "closed", "AWS_ALLOW_HTTP": "true"}, "the server cannot be reached"),
+    ],
+    ids=["http", "credentials", "timeout", "unreachable"],
+)
+def test_what_keeps_from_a_store_is_told_with_what_to_do(
+    variables: dict[str, str], hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    if "AWS_METADATA_ENDPOINT" not in variables:
+        variables = {**variables, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    with HTTPServer(("127.0.0.1", 0), _Denying) as server, socket.create_server(("127.0.0.1", 0)) as silent:
+        with socket.create_server(("127.0.0.1", 0)) as other:
+            closed = other.getsockname()[1]
+        ports = {"denying": server.server_port, "silent": silent.getsockname()[1], "closed": closed}
+        Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in variables.items():
+            monkeypatch.setenv(name, f"http://127.0.0.1:{ports[value]}" if value in ports else value)
+        obstore = pytest.importorskip("obstore.store", reason="needs obstore: pip install '.[remote]'")
+        once = obstore.from_url("s3://bucket/a", retry_config={"max_retries": 0})
+        with pytest.raises(CacheError, match=rf"cannot be read[\s\S]*hint: .*{hint}"), in_words("s3://bucket/a"):
+            once.get("zarr.json")
         server.shutdown()
 
 

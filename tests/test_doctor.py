@@ -11,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from cache.storage.remote import RemoteStore
 from configs.schema import Settings
 from extract.doctor import examine
 from tests.conftest import tiny_settings
+from tests.object_store import local_s3
 
 
 def reds(settings: Settings) -> dict[str, str]:
@@ -39,6 +41,14 @@ def test_every_fault_is_found_in_one_run(tiny_data: Path, tmp_path: Path) -> Non
     found = reds(settings)
     assert set(found) == {"cache.path", "data train", "data valid", "weights"}
     assert labels["videos"][0]["file_names"][1] in found["data train"]
+
+
+def test_a_bucket_is_tried_and_one_that_is_not_there_named(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    with local_s3("doctor") as bucket:
+        assert "cache.path" not in reds(tiny_settings(tiny_data, f"{bucket}/a", tmp_path))
+        assert list(RemoteStore(url=bucket).listing()) == []
+        said = reds(tiny_settings(tiny_data, "s3://nowhere/a", tmp_path))["cache.path"]
+    assert said == "s3://nowhere/a: cannot be used: The specified bucket does not exist (NoSuchBucket)"
 
 
 def test_an_interrupted_extraction_is_named(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:

@@ -1,24 +1,41 @@
-"""Writing into an object store: video by video, interrupted anywhere, continued without a stored byte sent again."""
+"""Writing into an object store: video by video, interrupted anywhere, continued without a stored byte sent again.
+
+What has changed is replaced and what nobody needs is pruned; no reader may ever take part of a video for the whole.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 
 from cache.__main__ import main
 from cache.codecs.float16 import Float16
-from cache.errors import CacheError, FingerprintMismatch
+from cache.errors import CacheError, FingerprintMismatch, VideoBusy
 from cache.fingerprint import Fingerprint
 from cache.reader import FeatureCache
 from cache.remote_writer import opened_writer
 from cache.storage.remote import RemoteStore
+from cache.upkeep.maintenance import prunable, prune
 from cache.upkeep.staging import stage, staged_folder
+from cache.upkeep.transfer import export_hdf5
+from cache.upkeep.upload import put_video, upload
 from cache.writer import CacheWriter
-from tests.cache_samples import FINGERPRINT, files_below, labels_of, open_writer, random_heads, write_video
+from tests.cache_samples import (
+    FINGERPRINT,
+    files_below,
+    fitted_codec,
+    labels_of,
+    open_writer,
+    random_heads,
+    write_video,
+)
 from tests.object_store import local_s3
 
 LENGTHS = {1: 5, 2: 3, 3: 4}
@@ -67,9 +84,14 @@ def write_pending(
     return pending
 
 
-def objects(address: str) -> dict[str, bytes | None]:
+def uploaded_files(address: str) -> dict[str, bytes | None]:
     store = RemoteStore(url=address)
-    return {name: store.get(name) for name in store.listing() if name != "zarr.json"}
+    return {name: store.get(name) for name in store.listing()}
+
+
+def objects(address: str) -> dict[str, bytes | None]:
+    """But for the root, which says when and where."""
+    return {name: content for name, content in uploaded_files(address).items() if name != "zarr.json"}
 
 
 def folder_files(tmp_path: Path) -> dict[str, bytes]:
@@ -144,9 +166,9 @@ def test_added_videos_are_uploaded_alone_and_labels_replaced(
 def test_other_features_and_other_frames_are_refused(address: str, stage_to: str | None, temporary: Path) -> None:
     write_pending(address, stage_to)
     before = objects(address)
-    with pytest.raises(FingerprintMismatch, match=r"s3:/.*short edge"):
+    with pytest.raises(FingerprintMismatch, match=r"s3://.*short edge"):
         write_pending(address, None, fingerprint=replace(FINGERPRINT, short_edge=32))
-    with pytest.raises(FingerprintMismatch, match=r"s3:/.*video '1'.*other frames"):
+    with pytest.raises(FingerprintMismatch, match=r"s3://.*video '1'.*other frames"):
         write_pending(address, None, {**LENGTHS, 1: 6})
     assert objects(address) == before
 
@@ -163,3 +185,225 @@ def test_the_command_uploads_and_stages(address: str, tmp_path: Path) -> None:
     stage(address, tmp_path / "b")
     expected = (tmp_path / "a/videos/1/zarr.json").read_bytes()
     assert (tmp_path / "b/videos/1/zarr.json").read_bytes() == expected
+
+
+# What has changed
+
+
+def write_folder(path: Path, lengths: dict[int, int], seed: int = 0, prefix: str = "") -> Path:
+    """Write what is missing, with a codec whose shards' sizes depend on the features."""
+    writer = open_writer(path, labels_of(lengths, prefix), codec=fitted_codec("logit"))
+    for name in writer.pending([str(video) for video in lengths]):
+        write_video(writer, name, lengths[int(name)], seed=seed + int(name))
+    return path
+
+
+def changed_folder(path: Path) -> Path:
+    """Video 1 is shorter by a shard than before."""
+    shutil.rmtree(path / "videos/1")
+    return write_folder(path, {**LENGTHS, 1: 5}, seed=7)
+
+
+def require_consistent(address: str) -> None:
+    """Every complete video shows the frames that the labels list, and can be read to the last byte."""
+    assert main(["verify", address]) in (0, 1)
+    for name in FeatureCache.open(address).video_names():
+        video = FeatureCache.open(address).video(name)
+        listed = {str(entry["id"]): entry for entry in json.loads(FeatureCache.open(address).labels_json())["videos"]}
+        assert video.attributes.num_frames == listed[name]["length"] == len(video.frame_queries())
+        assert len(video.mask_features()) == listed[name]["length"]
+
+
+def stop_after(calls: int, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network breaks down before the n-th object is put or deleted."""
+    original, done = getattr(RemoteStore, method), []
+
+    def one(self: RemoteStore, names: str | Sequence[str], *rest: Path) -> None:
+        for name in [names] if isinstance(names, str) else names:
+            if len(done) >= calls:
+                raise CacheError("connection lost", where=name)
+            done.append(name)
+            original(self, name if rest else [name], *rest)
+
+    monkeypatch.setattr(RemoteStore, method, one)
+
+
+@pytest.mark.parametrize("method, calls", [("put", 0), ("put", 34), ("delete", 1)])
+def test_a_video_that_shows_other_frames_is_replaced(
+    method: str, calls: int, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "a", {**LENGTHS, 1: 70})
+    upload(folder, address)
+    changed_folder(folder)
+    with monkeypatch.context() as patch, pytest.raises(CacheError, match="connection lost"):
+        stop_after(calls, method, patch)
+        upload(folder, address)
+    require_consistent(address)
+    upload(folder, f"{address}/")
+    assert uploaded_files(address) == files_below(folder), "shards of the longer video are left over, or others missing"
+
+
+def test_a_video_of_other_bytes_is_replaced_and_no_other_is_sent_again(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "a", LENGTHS)
+    upload(folder, address)
+    shutil.rmtree(folder / "videos/1")
+    write_folder(folder, LENGTHS, seed=98)
+    sent: list[str] = []
+    original = RemoteStore.put
+    monkeypatch.setattr(RemoteStore, "put", lambda self, name, file: (sent.append(name), original(self, name, file)))
+    upload(folder, address)
+    assert {name.split("/")[1] for name in sent if name.startswith("videos/")} == {"1", "zarr.json"}
+    assert uploaded_files(address) == files_below(folder)
+
+
+def test_labels_follow_and_no_video_is_sent_again(
+    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "a", LENGTHS)
+    upload(folder, address)
+    labels = json.loads(labels_of(LENGTHS))
+    labels["categories"] = [{"id": 1, "name": "circle"}]
+    open_writer(folder, json.dumps(labels).encode(), codec=fitted_codec("logit"))
+    monkeypatch.setattr("cache.upkeep.upload.put_video", None)
+    upload(folder, address)
+    assert FeatureCache.open(address).labels_json() == json.dumps(labels).encode()
+
+
+def test_another_data_set_does_not_replace_one_by_mistake(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upload(write_folder(tmp_path / "a", LENGTHS, prefix="ytvis"), address)
+    before, other = uploaded_files(address), write_folder(tmp_path / "b", LENGTHS, seed=9, prefix="ovis")
+    assert main(["upload", str(other), address]) == 2
+    said = capsys.readouterr().err
+    assert "all videos that are there too are others than here: 1, 2, 3" in said and "--replace" in said
+    assert uploaded_files(address) == before
+    assert main(["upload", str(other), address, "--replace"]) == 0
+    assert uploaded_files(address) == files_below(other)
+
+
+def test_other_frames_of_videos_that_are_not_here_are_refused(address: str, tmp_path: Path) -> None:
+    """The new labels would be read with the old features."""
+    folder = write_folder(tmp_path / "a", LENGTHS)
+    upload(folder, address)
+    before = uploaded_files(address)
+    shutil.rmtree(folder / "videos/1")
+    open_writer(folder, labels_of({**LENGTHS, 1: 6}), codec=fitted_codec("logit"))
+    with pytest.raises(FingerprintMismatch, match=r"video '1'"):
+        upload(folder, address)
+    assert uploaded_files(address) == before
+
+
+def test_what_cannot_be_uploaded_is_refused_with_what_to_do(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "a", LENGTHS)
+    export_hdf5(FeatureCache.open(folder), tmp_path / "x.h5")
+    assert main(["upload", str(tmp_path / "x.h5"), address]) == 2
+    assert f"python -m cache import {tmp_path}/x.h5" in capsys.readouterr().err
+    assert main(["upload", str(folder), str(tmp_path / "b")]) == 2
+    assert "expected s3://..." in capsys.readouterr().err
+    upload(folder, address)
+    assert main(["upload", address, f"{address}-copy"]) == 2
+    assert f"python -m cache stage {address} FOLDER" in capsys.readouterr().err
+
+
+# Pruning
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An hour has passed since the last upload."""
+    monkeypatch.setattr("cache.upkeep.maintenance.IDLE", timedelta())
+
+
+def names_there(address: str) -> list[str]:
+    return RemoteStore(url=address).names("videos")
+
+
+def leave_unfinished(address: str, name: str) -> None:
+    RemoteStore(url=address).delete([f"videos/{name}/zarr.json"])
+
+
+def test_unfinished_and_orphaned_videos_are_pruned(
+    address: str, tmp_path: Path, idle: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_folder(tmp_path / "a", LENGTHS)
+    open_writer(folder, labels_of({1: 5, 2: 3}), codec=fitted_codec("logit"))
+    upload(folder, address)
+    leave_unfinished(address, "2")
+    assert main(["prune", address]) == 0
+    shown = capsys.readouterr().out
+    assert f"{address}/videos/3: not in annotations.json" in shown and "nothing done yet" in shown
+    assert f"{address}/videos/2: extraction did not finish" in shown and "videos/1" not in shown
+    assert names_there(address) == ["1", "2", "3"]
+    assert main(["prune", address, "--delete"]) == 0
+    assert "2 videos" in capsys.readouterr().out
+    kept = {name for name in files_below(folder) if not name.startswith(("videos/2/", "videos/3/"))}
+    assert uploaded_files(address).keys() == kept
+    require_consistent(address)
+
+
+def test_what_may_still_be_uploaded_is_not_pruned(
+    address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upload(write_folder(tmp_path / "a", LENGTHS), address)
+    leave_unfinished(address, "2")
+    assert main(["prune", address, "--delete"]) == 1
+    said = capsys.readouterr().out
+    assert "put 0 minutes ago, so an upload may still be running" in said and "deleted, but for 1" in said
+    assert names_there(address) == ["1", "2", "3"]
+
+
+def test_a_video_that_was_finished_meanwhile_is_not_pruned(address: str, tmp_path: Path, idle: None) -> None:
+    folder = write_folder(tmp_path / "a", LENGTHS)
+    upload(folder, address)
+    leave_unfinished(address, "2")
+    found = prunable(FeatureCache.open(address))
+    upload(folder, address)
+    assert prune(found) == [] and uploaded_files(address) == files_below(folder)
+
+
+def test_a_damaged_marker_alone_does_not_delete_a_video(address: str, tmp_path: Path, idle: None) -> None:
+    folder = write_folder(tmp_path / "a", LENGTHS)
+    upload(folder, address)
+    (tmp_path / "damaged").write_bytes(b"{")
+    RemoteStore(url=address).put("videos/2/zarr.json", tmp_path / "damaged")
+    assert main(["prune", address, "--delete"]) == 0 and names_there(address) == ["1", "2", "3"]
+    assert main(["prune", address, "--delete", "--unreadable"]) == 0 and names_there(address) == ["1", "3"]
+
+
+def test_a_prune_that_is_stopped_leaves_no_complete_video_without_its_shards(
+    address: str, tmp_path: Path, idle: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "a", LENGTHS)
+    open_writer(folder, labels_of({1: 5, 2: 3}), codec=fitted_codec("logit"))
+    upload(folder, address)
+    with monkeypatch.context() as patch, pytest.raises(CacheError, match="connection lost"):
+        stop_after(1, "delete", patch)
+        prune(prunable(FeatureCache.open(address)))
+    assert FeatureCache.open(address).video_names() == ["1", "2"]
+    assert names_there(address) == ["1", "2", "3"]
+    prune(prunable(FeatureCache.open(address)))
+    assert names_there(address) == ["1", "2"]
+
+
+def test_a_video_that_was_pruned_while_it_was_uploaded_is_not_committed(
+    address: str, tmp_path: Path, idle: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_folder(tmp_path / "a", LENGTHS)
+    upload(folder, address)
+    leave_unfinished(address, "2")
+    original, target = RemoteStore.listing, RemoteStore(url=address)
+
+    def listing(self: RemoteStore, prefix: str | None = None) -> dict[str, int]:
+        monkeypatch.setattr(RemoteStore, "listing", original)
+        assert prune(prunable(FeatureCache.open(address))) == []
+        return original(self, prefix)
+
+    monkeypatch.setattr(RemoteStore, "listing", listing)
+    with pytest.raises(VideoBusy, match=r"videos/2: another process deletes[\s\S]*same command again"):
+        put_video(target, folder, "2")
+    assert FeatureCache.open(address).video_names() == ["1", "3"]

@@ -1,6 +1,7 @@
 """Caches in object stores (`s3://`, `gs://`, `az://`), read through obstore (the extra `remote`).
 
-A clip is two requests a shard at most: its index, once, and the wanted frames, which obstore fetches in parallel.
+A clip is two requests a shard at most: its index, once, and the wanted frames, which obstore fetches in parallel. On
+Azure the index takes two, since ranges from the end are unknown there.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +22,7 @@ from numpy.typing import NDArray
 from cache.errors import CorruptData, first_line
 from cache.layout import METADATA, VIDEOS, parse_group_attributes
 from cache.storage.compression import decompress
-from cache.storage.connection import in_words, object_store, require_connecting_process
+from cache.storage.connection import in_words, lacks_bucket, object_store, reason, require_connecting_process
 from cache.storage.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
 from cache.storage.shards import ShardedFrames, checked_output
 from cache.storage.stores import committed, is_record, require_finite
@@ -106,10 +109,17 @@ class RemoteStore:
 
     def listing(self, prefix: str | None = None) -> dict[str, int]:
         """Names and bytes of all objects, or of those below a prefix that ends in `/`."""
+        return {entry["path"]: entry["size"] for entry in self._list(prefix)}
+
+    def last_put(self, prefix: str) -> datetime | None:
+        """When the newest object below a prefix was put, by the store's clock; None where there is none."""
+        return max((entry["last_modified"] for entry in self._list(prefix)), default=None)
+
+    def _list(self, prefix: str | None) -> Any:
         with in_words(f"{self.url}/{prefix or ''}", "cannot be listed"):
             import obstore
 
-            return {entry["path"]: entry["size"] for entry in obstore.list(self.objects, prefix=prefix).collect()}
+            return obstore.list(self.objects, prefix=prefix).collect()
 
     def files(self) -> list[str]:
         """See Store."""
@@ -121,6 +131,25 @@ class RemoteStore:
             import obstore
 
             obstore.put(self.objects, name, file)
+
+    def delete(self, names: Sequence[str]) -> None:
+        """Delete objects, in bulk where the store can; some may be gone. Raises CacheError where the store refuses."""
+        if not names:
+            return
+        with in_words(f"{self.url}/{names[0]}", "cannot be deleted"):
+            import obstore
+
+            try:
+                obstore.delete(self.objects, list(names))
+            except FileNotFoundError:  # So Google and Azure call one that is gone, and may leave those after it.
+                for name in names:
+                    with suppress(FileNotFoundError):
+                        obstore.delete(self.objects, name)
+
+    def delete_video(self, name: str) -> None:
+        """Delete all of a video, the commit marker first: where it is stopped it leaves an unfinished video."""
+        self.delete([f"{VIDEOS}/{name}/{METADATA}"])
+        self.delete(list(self.listing(f"{VIDEOS}/{name}/")))
 
     def fetch(self, name: str, target: Path) -> None:
         """Copy an object's bytes to the file `target`. Raises CacheError where the store cannot be reached."""
@@ -146,13 +175,15 @@ class RemoteStore:
             return obstore.list_with_delimiter(self.objects, prefix=prefix or None)
 
     def get(self, name: str) -> bytes | None:
-        """An object's bytes, None where there is none. Raises CacheError where the store cannot be reached."""
+        """An object's bytes, None where there is none. Raises CacheError where there is no store, or none answers."""
         with in_words(f"{self.url}/{name}"):
             import obstore
 
             try:
                 return bytes(obstore.get(self.objects, name).bytes())
-            except FileNotFoundError:
+            except FileNotFoundError as error:
+                if lacks_bucket(error):
+                    raise
                 return None
 
 
@@ -205,18 +236,26 @@ class RemoteFrames:
             starts, lengths = [entry[0] for entry in entries], [entry[1] for entry in entries]
             found = obstore.get_ranges(self.store.objects, file, starts=starts, lengths=lengths)
         except (obstore.exceptions.BaseError, OSError) as error:
-            raise self._corrupt(f"shard cannot be read: {first_line(error)}", frames[0]) from error
+            raise self._corrupt(f"shard cannot be read: {reason(error)}", frames[0]) from error
         return [bytes(chunk) for chunk in found]
 
     def _index(self, file: str, frame: int) -> list[tuple[int, int]]:
-        import obstore
-
         size = index_bytes(self.layout.frames_per_shard)
-        content = bytes(obstore.get(self.store.objects, file, options={"range": {"suffix": size}}).bytes())
+        content = self._end(file, size)
         index = decode_index(content) if len(content) == size else None
         if index is None:
             raise self._corrupt("checksum mismatch in the shard's index", frame)
         return index
+
+    def _end(self, file: str, size: int) -> bytes:
+        """The last bytes of a shard."""
+        import obstore
+
+        try:
+            return bytes(obstore.get(self.store.objects, file, options={"range": {"suffix": size}}).bytes())
+        except obstore.exceptions.NotSupportedError:  # Azure
+            start = max(obstore.head(self.store.objects, file)["size"] - size, 0)
+            return bytes(obstore.get_range(self.store.objects, file, start=start, length=size))
 
     def _corrupt(self, what: str, frame: int) -> CorruptData:
         return CorruptData(what, where=f"{self.store.url}/{self.name}, frame {frame}", hint=RETRY_HINT)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,42 @@ from cache.heads import HEAD_SHAPES
 from cache.layout import ANNOTATIONS, FORMAT_VERSION, METADATA, VIDEOS
 from cache.reader import FeatureCache, Root
 from cache.storage.locks import VideoLocks
+from cache.storage.remote import RemoteStore
 from cache.storage.stores import FolderStore, Store, committed, open_store
+from cache.upkeep.staging import FileStore
 from cache.writer import video_sources
 
 ORPHANED, UNFINISHED = f"not in {ANNOTATIONS}", "extraction did not finish"
 UNREADABLE = f"its {METADATA} is damaged, so that nobody knows whether it is complete"
+IDLE = timedelta(hours=1)
+"""How long nothing must have been put of an incomplete video at an address before it is pruned."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prunable:
-    """A video's folder that no reader and no label asks for."""
+    """A video that no reader and no label asks for."""
 
-    folder: Path
+    store: FileStore
+    name: str
     reason: str
     bytes: int
+
+    @property
+    def where(self) -> str:
+        """Its folder or address."""
+        place = self.store.url if isinstance(self.store, RemoteStore) else self.store.path
+        return f"{place}/{VIDEOS}/{self.name}"
 
 
 def prunable(feature_cache: FeatureCache) -> list[Prunable]:
     """Videos whose extraction did not finish, whose marker is damaged, or that the labels no longer name (with views).
 
-    Without labels in the cache nothing is orphaned. Raises CacheError for a cache that is not in a folder.
+    Without labels in the cache nothing is orphaned. Raises CacheError for an HDF5 file.
     """
     store = feature_cache.store
-    if not isinstance(store, FolderStore):
-        raise CacheError("only a cache in a folder can be pruned", where=feature_cache.path)
+    if not isinstance(store, FileStore):
+        hint = "prune the folder that it was exported from, and export that again"
+        raise CacheError("an HDF5 file cannot be pruned", where=feature_cache.path, hint=hint)
     labels = store.read_file(ANNOTATIONS)
     known = None if labels is None else video_sources(labels)
     found = []
@@ -48,7 +61,7 @@ def prunable(feature_cache: FeatureCache) -> list[Prunable]:
             continue
         reason = ORPHANED if orphaned else UNFINISHED if _is_readable(store, name) else UNREADABLE
         size = sum(store.listing(f"{VIDEOS}/{name}/").values())
-        found.append(Prunable(folder=store.path / VIDEOS / name, reason=reason, bytes=size))
+        found.append(Prunable(store=store, name=name, reason=reason, bytes=size))
     return found
 
 
@@ -61,20 +74,39 @@ def _is_readable(store: Store, name: str) -> bool:
 
 
 def prune(found: list[Prunable]) -> list[VideoBusy]:
-    """Delete the folders, each under its lock, but for videos that have been finished meanwhile.
+    """Delete the videos, but for those that have been finished meanwhile: folders under their locks, objects if idle.
 
     Returns what was left, because other processes write it.
     """
     busy = []
     for entry in found:
-        path, name = entry.folder.parent.parent, entry.folder.name
         try:
-            with VideoLocks(path).held(name):
-                if entry.reason == ORPHANED or not committed(FolderStore(path=path), name):
-                    shutil.rmtree(entry.folder)
+            if isinstance(entry.store, RemoteStore):
+                _prune_objects(entry.store, entry)
+            else:
+                _prune_folder(entry.store, entry)
         except VideoBusy as error:
             busy.append(error)
     return busy
+
+
+def _prune_folder(store: FolderStore, entry: Prunable) -> None:
+    with VideoLocks(store.path).held(entry.name):
+        if entry.reason == ORPHANED or not committed(store, entry.name):
+            shutil.rmtree(store.path / VIDEOS / entry.name)
+
+
+def _prune_objects(store: RemoteStore, entry: Prunable) -> None:
+    """Raises VideoBusy for what is incomplete and new: there are no locks, so an upload may be putting the rest."""
+    complete, last = committed(store, entry.name), store.last_put(f"{VIDEOS}/{entry.name}/")
+    if last is None or (complete and entry.reason != ORPHANED):
+        return
+    age = datetime.now(UTC) - last
+    if not complete and age < IDLE:
+        what = f"put {age.total_seconds() / 60:.0f} minutes ago, so an upload may still be running"
+        hint = f"nothing is locked in an object store: prune when {IDLE.total_seconds() / 60:.0f} minutes have passed"
+        raise VideoBusy(what, where=entry.where, hint=hint)
+    store.delete_video(entry.name)
 
 
 def upgrade(path: Path | str) -> str:

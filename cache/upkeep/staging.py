@@ -15,7 +15,7 @@ from cache.storage.connection import remote_url
 from cache.storage.hdf5 import Hdf5Store
 from cache.storage.locks import locked
 from cache.storage.remote import REQUESTS, RemoteStore
-from cache.storage.stores import FolderStore, committed
+from cache.storage.stores import FolderStore
 from cache.writer import sync_tree
 
 FileStore = FolderStore | RemoteStore
@@ -42,11 +42,12 @@ def stage(address: Path | str, folder: Path) -> Path:
             there = FeatureCache.open(folder).fingerprint
             hint = "stage into another folder, or delete this one"
             there.require(feature_cache.fingerprint, where=folder, hint=hint)
-        files = _stale(source, FolderStore(path=folder))
+        files = stale(source, FolderStore(path=folder))
         _require_room(sum(sum(sizes.values()) for sizes in files.values()), folder)
+        for name in files:  # All before the new labels come: old features must never be read by them.
+            shutil.rmtree(folder / VIDEOS / name, ignore_errors=True)
         fetch_all_but_videos(source, folder)
         for name in with_progress(files, f"stage to {folder}", unit="video"):
-            shutil.rmtree(folder / VIDEOS / name, ignore_errors=True)
             _fetch_video(source, f"{VIDEOS}/{name}", files[name], folder)
     return folder
 
@@ -71,14 +72,14 @@ def fetch_all_but_videos(source: FileStore, folder: Path) -> None:
     _fetch(source, METADATA, folder)
 
 
-def _stale(source: FileStore, local: FolderStore) -> dict[str, dict[str, int]]:
-    """The files (name -> bytes) of every complete video that is not in the local cache as it is in the source."""
-    attributes = {name: found for name, found in source.videos() if found}
-    wanted, present = (_by_video(store.listing(f"{VIDEOS}/")) for store in (source, local))
+def stale(source: FileStore, target: FileStore) -> dict[str, dict[str, int]]:
+    """The files (name -> bytes) of every complete video that is not in the target as it is in the source."""
+    attributes, there = ({name: found for name, found in store.videos() if found} for store in (source, target))
+    wanted, present = (_by_video(store.listing(f"{VIDEOS}/")) for store in (source, target))
     return {
         name: wanted[name]
         for name in attributes
-        if committed(local, name) != attributes[name] or present[name] != wanted[name]
+        if there.get(name) != attributes[name] or present[name] != wanted[name]
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from cache.codecs import codec_identity
-from cache.errors import CorruptData, VitaCacheError, some
+from cache.errors import CorruptData, VitaCacheError, shown, some
 from cache.labels.annotations import parse_labels
 from cache.layout import ANNOTATIONS, AXES, FRAME_QUERIES, MASK_FEATURES, shard_ranges
 from cache.reader import CachedVideo, FeatureCache
@@ -30,7 +30,7 @@ class Finding:
 
 def verify_root(feature_cache: FeatureCache) -> Iterator[Finding]:
     """Check all but the videos: root, heads, codec, labels, unfinished videos, and how videos and labels agree."""
-    where = str(feature_cache.path)
+    where = shown(feature_cache.path)
     checks = (
         ("fingerprint", lambda: _check_digest(feature_cache)),
         ("detector", lambda: feature_cache.heads),
@@ -71,16 +71,16 @@ def _check_codec(feature_cache: FeatureCache) -> None:
 
 def _verify_labels(feature_cache: FeatureCache, complete: Mapping[str, bool]) -> Iterator[Finding]:
     """`complete`: every video that was begun, and whether it is complete."""
-    labels = feature_cache.path / ANNOTATIONS
+    labels = shown(feature_cache.path / ANNOTATIONS)
     try:
         content = feature_cache.store.read_file(ANNOTATIONS)
         if content is None:
             return
         sources, document = video_sources(content), json.loads(content)
         if document.get("categories"):  # Videos without any object may come without categories.
-            parse_labels(document, str(labels))
+            parse_labels(document, labels)
     except VitaCacheError as error:
-        yield Finding(where=str(labels), rule="labels", message=str(error))
+        yield Finding(where=labels, rule="labels", message=str(error))
         return
     listed = {str(video["id"]): video for video in document["videos"]}
     for name in (name for name, is_complete in complete.items() if is_complete):
@@ -89,7 +89,7 @@ def _verify_labels(feature_cache: FeatureCache, complete: Mapping[str, bool]) ->
             yield Finding(where=f"{labels}: video {name!r}", rule="labels", message=f"the video {message}")
     if absent := sorted(listed.keys() - {name.partition("@")[0] for name in complete}):
         message = f"{len(absent)} of {len(listed)} labelled videos are not in the cache: {some(absent)}"
-        yield Finding(where=str(labels), rule="absent", message=message, warning=True)
+        yield Finding(where=labels, rule="absent", message=message, warning=True)
 
 
 def _misalignment(
@@ -114,7 +114,7 @@ def _misalignment(
 
 def verify_video(feature_cache: FeatureCache, name: str) -> Iterator[Finding]:
     """Read a complete video as a whole: checksums, shapes, dtypes, finite numbers; one finding a field."""
-    where = f"{feature_cache.path}: video {name!r}"
+    where = f"{shown(feature_cache.path)}: video {name!r}"
     try:
         video = feature_cache.video(name)
     except VitaCacheError as error:
