@@ -2,7 +2,7 @@
 
 The transform (DCT-II, orthonormal, as in JPEG) keeps squared errors: a step in a coefficient is a step in the pixels.
 
-Shapes: T frames, K channels, F = 64 frequencies (vertical · 8 + horizontal), H×W the map, h×w its blocks.
+Shapes: K channels, F = 64 frequencies (vertical · 8 + horizontal), H×W the map, h×w its blocks.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def cosines() -> NDArray[np.float64]:
 
 
 def to_blocks(
-    maps_TKHW: NDArray[np.floating[Any]], frequencies: NDArray[np.int64] | slice = slice(None)
+    maps_KHW: NDArray[np.floating[Any]], frequencies: NDArray[np.int64] | slice = slice(None)
 ) -> NDArray[np.floating[Any]]:
-    """(T, K, H, W) -> coefficients (F, K, T·h·w), or of some frequencies alone.
+    """(K, H, W) -> coefficients (K, F, h·w), or of some frequencies alone.
 
     Edge pixels are repeated where blocks reach beyond the map.
     """
-    T, K, H, W = maps_TKHW.shape
+    K, H, W = maps_KHW.shape
     h, w = block_grid((H, W), BLOCK)
-    padded = np.pad(maps_TKHW, ((0, 0), (0, 0), (0, h * BLOCK - H), (0, w * BLOCK - W)), mode="edge")
-    blocks = padded.reshape(T, K, h, BLOCK, w, BLOCK).transpose(3, 5, 1, 0, 2, 4)
-    coefficients = cosines()[frequencies].astype(maps_TKHW.dtype) @ blocks.reshape(FREQUENCIES, -1)
-    return coefficients.reshape(len(coefficients), K, T * h * w)
+    padded = np.pad(maps_KHW, ((0, 0), (0, h * BLOCK - H), (0, w * BLOCK - W)), mode="edge")
+    # Channel by channel, which a CPU's cache holds: all at once, in one large product, took three times as long.
+    pixels_KFS = padded.reshape(K, h, BLOCK, w, BLOCK).transpose(0, 2, 4, 1, 3).reshape(K, FREQUENCIES, h * w)
+    return np.asarray(cosines()[frequencies].astype(maps_KHW.dtype) @ pixels_KFS)
 
 
 def from_blocks(coefficients_KFS: NDArray[np.floating[Any]], map_hw: Size) -> NDArray[np.floating[Any]]:

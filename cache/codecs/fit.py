@@ -68,7 +68,8 @@ class StatisticsAccumulator:
         self._sum_C += centred_CN.sum(axis=1)
         self._outer_CC += centred_CN @ centred_CN.T
         self._num_pixels += features_CN.shape[1]
-        self._add_blocks(to_blocks(np.moveaxis(centred_CN.reshape(len(self._sum_C), *shape_THW), 1, 0)))
+        for centred_CHW in np.moveaxis(centred_CN.reshape(len(self._sum_C), *shape_THW), 1, 0):
+            self._add_blocks(to_blocks(centred_CHW).transpose(1, 0, 2))
         self._embedding_outer_CC += embeddings_NC.T @ embeddings_NC
         self._num_embeddings += len(embeddings_NC)
 

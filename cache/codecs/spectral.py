@@ -180,8 +180,8 @@ class _Products:
 
     def planes(self, features_CHW: NDArray[np.float32]) -> NDArray[np.float32]:
         """(C, H, W) -> (N, h·w), in steps."""
-        coefficients_FCS = to_blocks(features_CHW[None], self.frequencies)
-        rows = zip(self.projections, coefficients_FCS, strict=True)
-        planes_NS = np.concatenate([projection_nC @ coefficients_CS for projection_nC, coefficients_CS in rows])
+        coefficients_CFS = to_blocks(features_CHW, self.frequencies)
+        rows = enumerate(self.projections)
+        planes_NS = np.concatenate([projection_nC @ coefficients_CFS[:, row] for row, projection_nC in rows])
         planes_NS -= self.offset_N1
         return np.asarray(planes_NS[self.order_N], np.float32)
