@@ -66,14 +66,14 @@ def match_frames(
     points_TP2: Tensor,
     cost_weights: CostWeights = CostWeights(),  # noqa: B008 (frozen)
 ) -> Tensor:
-    """Detector queries of every layer, frame and object: (L, T, N) int64, -1 where absent or unmatched.
+    """Detector queries of every layer, frame and object: (L, T, N) int64 on the host, -1 where absent or unmatched.
 
     Every (layer, frame) is one assignment problem between the Q queries and the objects present in the frame;
     costs as in the clip matching, on one frame's points, for all layers in one product.
     """
     T, L, Q, _ = predictions_TLQ.class_logits.shape
     N = targets.num_objects
-    matches_LTN = torch.full((L, T, N), -1, dtype=torch.int64, device=map_TRHW.device)
+    matches_LTN = torch.full((L, T, N), -1)
     if N == 0:
         return matches_LTN
     area_hw = targets.image_hw
@@ -93,8 +93,8 @@ def match_frames(
     ).view(T, L, Q, N)
     probability_TLQJ = predictions_TLQ.class_logits.float().softmax(dim=-1)[..., :-1]
     cost_TLQN = cost_TLQN - cost_weights.label * (probability_TLQJ @ label_map_KJ[targets.labels_N].t())
-    objects_T = targets.objects_by_frame()
-    solved = assign([cost_LQN[..., objects] for cost_LQN, objects in zip(cost_TLQN, objects_T, strict=True)])
+    objects_T, host_TLQN = targets.objects_by_frame(), cost_TLQN.cpu().numpy()
+    solved = assign([cost_LQN[..., objects.numpy()] for cost_LQN, objects in zip(host_TLQN, objects_T, strict=True)])
     for frame, (objects, (query_LM, column_LM)) in enumerate(zip(objects_T, solved, strict=True)):
         matches_LTN[:, frame].scatter_(1, objects[column_LM], query_LM)
     return matches_LTN
