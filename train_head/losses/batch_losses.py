@@ -40,7 +40,10 @@ def batch_losses(problem: LossProblem) -> LossSums:
     # Queued before the host waits for the costs, so that the device has work while matches are sought.
     sampled = [batch.sampled(group) for group in batch.groups]
     matches = batch.assign(costs)
-    mask_D = dice_D = torch.unflatten(batch.weights_BQC[..., :0], 1, (D, -1)).sum(dim=(0, 2, 3))  # 0, with a gradient
+    # 0, but with gradients of 0 for whatever takes any.
+    mask_D = dice_D = torch.unflatten(batch.weights_BQC[..., :0], 1, (D, -1)).sum(dim=(0, 2, 3))
+    if not batch.groups:
+        mask_D = mask_D + torch.cat([map_TRHW[..., :0].flatten() for map_TRHW in problem.maps]).sum()
     for group, points in zip(batch.groups, sampled, strict=True):
         pairs = _Pairs.of(problem, group, matches[group.clips])
         mask_GD, dice_GD = _mask_losses(batch.weights_BQC[group.clips], points, pairs, D)
