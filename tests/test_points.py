@@ -7,11 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from tests.test_head_parity import GOLDEN
+from train_head.losses.batch_losses import choose_uncertain
 from train_head.losses.points import (
     PointConfig,
     RandomPoints,
     choose_points,
     keep_uncertain,
+    sample_logits,
     sample_map,
     sample_masks,
 )
@@ -23,9 +25,13 @@ def test_uncertain_points() -> None:
     chosen = keep_uncertain(
         golden["logits"][:, 0], golden["rand_first"], golden["rand_second"], (4 * H, 4 * W), keep=84
     )
-    assert torch.equal(chosen[:, 84:], golden["point_coords"][:, 84:])
-    for ours, theirs in zip(chosen, golden["point_coords"], strict=True):
-        assert sorted(ours.tolist()) == sorted(theirs.tolist())
+    points_GS2 = torch.cat([golden["rand_first"], golden["rand_second"]], dim=1)
+    logits_GS = sample_logits(golden["logits"][:, 0], points_GS2, (4 * H, 4 * W))
+    index_GP = choose_uncertain(logits_GS, golden["rand_first"].shape[1], keep=84)
+    for points in (chosen, points_GS2.gather(1, index_GP[..., None].expand(-1, -1, 2))):
+        assert torch.equal(points[:, 84:], golden["point_coords"][:, 84:])
+        for ours, theirs in zip(points, golden["point_coords"], strict=True):
+            assert sorted(ours.tolist()) == sorted(theirs.tolist())
 
 
 def test_random_points_depend_on_seed_and_clip_only() -> None:

@@ -68,6 +68,7 @@ class FrameMatchMemory:
             self.label_map_KJ,
             frame_points(clip.name, frames, self.num_points).to(device),
             self.cost_weights,
+            batched=device.type == "cuda",
         )
         for column, frame in enumerate(frames):
             matches_LA = matches_LTN.new_full((len(matches_LTN), clip.num_tracks), -1)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from train_head.losses.clip_group import ClipGroup, filled_channels
+from train_head.losses.clip_group import ClipGroup, filled
 from train_head.losses.clip_losses import frame_means, point_sums
 from train_head.losses.host_copies import HostCopy, send
 from train_head.losses.logit_visits import Visit, visit_on
@@ -67,17 +67,6 @@ class _Sampled:
     num_candidates: int
     keep: int
 
-    @torch.no_grad()
-    def choose(self, logits_BTGS: Tensor) -> Tensor:
-        """Which points every mask takes: (B, T, G, P)."""
-        fresh_F = torch.arange(self.num_candidates, logits_BTGS.shape[-1], device=logits_BTGS.device)
-        fresh_BTGF = fresh_F.expand(*logits_BTGS.shape[:-1], -1)
-        if self.keep == 0:
-            return fresh_BTGF
-        certainty_BTGS = logits_BTGS[..., : self.num_candidates].abs()
-        kept_BTGK = certainty_BTGS.topk(self.keep, largest=False, sorted=False).indices
-        return torch.cat([kept_BTGK, fresh_BTGF], dim=-1)
-
 
 @dataclass(frozen=True, kw_only=True)
 class _Batch:
@@ -97,11 +86,9 @@ class _Batch:
         matching = [source.matching_points(device) if target.num_objects else none for source, target in clips]
         num_points = max(len(points_P2) for points_P2 in matching)
         loss_points = [source.loss_points(T, device) for source, _ in clips]
-        stacked_DLBVR = problem.mask_weights.stacked()
-        fill = filled_channels(stacked_DLBVR.shape[-1] - 1) - stacked_DLBVR.shape[-1]
         return cls(
             problem=problem,
-            weights_BQC=F.pad(stacked_DLBVR, (0, fill)).permute(2, 0, 1, 3, 4).flatten(1, 3),
+            weights_BQC=filled(problem.mask_weights.stacked()).permute(2, 0, 1, 3, 4).flatten(1, 3),
             matching_points=[points_P2.expand(num_points, -1) for points_P2 in matching],
             loss_points=loss_points,
             groups=[
@@ -230,7 +217,7 @@ def _mask_losses(weights_BQC: Tensor, sampled: _Sampled, pairs: _Pairs, num_laye
     B, _, C = weights_BQC.shape
     weights_BGC = weights_BQC.flatten(0, 1).index_select(0, pairs.row_G).view(B, -1, C)
     logits_BTGS = weights_BGC[:, None] @ sampled.channels_BTSC.mT
-    index_BTGP = sampled.choose(logits_BTGS.detach())
+    index_BTGP = choose_uncertain(logits_BTGS.detach(), sampled.num_candidates, sampled.keep)
     offset_BG = pairs.object_BG * logits_BTGS.shape[-1]
     label_index_BTGP = index_BTGP + offset_BG[:, None, :, None]
     labels_BTGP = sampled.labels_BTNS.flatten(2).gather(2, label_index_BTGP.flatten(2)).view(index_BTGP.shape)
@@ -240,6 +227,16 @@ def _mask_losses(weights_BQC: Tensor, sampled: _Sampled, pairs: _Pairs, num_laye
         torch.unflatten(loss_BG * pairs.valid_BG, 1, (num_layers, -1)).sum(dim=(0, 2)) for loss_BG in (mask_BG, dice_BG)
     )
     return mask_D, dice_D
+
+
+def choose_uncertain(logits_GS: Tensor, num_candidates: int, keep: int) -> Tensor:
+    """Which of S points each mask takes: the `keep` most uncertain candidates, and all that follow: (..., G, P)."""
+    fresh_F = torch.arange(num_candidates, logits_GS.shape[-1], device=logits_GS.device)
+    fresh_GF = fresh_F.expand(*logits_GS.shape[:-1], -1)
+    if keep == 0:
+        return fresh_GF
+    kept_GK = logits_GS[..., :num_candidates].abs().topk(keep, largest=False, sorted=False).indices
+    return torch.cat([kept_GK, fresh_GF], dim=-1)
 
 
 def _similarity_sum(problem: LossProblem, matches: Sequence[ClipMatch]) -> Tensor:

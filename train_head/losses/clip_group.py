@@ -27,9 +27,9 @@ from train_head.losses.targets import ClipTargets
 _ALIGNMENT = 8  # numbers: tensor cores want rows of 16 bytes
 
 
-def filled_channels(num_channels: int) -> int:
-    """Columns of tables and weights that hold R channels and the coverage."""
-    return -(-(num_channels + 1) // _ALIGNMENT) * _ALIGNMENT
+def filled(stacked_R: Tensor) -> Tensor:
+    """Weights (..., R + 1), with 0 in as many more columns as the channels of a group have: (..., C)."""
+    return F.pad(stacked_R, (0, -stacked_R.shape[-1] % _ALIGNMENT))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +109,7 @@ def _pixel_table(maps: Sequence[Tensor]) -> Tensor:
     """Frame by frame the pixels of all clips, each with its channels side by side, float32: (T·S, C)."""
     joined_TRS = torch.cat([map_TRHW.flatten(2) for map_TRHW in maps], dim=2)
     T, R, S = joined_TRS.shape
-    table_TSC = torch.zeros(T, S, filled_channels(R), device=joined_TRS.device)
+    table_TSC = torch.zeros(T, S, R + 1 + -(R + 1) % _ALIGNMENT, device=joined_TRS.device)
     table_TSC[..., :R] = joined_TRS.transpose(1, 2)
     table_TSC[..., R] = 1.0
     return table_TSC.flatten(0, 1)
