@@ -187,7 +187,7 @@ def test_random_points_depend_on_seed_and_clip_only() -> None:
     first, again, other = (RandomPoints.for_clip(config, 3, clip, device) for clip in (7, 7, 8))
     drawn = first.matching_points(device)
     assert drawn.device == device and torch.equal(drawn, again.matching_points(device))
-    assert torch.equal(*(source.loss_points(2, logits.device).points_GS2 for source in (first, again)))
+    assert torch.equal(*(source.loss_points(2, device).points_GS2 for source in (first, again)))
     assert not torch.equal(drawn, other.matching_points(device))
 
 
