@@ -29,7 +29,7 @@ from train_head.losses.similarity import frame_queries_of, pair_losses
 from train_head.losses.targets import ClipTargets
 
 _LOGITS_AT_ONCE = 1 << 27  # of the matching
-_GROUP_NUMBERS = 1 << 28  # logits and label values of the losses; more clips are taken one group after the other
+_GROUP_NUMBERS = 1 << 29  # logits and label values of the losses; more clips are taken one group after the other
 
 
 def batch_losses(problem: LossProblem) -> LossSums:
