@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from configs.schema import PaddedArea
 from tests.conftest import tiny_settings
+from tests.operations import Operations
 from tests.test_head_parity import golden_head
 from train_head.build import trained_parameters
 from train_head.data.sources import CachedSource
@@ -187,22 +187,7 @@ def test_a_whole_step(tiny_data: Path, tiny_cache: Path, tmp_path: Path, live: b
         assert float((one - other).norm()) <= 1e-3 * float(other.norm()) + 1e-5 * largest
 
 
-VIEWS = {"alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "squeeze", "t", "transpose"}
-VIEWS |= {"unbind", "unsqueeze", "view", "_unsafe_view", "split_with_sizes", "lift_fresh"}
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "index", "unique", "equal"}
-
-
-class Operations(TorchDispatchMode):
-    """Counts the operations that a GPU would have to launch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = function.overloadpacket.__name__
-        self.counts.update([] if name in VIEWS else [name])
-        return function(*args, **(kwargs or {}))
 
 
 def operations(num_clips: int, *, batched: bool) -> Counter[str]:
