@@ -235,7 +235,7 @@ class TrainSettings:
     ema: float = 0.0  # decay of a moving average of the weights, which is then evaluated; 0 keeps none
     time_budget: float = 0.0  # seconds after which a run stops, with a checkpoint; 0 is no limit
     precision: Precision = Precision.auto
-    compile: bool = False  # torch.compile the head: minutes at the start; what it gains on CUDA is not measured
+    compile: bool = False  # torch.compile the head, not its losses: minutes at the start; its gain is not measured
     workers: int | None = None  # that read clips ahead; null: 2, on CUDA up to 4 a GPU; 0: the trainer reads
     log_every: int = 20
     checkpoint_every: int = 1000

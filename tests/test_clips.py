@@ -149,3 +149,13 @@ def test_videos_without_objects_or_features_are_refused(tiny_cache: Path) -> Non
     flipped = {video.id: (View(), View(flip=True)) for video in labels.videos}
     with pytest.raises(IncompleteVideo, match=r"'1@flip'[\s\S]*make extract"):
         dataset_of([ClipSource(feature_cache=feature_cache, labels=labels, views=flipped)])
+
+
+def test_a_clip_on_the_device_leaves_its_memory_free(tiny_cache: Path) -> None:
+    """What a loader read it into is filled anew once nothing refers to it: labels that stay on the host are copies."""
+    clip = open_dataset(tiny_cache).read(0, np.empty)
+    placed = clip.placed(lambda tensor: tensor.clone(), slice(None))
+    for ours, theirs in ((placed, clip), (placed.targets, clip.targets)):
+        for name, tensor in vars(ours).items():
+            if isinstance(tensor, torch.Tensor):
+                assert torch.equal(tensor, vars(theirs)[name]) and tensor.data_ptr() != vars(theirs)[name].data_ptr()

@@ -73,7 +73,10 @@ def literal_cost(
     ("mode", "classes_of_label"),
     [("category_map", [[0, 2], [1], [], []]), ("mask_only", [[], [], [], []]), ("release", [[0], [1], [2]])],
 )
-def test_matches_are_the_cheapest_by_the_literal_costs(mode: str, classes_of_label: list[list[int]]) -> None:
+@pytest.mark.parametrize("batched", [False, True])
+def test_matches_are_the_cheapest_by_the_literal_costs(
+    mode: str, classes_of_label: list[list[int]], batched: bool
+) -> None:
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     heads = random_heads(rng)
     decoding = MapDecoding(
@@ -92,7 +95,7 @@ def test_matches_are_the_cheapest_by_the_literal_costs(mode: str, classes_of_lab
     pairs = [(label, number) for label, numbers in enumerate(classes_of_label) for number in numbers]
     map_KJ = label_map(FrameMatching(mode), len(classes_of_label), NUM_CLASSES, pairs)
     predictions = frozen.predict(frozen.normed(queries), decoding)
-    actual_LTN = match_frames(predictions, stored_TRHW, targets, map_KJ, points_TP2)
+    actual_LTN = match_frames(predictions, stored_TRHW, targets, map_KJ, points_TP2, batched=batched)
 
     decompressed = torch.einsum("cr,trhw->tchw", decoding.matrix_CR, stored_TRHW) + decoding.mean_C[:, None, None]
     probabilities, logits = literal_predictions(heads, queries, decompressed)

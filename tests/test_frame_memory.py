@@ -50,9 +50,9 @@ def test_every_frame_is_matched_once(
     _, memory, clips = build(tiny_data, tiny_cache, tmp_path, "mask_only")
     matched = []
 
-    def counted(*arguments: Any) -> Tensor:
+    def counted(*arguments: Any, **options: Any) -> Tensor:
         matched.append(len(arguments[1]))
-        return match_frames(*arguments)
+        return match_frames(*arguments, **options)
 
     monkeypatch.setattr(frame_memory, "match_frames", counted)
     for clip in (*clips, *clips):

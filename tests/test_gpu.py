@@ -33,7 +33,9 @@ from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_evaluation_set, open_training_set
 from train_head.joint import finetune
-from train_head.losses.points import PointConfig, RandomPoints, keep_uncertain
+from train_head.losses.batch_losses import choose_uncertain
+from train_head.losses.logit_visits import fused_visit, visit_logits
+from train_head.losses.points import PointConfig, RandomPoints, sample_logits
 from train_head.run_folder import open_run, read_metrics_log
 from train_head.step import StepLosses
 from train_head.trainer import Trainer, train
@@ -143,22 +145,50 @@ def test_losses_of_a_step_in_bfloat16(stored: Settings) -> None:
     assert all(gradient.isfinite().all() for gradient in got.of_parameters.values())
 
 
+def test_the_host_waits_for_the_matching_alone(stored: Settings) -> None:
+    """Whatever else would make it wait raises here; the matching's costs come by an event, which does not."""
+    trainer = open_trainer(stored, "cuda", Precision.bfloat16)
+    batches = trainer._batches()
+    trainer.training_step(next(batches))  # compiles, and matches frames that are new
+    clips = next(batches)
+    targets = [trainer.source.targets(clip) for clip in clips]
+    normalisers = trainer.compute.normalisers(targets)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.compute._backward(trainer.head, clips, targets, normalisers)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("logit_type", [torch.float32, torch.bfloat16])
+def test_the_visit_of_the_logits_is_compiled(logit_type: torch.dtype) -> None:
+    logits = (8 * torch.randn(3, 20, 501, generator=torch.Generator().manual_seed(0))).to("cuda", logit_type)
+    with torch.no_grad():
+        visit = fused_visit("cuda", logit_type)
+        assert visit is not visit_logits
+        for ours, expected in zip(visit(logits), visit_logits(logits), strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_uncertain_points() -> None:
     golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "uncertain_points.npz").items()}
     area_hw = (4 * golden["logits"].shape[-2], 4 * golden["logits"].shape[-1])
     inputs = golden["logits"][:, 0], golden["rand_first"], golden["rand_second"]
-    chosen = keep_uncertain(*(tensor.to("cuda") for tensor in inputs), area_hw, keep=84).cpu()
+    logits_GHW, candidates_GS2, fresh_GF2 = (tensor.to("cuda") for tensor in inputs)
+    points_GS2 = torch.cat([candidates_GS2, fresh_GF2], dim=1)
+    index_GP = choose_uncertain(sample_logits(logits_GHW, points_GS2, area_hw), candidates_GS2.shape[1], keep=84)
+    chosen = points_GS2.gather(1, index_GP[..., None].expand(-1, -1, 2)).cpu()
     for ours, theirs in zip(chosen, golden["point_coords"], strict=True):
         assert sorted(ours.tolist()) == sorted(theirs.tolist())
 
 
 def test_random_points_depend_on_seed_and_clip_only() -> None:
-    config, logits = PointConfig(matching=9, loss=8), torch.zeros(2, 4, 4, device="cuda")
-    first, again, other = (RandomPoints.for_clip(config, 3, clip, logits.device) for clip in (7, 7, 8))
-    drawn = first.matching_points(logits.device)
-    assert drawn.device == logits.device and torch.equal(drawn, again.matching_points(logits.device))
-    assert torch.equal(first.loss_points(logits, (16, 16)), again.loss_points(logits, (16, 16)))
-    assert not torch.equal(drawn, other.matching_points(logits.device))
+    config, device = PointConfig(matching=9, loss=8), torch.device("cuda", 0)
+    first, again, other = (RandomPoints.for_clip(config, 3, clip, device) for clip in (7, 7, 8))
+    drawn = first.matching_points(device)
+    assert drawn.device == device and torch.equal(drawn, again.matching_points(device))
+    assert torch.equal(*(source.loss_points(2, device).points_GS2 for source in (first, again)))
+    assert not torch.equal(drawn, other.matching_points(device))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -16,6 +16,7 @@ from evaluate.compare.groups import read_groups
 from evaluate.compare.result import compare
 from evaluate.stage import evaluate
 from tests.conftest import tiny_settings
+from tests.operations import Operations
 from tests.train_until import before_step, interrupt
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
 from train_head.heads.contract import HeadConfig, HeadOutputs, TrackHead
@@ -211,3 +212,11 @@ def test_the_example_against_a_naive_loop() -> None:
     outputs: HeadOutputs = head(queries_TQC[None, None])
     assert_near(outputs.video_queries_DLBVC[0, 0, 0], expected_VC)
     assert_near(outputs.class_logits_DLBVK[0, 0, 0], expected_VC @ head.class_embed.weight.T + head.class_embed.bias)
+
+
+def test_gradients_of_stacked_projections_are_put_together_in_one_piece() -> None:
+    """As gradients of slices each would be a stack of zeros: two more operations for a slice, and one to add it up."""
+    outputs = small_head(HeadKind.vita)(tokens(L, B, T, Q))
+    with Operations() as counted:
+        outputs.mask_embed_DLBVC.sum().backward()
+    assert "slice_backward" not in counted.counts and counted.counts["cat"] > 0

@@ -52,9 +52,9 @@ def golden_frame_queries(target: ClipTargets, clip: int) -> Tensor:
     return queries_LTN
 
 
-@pytest.fixture(scope="module")
-def recorded() -> Recorded:
-    """Forward, losses and backward of the recorded step."""
+@pytest.fixture(scope="module", params=[False, True], ids=["clip by clip", "batched"])
+def recorded(request: pytest.FixtureRequest) -> Recorded:
+    """Forward, losses and backward of the recorded step, in both forms of the losses."""
     golden = np.load(GOLDEN / "train.npz")
     head = golden_head()
     queries = torch.from_numpy(golden["frame_queries"]).requires_grad_()
@@ -66,7 +66,7 @@ def recorded() -> Recorded:
         maps.unflatten(0, (2, 5)).unbind(),
         golden_targets(),
         points,
-        VitaCriterion(padded_area=PaddedArea.background),
+        VitaCriterion(padded_area=PaddedArea.background, batched=request.param),
     )
     losses.total.backward()
     return head, queries, maps, losses

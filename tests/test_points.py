@@ -7,14 +7,13 @@ import torch
 from torch.nn import functional as F
 
 from tests.test_head_parity import GOLDEN
-from train_head.losses.mask_folding import MaskWeights, _PixelLogits
-from train_head.losses.matcher import CostWeights, point_costs
+from train_head.losses.batch_losses import choose_uncertain
 from train_head.losses.points import (
     PointConfig,
     RandomPoints,
-    _neighbours,
-    _rows_at_once,
+    choose_points,
     keep_uncertain,
+    sample_logits,
     sample_map,
     sample_masks,
 )
@@ -26,9 +25,13 @@ def test_uncertain_points() -> None:
     chosen = keep_uncertain(
         golden["logits"][:, 0], golden["rand_first"], golden["rand_second"], (4 * H, 4 * W), keep=84
     )
-    assert torch.equal(chosen[:, 84:], golden["point_coords"][:, 84:])
-    for ours, theirs in zip(chosen, golden["point_coords"], strict=True):
-        assert sorted(ours.tolist()) == sorted(theirs.tolist())
+    points_GS2 = torch.cat([golden["rand_first"], golden["rand_second"]], dim=1)
+    logits_GS = sample_logits(golden["logits"][:, 0], points_GS2, (4 * H, 4 * W))
+    index_GP = choose_uncertain(logits_GS, golden["rand_first"].shape[1], keep=84)
+    for points in (chosen, points_GS2.gather(1, index_GP[..., None].expand(-1, -1, 2))):
+        assert torch.equal(points[:, 84:], golden["point_coords"][:, 84:])
+        for ours, theirs in zip(points, golden["point_coords"], strict=True):
+            assert sorted(ours.tolist()) == sorted(theirs.tolist())
 
 
 def test_random_points_depend_on_seed_and_clip_only() -> None:
@@ -37,7 +40,8 @@ def test_random_points_depend_on_seed_and_clip_only() -> None:
     first, again, other = (RandomPoints.for_clip(config, 3, s, torch.device("cpu")) for s in (7, 7, 8))
     drawn = first.matching_points(logits.device)
     assert drawn.shape == (9, 2) and torch.equal(drawn, again.matching_points(logits.device))
-    assert torch.equal(first.loss_points(logits, (16, 16)), again.loss_points(logits, (16, 16)))
+    chosen = [choose_points(logits, source.loss_points(2, logits.device), 1, (16, 16)) for source in (first, again)]
+    assert chosen[0].shape == (2, 8, 2) and torch.equal(*chosen)
     assert not torch.equal(drawn, other.matching_points(logits.device))
 
 
@@ -56,26 +60,3 @@ def test_points_of_maps_and_masks_equal_dense_sampling() -> None:
     expected_SP = F.grid_sample(padded, grid, align_corners=False)[:, 0, 0]
     actual_SP = sample_masks(masks_Ghw, torch.tensor([2, 3]), points_TP2, (21, 30))
     torch.testing.assert_close(actual_SP, expected_SP, atol=1e-5, rtol=1e-5)
-
-
-def test_all_frames_at_once_as_on_cuda_equal_frame_by_frame() -> None:
-    generator = torch.Generator().manual_seed(2)
-    map_TRHW = torch.randn(3, 5, 8, 6, generator=generator)
-    points_1P2 = torch.rand(1, 40, 2, generator=generator)
-    rows_TPR = torch.stack([*sample_map(map_TRHW, points_1P2, (30, 23))])
-    index_TP4, share_TP4 = (part.expand(3, -1, -1) for part in _neighbours(points_1P2, (30, 23), (8, 6)))
-    torch.testing.assert_close(_rows_at_once(map_TRHW, index_TP4, share_TP4), rows_TPR)
-
-    weights_GR = torch.randn(7, 6, generator=generator)
-    targets_NTP = (torch.rand(2, 3, 40, generator=generator) > 0.5).float()
-    costs = point_costs(weights_GR, rows_TPR, targets_NTP, CostWeights())
-    joined = point_costs(weights_GR, [rows_TPR.flatten(0, 1)], targets_NTP.flatten(1)[:, None], CostWeights())
-    torch.testing.assert_close(joined, costs)
-
-    weights_TMR = weights_GR[:, :5].expand(3, -1, -1).clone().requires_grad_()
-    const_M = weights_GR[:, 5]
-    by_frame = MaskWeights(weights_R=weights_TMR, const=const_M).logits(map_TRHW.half())
-    at_once = _PixelLogits.apply(weights_TMR, map_TRHW.half().flatten(2)).unflatten(-1, (8, 6)) + const_M[:, None, None]
-    torch.testing.assert_close(at_once, by_frame)
-    first, second = (torch.autograd.grad(logits.square().sum(), weights_TMR)[0] for logits in (by_frame, at_once))
-    torch.testing.assert_close(first, second)

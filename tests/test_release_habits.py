@@ -36,10 +36,10 @@ def test_defaults_are_the_releases() -> None:
 
 
 def test_settings_reach_the_losses() -> None:
-    criterion = build_criterion(load_settings("demo").loss)
+    criterion = build_criterion(load_settings("demo").loss, torch.device("cpu"))
     assert (criterion.padded_area, criterion.absent_frames) == (PaddedArea.ignore, True)
     overrides = ["loss.padded_area=background", "loss.absent_frames=false"]
-    criterion = build_criterion(load_settings("demo", overrides).loss)
+    criterion = build_criterion(load_settings("demo", overrides).loss, torch.device("cpu"))
     assert (criterion.padded_area, criterion.absent_frames) == (PaddedArea.background, False)
     with pytest.raises(ConfigError, match="padded_area"):
         load_settings("demo", ["loss.padded_area=foreground"])

@@ -25,7 +25,7 @@ from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
 from train_head.heads.layers import MultiheadAttention
-from train_head.losses.points import RandomPoints
+from train_head.losses.points import RandomPoints, choose_points
 from train_head.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def test_matching_points_and_oversampling_are_settings_of_their_own() -> None:
     assert source.matching_points(CPU).shape == (30, 2)
     # Logits double from row to row: the 75 of 150 candidates that are chosen lie above, 25 more anywhere.
     logits = (2.0 ** torch.arange(8.0))[None, :, None].expand(1, 8, 8)
-    points = source.loss_points(logits, (32, 32))
+    points = choose_points(logits, source.loss_points(1, CPU), 0, (32, 32))
     assert points.shape == (1, 100, 2)
     chosen_y, fresh_y = points[0, :75, 1], points[0, 75:, 1]
     assert float(chosen_y.max()) < 0.65 and float(fresh_y.max()) > 0.65

@@ -86,8 +86,13 @@ def decoding_of(codec: Codec, num_channels: int) -> MapDecoding:
     )
 
 
-def build_criterion(chosen: LossSettings, matching_type: torch.dtype = torch.float32) -> VitaCriterion:
-    """Losses with the settings' weights; the matching uses the same three, as in the release."""
+def build_criterion(
+    chosen: LossSettings, device: torch.device, matching_type: torch.dtype = torch.float32
+) -> VitaCriterion:
+    """Losses with the settings' weights, in the form that suits the device.
+
+    The matching uses the same three weights, as in the release.
+    """
     return VitaCriterion(
         weights=LossWeights(
             label=chosen.class_weight,
@@ -100,6 +105,7 @@ def build_criterion(chosen: LossSettings, matching_type: torch.dtype = torch.flo
         padded_area=chosen.padded_area,
         matching_type=matching_type,
         absent_frames=chosen.absent_frames,
+        batched=device.type == "cuda",
     )
 
 

@@ -100,7 +100,7 @@ class LiveSource:
         self.detector = _load(settings, self.labels, device)
         self.parts: Sequence[TrainedPart] = _parts(self.detector, settings)
         self.sizes = _sizes(self.detector, self.labels)
-        self.criterion, self.points = build_criterion(settings.loss), point_config(settings.loss)
+        self.criterion, self.points = build_criterion(settings.loss, device), point_config(settings.loss)
         self.num_layers = settings.train.num_layers or settings.detector.num_layers
         self.fingerprint = _fingerprint(settings, self.detector, device)
 

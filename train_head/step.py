@@ -20,6 +20,7 @@ from train_head.distributed import Group
 from train_head.heads.contract import HeadOutputs, TrackHead
 from train_head.losses.criterion import LossNormalisers, VitaLosses
 from train_head.losses.frame_losses import frame_normalisers
+from train_head.losses.host_copies import send
 from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.points import PointSource, RandomPoints
 from train_head.losses.targets import ClipTargets
@@ -76,7 +77,7 @@ class TrainingStep(Generic[AnyClip]):
     ) -> None:
         self.settings, self.source, self.device = settings, source, device
         self.group, self.autocast = group, autocast
-        self.criterion = build_criterion(settings.loss, torch.bfloat16 if autocast else torch.float32)
+        self.criterion = build_criterion(settings.loss, device, torch.bfloat16 if autocast else torch.float32)
         self.points = point_config(settings.loss)
 
     def gradients(self, head: TrackHead, clips: Sequence[AnyClip]) -> Tensor:
@@ -145,7 +146,8 @@ class TrainingStep(Generic[AnyClip]):
         num_layers, no_object = len(targets[0].frame_queries_LTN), settings.loss.no_object_weight
         clips = LossNormalisers.of_batch(targets, num_layers, settings.head.num_queries, no_object)
         frames = frame_normalisers(targets, self.source.sizes.num_queries, no_object)
-        summed_23 = self.group.sum(torch.stack([clips.stacked(), frames.stacked()]))
+        (own_23,) = send([torch.stack([clips.stacked(), frames.stacked()]).numpy()], self.device)
+        summed_23 = self.group.sum(own_23)
         return BatchNormalisers(
             clips=LossNormalisers.from_stacked(summed_23[0]), frames=LossNormalisers.from_stacked(summed_23[1])
         )

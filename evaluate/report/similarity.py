@@ -25,7 +25,7 @@ from train_head.data.sources import CachedSource
 from train_head.data.video_sets import VideoSet
 from train_head.heads.contract import HeadOutputs, TrackHead
 from train_head.heads.vita import VitaHead
-from train_head.losses.matcher import ClipMatch, match_clips
+from train_head.losses.matcher import ClipMatch
 from train_head.losses.points import RandomPoints
 
 MOST_FRAMES, MOST_OBJECTS = 24, 8
@@ -71,15 +71,12 @@ def similarity_matrix(settings: Settings, videos: VideoSet, video: Video) -> Sim
     embedded = _embedded(predictor.head, queries_1TQC, outputs)
     if embedded is None:
         return None
-    criterion = build_criterion(settings.loss)
-    (match,) = match_clips(
-        outputs.class_logits_DLBVK,
+    (match,) = build_criterion(settings.loss, predictor.device).match(
+        outputs,
         predictor.head.fold_masks(outputs.mask_embed_DLBVC, source.decoding),
         [source.decoding.expand(clip.map_TRHW, clip.map_hw)],
         [targets],
         [RandomPoints.for_clip(point_config(settings.loss), settings.seed, 0, predictor.device)],
-        cost_weights=criterion.cost_weights,
-        padded_area=criterion.padded_area,
     )
     assert targets.frame_queries_LTN is not None
     tracks = [track for track in videos.labels.tracks_of(video.id) if not track.iscrowd]

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from train_head.heads.contract import HeadOutputs, TrackHead
 from train_head.losses.criterion import LossNormalisers, LossWeights
-from train_head.losses.points import STRIDE, PointConfig, PointSource
+from train_head.losses.points import STRIDE, LossPoints, PointConfig, PointSource
 from train_head.losses.targets import ClipTargets
 
 
@@ -42,15 +42,23 @@ class PlainPoints:
         """Uniform points (P, 2)."""
         return self._uniform(self.config.matching).to(device)
 
-    @torch.no_grad()
-    def loss_points(self, logits_GHW: Tensor, area_hw: tuple[int, int]) -> Tensor:
-        """Mostly uncertain points (G, P, 2); the area is always the canvas."""
-        config, G = self.config, len(logits_GHW)
-        keep = int(config.loss * config.uncertain)
-        candidates = self._uniform(G, int(config.loss * config.oversample))
-        nearest = (-point_sample(logits_GHW, candidates).abs()).topk(keep, dim=1).indices
-        kept = candidates.gather(1, nearest[..., None].expand(-1, -1, 2))
-        return torch.cat([kept, self._uniform(G, config.loss - keep)], dim=1)
+    def loss_points(self, count: int, device: torch.device) -> LossPoints:
+        """Points of `count` masks, each with its own."""
+        config = self.config
+        keep, candidates = int(config.loss * config.uncertain), int(config.loss * config.oversample)
+        points_GS2 = self._uniform(count, candidates + config.loss - keep).to(device)
+        return LossPoints(points_GS2=points_GS2, num_candidates=candidates, keep=keep)
+
+
+@torch.no_grad()
+def uncertain_points(logits_GHW: Tensor, source: PointSource) -> Tensor:
+    """Mostly uncertain points (G, P, 2) of the canvas."""
+    points = source.loss_points(len(logits_GHW), logits_GHW.device)
+    candidates, fresh = points.points_GS2[:, : points.num_candidates], points.points_GS2[:, points.num_candidates :]
+    if points.keep == 0:
+        return fresh
+    nearest = (-point_sample(logits_GHW, candidates).abs()).topk(points.keep, dim=1).indices
+    return torch.cat([candidates.gather(1, nearest[..., None].expand(-1, -1, 2)), fresh], dim=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +121,7 @@ def match(
     source: PointSource,
     weights: LossWeights,
 ) -> tuple[Tensor, Tensor]:
-    """Solve one matching problem: indices of queries and objects."""
+    """Solve one matching problem: indices of queries and objects, on the host as the labels are."""
     V, T = logits_VTHW.shape[:2]
     N = len(labels_N)
     points_P2 = source.matching_points(logits_VTHW.device)
@@ -126,22 +134,22 @@ def match(
     class_VN = -classes_VK.softmax(dim=-1)[:, labels_N]
     cost_VN = weights.label * class_VN + weights.mask * mask_VN + weights.dice * dice_VN
     rows, columns = linear_sum_assignment(cost_VN.cpu().numpy())
-    return torch.as_tensor(rows, device=x.device), torch.as_tensor(columns, device=x.device)
+    return torch.as_tensor(rows), torch.as_tensor(columns)
 
 
 def _class_loss(classes_VK: Tensor, labels_N: Tensor, rows: Tensor, columns: Tensor, weights: LossWeights) -> Tensor:
     V, num_labels = classes_VK.shape
-    wanted_V = torch.full((V,), num_labels - 1, device=classes_VK.device)
+    wanted_V = torch.full((V,), num_labels - 1)
     wanted_V[rows] = labels_N[columns]
     weight_K = torch.ones(num_labels, device=classes_VK.device)
     weight_K[-1] = weights.no_object
-    return F.cross_entropy(classes_VK, wanted_V, weight_K, reduction="sum")
+    return F.cross_entropy(classes_VK, wanted_V.to(classes_VK.device), weight_K, reduction="sum")
 
 
 def _mask_losses(logits_MTHW: Tensor, masks_MThw: Tensor, source: PointSource) -> tuple[Tensor, Tensor]:
     """Sums of cross-entropy and dice over the matched objects of one problem."""
-    M, _, H, W = logits_MTHW.shape
-    points_GP2 = source.loss_points(logits_MTHW.detach().flatten(0, 1), (H * STRIDE, W * STRIDE))
+    M = len(logits_MTHW)
+    points_GP2 = uncertain_points(logits_MTHW.detach().flatten(0, 1), source)
     x = point_sample(logits_MTHW.flatten(0, 1), points_GP2).view(M, -1)
     t = point_sample(masks_MThw.flatten(0, 1), points_GP2).view(M, -1)
     mask = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(dim=1).sum()
@@ -162,5 +170,5 @@ def _similarity(
         embeddings.append(frames_LBTQC[layer, clip, frame][queries_N[present_N]])
         identities.append(present_N)
     embeddings_SC, identities_S = torch.cat(embeddings).float(), torch.cat(identities)
-    same_SS = (identities_S[:, None] == identities_S[None]).float()
+    same_SS = (identities_S[:, None] == identities_S[None]).float().to(embeddings_SC.device)
     return F.binary_cross_entropy_with_logits(embeddings_SC @ embeddings_SC.t(), same_SS, reduction="sum")

@@ -20,6 +20,7 @@ from cache.layout import VideoAttributes
 from cache.writer import CacheWriter
 from configs.load import load_settings
 from configs.schema import Settings
+from train_head.losses.points import LossPoints
 
 NUM_CATEGORIES, VIDEO_FRAMES, SHORT_EDGE = 40, 10, 360
 ITERATIONS = 130_000  # of the published training on YouTube-VIS 2019
@@ -183,6 +184,7 @@ class FixedPoints:
         """Points (P, 2)."""
         return self.points_P2.to(device)
 
-    def loss_points(self, logits_GHW: Tensor, area_hw: tuple[int, int]) -> Tensor:
-        """Points (G, P, 2)."""
-        return self.points_P2.expand(len(logits_GHW), -1, -1)
+    def loss_points(self, count: int, device: torch.device) -> LossPoints:
+        """No candidates: all of these points, for every mask."""
+        points_GS2 = self.points_P2.to(device).expand(count, -1, -1)
+        return LossPoints(points_GS2=points_GS2, num_candidates=0, keep=0)

@@ -24,7 +24,6 @@ from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource, ClipFeatures
 from train_head.data.video_sets import open_training_set
 from train_head.losses.criterion import LossNormalisers
-from train_head.losses.matcher import match_clips
 from train_head.losses.points import PointSource
 from train_head.trainer import Trainer
 
@@ -82,16 +81,7 @@ class Ours:
         trainer.optimizer.zero_grad(set_to_none=True)
         outputs, weights = compute.forward(trainer.head, features)
         seconds["head forward"] = watch.lap()
-        match_clips(
-            outputs.class_logits_DLBVK,
-            weights,
-            maps,
-            targets,
-            compute.point_sources(clips),
-            cost_weights=compute.criterion.cost_weights,
-            padded_area=compute.criterion.padded_area,
-            logit_type=compute.criterion.matching_type,
-        )
+        compute.criterion.match(outputs, weights, maps, targets, compute.point_sources(clips))
         seconds["matching"] = watch.lap()
         losses = compute.criterion(outputs, weights, maps, targets, compute.point_sources(clips), normalisers)
         seconds["sampled losses"] = watch.lap() - seconds["matching"]

@@ -40,7 +40,7 @@ class FrameMatchMemory:
         self._known: dict[tuple[str, int], Tensor] = {}  # (clip's key, frame) -> (L, A), -1 where not matched
 
     def with_matches(self, clip: Clip) -> ClipTargets:
-        """Return the targets of a clip on the computing device with the matches of its layers, always the same ones."""
+        """Return the targets of a clip with the matches of its layers, always the same ones."""
         targets = clip.targets
         unknown = [f for f in dict.fromkeys(clip.frames) if (clip.key, f) not in self._known]
         if unknown:
@@ -51,11 +51,13 @@ class FrameMatchMemory:
 
     def _compute(self, clip: Clip, frames: list[int]) -> None:
         targets, device = clip.targets, clip.map_TRHW.device
-        rows = torch.tensor([clip.frames.index(frame) for frame in frames], device=device)
+        rows = torch.tensor([clip.frames.index(frame) for frame in frames])
+        present_NT = targets.present_NT.index_select(1, rows)
+        rows = rows.to(device)
         # index_select copies whole frames; indexing by a tensor takes twice as long.
         chosen = replace(
             targets,
-            present_NT=targets.present_NT.index_select(1, rows),
+            present_NT=present_NT,
             masks_NThw=targets.masks_NThw.index_select(1, rows),
         )
         normed_TLQC = self.heads.normed(clip.frame_queries_TLQC.index_select(0, rows))
@@ -66,6 +68,7 @@ class FrameMatchMemory:
             self.label_map_KJ,
             frame_points(clip.name, frames, self.num_points).to(device),
             self.cost_weights,
+            batched=device.type == "cuda",
         )
         for column, frame in enumerate(frames):
             matches_LA = matches_LTN.new_full((len(matches_LTN), clip.num_tracks), -1)

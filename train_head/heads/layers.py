@@ -33,9 +33,17 @@ class MultiheadAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def project(self, tokens_NSC: Tensor, first: int, count: int = 1) -> Tensor:
-        """Project tokens with `count` of the stacked matrices, from `first` (0 query, 1 key, 2 value)."""
+        """Project tokens with `count` of the stacked matrices, from `first` (0 query, 1 key, 2 value); to infer."""
         rows = slice(first * self.dim, (first + count) * self.dim)
         return linear(tokens_NSC, self.in_proj_weight[rows], self.in_proj_bias[rows])
+
+    def matrices(self, *counts: int) -> list[tuple[Tensor, Tensor]]:
+        """Weights and biases of the stacked matrices, some together, for `linear`.
+
+        Cut at once: the gradients of slices would each fill the whole of a stack with zeros and be added up.
+        """
+        sizes = [count * self.dim for count in counts]
+        return list(zip(torch.split(self.in_proj_weight, sizes), torch.split(self.in_proj_bias, sizes), strict=True))
 
     def attend(self, query_NSC: Tensor, key_NMC: Tensor, value_NMC: Tensor) -> Tensor:
         """Scaled dot-product attention of projected tokens, before the output projection: (N, S, C)."""
@@ -67,8 +75,9 @@ class SelfAttentionLayer(nn.Module):
     def forward(self, tokens_NSC: Tensor, position_SC: Tensor) -> Tensor:
         """Attend among S tokens; queries and keys carry the position, values do not: (N, S, C)."""
         attention = self.self_attn
-        query, key = attention.project(tokens_NSC + position_SC, 0, 2).chunk(2, dim=-1)
-        attended = attention.attend(query, key, attention.project(tokens_NSC, 2))
+        query_key, value = attention.matrices(2, 1)
+        query, key = linear(tokens_NSC + position_SC, *query_key).chunk(2, dim=-1)
+        attended = attention.attend(query, key, linear(tokens_NSC, *value))
         residual: Tensor = self.norm(tokens_NSC + attention.out_proj(attended))
         return residual
 
@@ -80,7 +89,7 @@ class SelfAttentionLayer(nn.Module):
         """
         N, T, Q, C = frames_NTQC.shape
         attention = self.self_attn
-        projected = attention.project(frames_NTQC, 0, 3)
+        projected = linear(frames_NTQC, attention.in_proj_weight, attention.in_proj_bias)
         starts = [0]
         for length, count in runs:
             starts.append(starts[-1] + length * count)
@@ -105,10 +114,9 @@ class CrossAttentionLayer(nn.Module):
     def forward(self, query_NSC: Tensor, position_SC: Tensor, keys_NMC: Tensor, values_NMC: Tensor) -> Tensor:
         """Attend from S queries to M tokens (`keys` = tokens with position, `values` without): (N, S, C)."""
         attention = self.multihead_attn
+        query, key, value = attention.matrices(1, 1, 1)
         attended = attention.attend(
-            attention.project(query_NSC + position_SC, 0),
-            attention.project(keys_NMC, 1),
-            attention.project(values_NMC, 2),
+            linear(query_NSC + position_SC, *query), linear(keys_NMC, *key), linear(values_NMC, *value)
         )
         residual: Tensor = self.norm(query_NSC + attention.out_proj(attended))
         return residual

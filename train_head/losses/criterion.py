@@ -1,7 +1,7 @@
 """Losses of the head (VITA §3.3).
 
 Shapes: B clips, T frames, M matched objects of a clip and layer, V video queries, L detector layers,
-D decoder layers, P points, R stored channels, K categories.
+D decoder layers, R stored channels, K categories.
 """
 
 from __future__ import annotations
@@ -9,16 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from configs.schema import PaddedArea
 from train_head.heads.contract import HeadOutputs
+from train_head.losses.batch_losses import batch_losses, match_batch
+from train_head.losses.clip_losses import clip_losses, match_clips
+from train_head.losses.host_copies import send
 from train_head.losses.mask_folding import MaskWeights
-from train_head.losses.matcher import ClipMatch, CostWeights, match_clips
-from train_head.losses.points import PointSource, sample_logits, sample_masks, sampling_area
-from train_head.losses.similarity import num_similarity_pairs, similarity_loss
+from train_head.losses.matcher import ClipMatch, CostWeights
+from train_head.losses.points import PointSource
+from train_head.losses.problem import LossProblem
+from train_head.losses.similarity import num_similarity_pairs
 from train_head.losses.targets import ClipTargets
 
 
@@ -83,7 +88,8 @@ class VitaCriterion:
     """Matches the outputs of all layers with the objects, then computes every loss term in float32.
 
     `matching_type` is the precision of the mask logits that the matching alone sees: under automatic mixed precision
-    the release's are half precision too.
+    the release's are half precision too. `batched` takes all clips at once, for devices where launches cost: the same
+    numbers (see `problem.py`).
     """
 
     weights: LossWeights = field(default_factory=LossWeights)
@@ -91,6 +97,7 @@ class VitaCriterion:
     padded_area: PaddedArea = PaddedArea.ignore
     matching_type: torch.dtype = torch.float32
     absent_frames: bool = True  # VITA: the release's cross-entropy counts frames without the object too
+    batched: bool = False
 
     def __call__(
         self,
@@ -105,124 +112,63 @@ class VitaCriterion:
 
         Raises FloatingPointError if an output is not finite, AnnotationError if frame matches are missing.
         """
+        problem = self._problem(outputs, mask_weights, maps, targets, points)
         with torch.autocast(mask_weights.weights_R.device.type, enabled=False):
-            matches = match_clips(
-                outputs.class_logits_DLBVK,
-                mask_weights,
-                maps,
-                targets,
-                points,
-                cost_weights=self.cost_weights,
-                padded_area=self.padded_area,
-                logit_type=self.matching_type,
-            )
-            class_D = self._class_loss(outputs.class_logits_DLBVK, targets, matches) / normalisers.class_weight
-            mask_D, dice_D = (
-                summed_D / normalisers.num_masks.clamp(min=1)
-                for summed_D in self._mask_losses(mask_weights, maps, targets, matches, points)
-            )
+            sums = batch_losses(problem) if self.batched else clip_losses(problem)
+            class_D = self._class_loss(outputs.class_logits_DLBVK, targets, sums.matches) / normalisers.class_weight
+            num_masks = normalisers.num_masks.clamp(min=1)
+            mask_D, dice_D = sums.mask_D / num_masks, sums.dice_D / num_masks
             similarity = class_D.new_zeros(())
-            if outputs.frame_similarity_LBTQC is not None and outputs.clip_similarity_LBVC is not None:
-                similarity = similarity_loss(
-                    outputs.frame_similarity_LBTQC,
-                    outputs.clip_similarity_LBVC,
-                    targets,
-                    matches,
-                    normalisers.similarity_pairs,
-                )
+            if sums.similarity is not None:
+                similarity = sums.similarity / normalisers.similarity_pairs
             weights = self.weights
             layers_D = weights.label * class_D + weights.mask * mask_D + weights.dice * dice_D
             total = layers_D.sum() + weights.similarity * similarity
         return VitaLosses(
-            class_D=class_D, mask_D=mask_D, dice_D=dice_D, similarity=similarity, total=total, matches=matches
+            class_D=class_D, mask_D=mask_D, dice_D=dice_D, similarity=similarity, total=total, matches=sums.matches
+        )
+
+    def match(
+        self,
+        outputs: HeadOutputs,
+        mask_weights: MaskWeights,
+        maps: Sequence[Tensor],
+        targets: Sequence[ClipTargets],
+        points: Sequence[PointSource],
+    ) -> tuple[ClipMatch, ...]:
+        """Do the matching alone."""
+        problem = self._problem(outputs, mask_weights, maps, targets, points)
+        return match_batch(problem) if self.batched else match_clips(problem)
+
+    def _problem(
+        self,
+        outputs: HeadOutputs,
+        mask_weights: MaskWeights,
+        maps: Sequence[Tensor],
+        targets: Sequence[ClipTargets],
+        points: Sequence[PointSource],
+    ) -> LossProblem:
+        return LossProblem(
+            outputs=outputs,
+            mask_weights=mask_weights,
+            maps=maps,
+            targets=targets,
+            points=points,
+            cost_weights=self.cost_weights,
+            padded_area=self.padded_area,
+            logit_type=self.matching_type,
+            absent_frames=self.absent_frames,
         )
 
     def _class_loss(self, logits_DLBVK: Tensor, targets: Sequence[ClipTargets], matches: Sequence[ClipMatch]) -> Tensor:
         """Sums (D) of the weighted cross-entropy; unmatched queries are "no object"."""
         D, _, _, _, num_labels = logits_DLBVK.shape
-        wanted_DLBV = torch.full_like(logits_DLBVK[..., 0], num_labels - 1, dtype=torch.int64)
+        wanted_DLBV = np.full(logits_DLBVK.shape[:-1], num_labels - 1, dtype=np.int64)
         for clip, (target, match) in enumerate(zip(targets, matches, strict=True)):
-            wanted_DLBV[:, :, clip].scatter_(2, match.query_DLM, target.labels_N[match.object_DLM])
+            labels_DLM = target.labels_N.numpy()[match.object_DLM.numpy()]
+            np.put_along_axis(wanted_DLBV[:, :, clip], match.query_DLM.numpy(), labels_DLM, axis=2)
+        (wanted,) = send([wanted_DLBV], logits_DLBVK.device)
         class_weights = logits_DLBVK.new_ones(num_labels, dtype=torch.float32)
         class_weights[-1] = self.weights.no_object
-        losses = F.cross_entropy(
-            logits_DLBVK.float().flatten(0, 3), wanted_DLBV.flatten(), class_weights, reduction="none"
-        )
+        losses = F.cross_entropy(logits_DLBVK.float().flatten(0, 3), wanted.flatten(), class_weights, reduction="none")
         return losses.view(D, -1).sum(dim=1)
-
-    def _mask_losses(
-        self,
-        mask_weights: MaskWeights,
-        maps: Sequence[Tensor],
-        targets: Sequence[ClipTargets],
-        matches: Sequence[ClipMatch],
-        points: Sequence[PointSource],
-    ) -> tuple[Tensor, Tensor]:
-        """Sums (D) of mask cross-entropy and dice over matched queries, the only ones with a logit map."""
-        D = len(mask_weights.weights_R)
-        mask_D = dice_D = mask_weights.weights_R.new_zeros(D)
-        for clip, (map_TRHW, target, match, source) in enumerate(zip(maps, targets, matches, points, strict=True)):
-            matched = _take_matched(mask_weights, clip, match)
-            area_hw = sampling_area(target.image_hw, (map_TRHW.shape[2], map_TRHW.shape[3]), self.padded_area)
-            parts = []
-            for frames in _frame_groups(map_TRHW):
-                logits_TMHW = matched.logits(map_TRHW[frames])
-                logits_GHW = logits_TMHW.flatten(0, 1)
-                points_GP2 = source.loss_points(logits_GHW.detach(), area_hw)
-                points_TMP2 = torch.unflatten(points_GP2, 0, logits_TMHW.shape[:2])
-                labels_TMP = _labels_at(target, frames, match.object_DLM, points_TMP2, area_hw)
-                parts.append(_point_sums(sample_logits(logits_GHW, points_GP2, area_hw), labels_TMP))
-            counted_TM = None if self.absent_frames else target.present_NT[match.object_DLM.flatten()].t()
-            mask_M, dice_M = _point_losses(torch.cat(parts, dim=1), counted_TM)
-            mask_D = mask_D + mask_M.view(D, -1).sum(dim=1)
-            dice_D = dice_D + dice_M.view(D, -1).sum(dim=1)
-        return mask_D, dice_D
-
-
-def _take_matched(mask_weights: MaskWeights, clip: int, match: ClipMatch) -> MaskWeights:
-    """The folded embeddings of a clip's matched queries, layers flattened: (D·L·M, R)."""
-    weights_DLMR = torch.take_along_dim(mask_weights.weights_R[:, :, clip], match.query_DLM[..., None], dim=2)
-    const_DLM = torch.take_along_dim(mask_weights.const[:, :, clip], match.query_DLM, dim=2)
-    return MaskWeights(weights_R=weights_DLMR.flatten(0, 2), const=const_DLM.flatten())
-
-
-def _frame_groups(map_TRHW: Tensor) -> list[slice]:
-    """Frames whose mask losses are computed at once: on CPU one, so that little exists at a time."""
-    T = len(map_TRHW)
-    step = T if map_TRHW.is_cuda else 1
-    return [slice(start, start + step) for start in range(0, T, step)]
-
-
-def _labels_at(
-    target: ClipTargets, frames: slice, object_DLM: Tensor, points_TMP2: Tensor, area_hw: tuple[int, int]
-) -> Tensor:
-    """Label values (T, D·L·M, P) of the matched objects in some frames.
-
-    If all objects are matched, they are the same in every layer: then each mask is read once for all layers.
-    """
-    T, num_matched, P, _ = points_TMP2.shape
-    layers = object_DLM.shape[0] * object_DLM.shape[1] if object_DLM.shape[2] == target.num_objects else 1
-    objects = object_DLM.reshape(layers, -1)[0]
-    index_TM = objects * T + torch.arange(T, device=objects.device)[:, None]
-    points_SP2 = (
-        points_TMP2.view(T, layers, len(objects), P, 2).transpose(1, 2).reshape(index_TM.numel(), layers * P, 2)
-    )
-    labels_SP = sample_masks(target.masks_NThw[:, frames].flatten(0, 1), index_TM.flatten(), points_SP2, area_hw)
-    return labels_SP.view(T, len(objects), layers, P).transpose(1, 2).reshape(T, num_matched, P)
-
-
-def _point_sums(logits_GP: Tensor, labels_TMP: Tensor) -> Tensor:
-    """What the losses need of each map's points: mean cross-entropy, overlap and area, (3, T, M)."""
-    labels_GP = labels_TMP.flatten(0, 1)
-    mask_G = F.binary_cross_entropy_with_logits(logits_GP, labels_GP, reduction="none").mean(dim=1)
-    probability_GP = logits_GP.sigmoid()
-    overlap_G = (probability_GP * labels_GP).sum(dim=1)
-    area_G = probability_GP.sum(dim=1) + labels_GP.sum(dim=1)
-    return torch.stack([mask_G, overlap_G, area_G]).view(3, *labels_TMP.shape[:2])
-
-
-def _point_losses(sums_3TM: Tensor, counted_TM: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy, mean over the counted frames (None: over all), and dice over all points: both (M)."""
-    mask_TM, overlap_TM, area_TM = sums_3TM
-    mask_M = mask_TM.mean(dim=0) if counted_TM is None else (mask_TM * counted_TM).sum(dim=0) / counted_TM.sum(dim=0)
-    return mask_M, 1 - (2 * overlap_TM.sum(dim=0) + 1) / (area_TM.sum(dim=0) + 1)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from train_head.heads.contract import HeadOutputs
 from train_head.losses.criterion import LossNormalisers, VitaCriterion, VitaLosses
+from train_head.losses.host_copies import send
 from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.matcher import ClipMatch
 from train_head.losses.points import RandomPoints
@@ -53,7 +54,7 @@ def frame_losses(
     normalisers: LossNormalisers,
 ) -> VitaLosses:
     """L_f of B clips. `outputs` and `mask_weights` have F frames as their B, 1 as their L; `maps` (T, R, H, W)."""
-    frames = [frame for target in targets for frame in _single_frames(target)]
+    frames = _single_frames(targets)
     frame_maps = [frame for map_TRHW in maps for frame in torch.split(map_TRHW, 1)]
     sources = [source for map_TRHW, source in zip(maps, points, strict=True) for _ in map_TRHW]
     return criterion(outputs, mask_weights, frame_maps, frames, sources, normalisers)
@@ -71,16 +72,20 @@ def with_frame_matches(
     return matched
 
 
-def _single_frames(target: ClipTargets) -> list[ClipTargets]:
+def _single_frames(targets: Sequence[ClipTargets]) -> list[ClipTargets]:
     """Each frame as a clip of its own, with the objects that are present in it."""
+    present = [
+        (target, frame, objects) for target in targets for frame, objects in enumerate(target.objects_by_frame())
+    ]
+    sent = send([objects.numpy() for _, _, objects in present], targets[0].masks_NThw.device)
     return [
         ClipTargets(
             labels_N=target.labels_N[objects],
             identities_N=target.identities_N[objects],
             present_NT=target.present_NT[objects, frame, None],
-            masks_NThw=target.masks_NThw[objects, frame : frame + 1],
+            masks_NThw=target.masks_NThw[:, frame].index_select(0, rows)[:, None],
         )
-        for frame, objects in enumerate(target.objects_by_frame())
+        for (target, frame, objects), rows in zip(present, sent, strict=True)
     ]
 
 

@@ -1,14 +1,16 @@
-"""Bipartite matching of video queries with objects (VITA §3.3, Mask2Former §3.3).
+"""Bipartite matching of queries with objects (VITA §3.3, Mask2Former §3.3).
 
-Shapes: B clips, T frames, N objects, V video queries, D decoder and L detector layers, G = D·L·V queries of
-all layers, P sampled points, R stored channels.
+Shapes: T frames, N objects, V video queries, D decoder and L detector layers, G = D·L·V queries of all layers,
+P sampled points, R stored channels.
 Costs: 2 · (−probability of the class) + 5 · mask cross-entropy + 5 · dice.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +19,6 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs.schema import PaddedArea
-from train_head.losses.mask_folding import MaskWeights
-from train_head.losses.points import PointSource, sample_map, sample_masks, sampling_area
-from train_head.losses.targets import ClipTargets
 from train_head.products import product
 
 
@@ -35,14 +33,13 @@ class CostWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipMatch:
-    """The matches of one clip for every detector and decoder layer; M = min(V, N) pairs each."""
+    """The matches of one clip for every detector and decoder layer, on the host; M = min(V, N) pairs each."""
 
     query_DLM: Tensor  # int64
     object_DLM: Tensor  # int64, ascending
 
 
 _CHUNK_LOGITS = 1 << 19  # logits alive at once: small enough for a CPU's cache, large enough for its matmul
-_CHUNK_LOGITS_CUDA = 1 << 27
 _FACTORS = 64  # of numbers in [0.5, 1], whose product float32 can hold
 
 
@@ -61,8 +58,6 @@ def point_costs(
     logit is visited for |x| and σ(x) only, in groups that stay in a CPU's cache. `logit_type` is the precision of
     the product that makes the logits; all that follows is float32.
     """
-    if weights_GR.is_cuda:  # all frames' points at once: few launches
-        channels_TPR, targets_NTP = [torch.cat(tuple(channels_TPR))], targets_NTP.flatten(1)[:, None]
     G, (N, T, P) = len(weights_GR), targets_NTP.shape
     # One more target that is 1 everywhere sums the probabilities (for dice) and the logits (for softplus).
     columns_TNP = F.pad(targets_NTP.transpose(0, 1), (0, 0, 0, 1), value=1.0)
@@ -70,8 +65,7 @@ def point_costs(
     typed_GR = weights_GR.to(logit_type)
     channel_sums_NR = weights_GR.new_zeros(N + 1, weights_GR.shape[1])
     positive_G = weights_GR.new_zeros(G)
-    chunk = (_CHUNK_LOGITS_CUDA if weights_GR.is_cuda else _CHUNK_LOGITS) // max(1, G)
-    step = max(1, chunk // _FACTORS) * _FACTORS
+    step = max(1, _CHUNK_LOGITS // max(1, G) // _FACTORS) * _FACTORS
     for channels_PR, columns_NP in zip(channels_TPR, columns_TNP, strict=True):
         channel_sums_NR += columns_NP @ channels_PR
         for start in range(0, P, step):
@@ -83,10 +77,20 @@ def point_costs(
             # σ(|x|) = ½ + |σ(x) − ½| spares a second exponential.
             positive_G -= _sum_of_logs(probability_GP.sub_(0.5).abs_().add_(0.5))
     linear_GN = weights_GR @ channel_sums_NR.t()
-    softplus_G1 = positive_G[:, None] + linear_GN[:, -1:] / 2
-    mask_GN = (softplus_G1 - linear_GN[:, :-1]) / (T * P)
-    total_GN = overlap_GN[:, -1:] + targets_NTP.sum(dim=(1, 2))
-    dice_GN = 1 - (2 * overlap_GN[:, :-1] + 1) / (total_GN + 1)
+    return costs_of_sums(linear_GN, overlap_GN, positive_G, targets_NTP.sum(dim=(1, 2)), T * P, weights)
+
+
+def costs_of_sums(
+    linear_GN: Tensor, overlap_GN: Tensor, positive_G: Tensor, areas_N: Tensor, num_points: int, weights: CostWeights
+) -> Tensor:
+    """Costs (..., G, N) from sums over all points, with "1 everywhere" as the last column of the first two.
+
+    Of logits times targets, of probabilities times targets, of |x| / 2 − log σ(|x|), of the targets alone.
+    """
+    softplus_G1 = positive_G[..., None] + linear_GN[..., -1:] / 2
+    mask_GN = (softplus_G1 - linear_GN[..., :-1]) / num_points
+    total_GN = overlap_GN[..., -1:] + areas_N[..., None, :]
+    dice_GN = 1 - (2 * overlap_GN[..., :-1] + 1) / (total_GN + 1)
     return weights.mask * mask_GN + weights.dice * dice_GN
 
 
@@ -97,68 +101,20 @@ def _sum_of_logs(values_GP: Tensor) -> Tensor:
     return products_GF.log_().sum(dim=1) + values_GP[:, whole:].log().sum(dim=1)
 
 
-@torch.no_grad()
-def match_clips(
-    class_logits_DLBVK: Tensor,
-    mask_weights: MaskWeights,
-    maps: Sequence[Tensor],
-    targets: Sequence[ClipTargets],
-    points: Sequence[PointSource],
-    *,
-    cost_weights: CostWeights,
-    padded_area: PaddedArea,
-    logit_type: torch.dtype = torch.float32,
-) -> tuple[ClipMatch, ...]:
-    """Match every clip for every layer. `maps`: B stored maps (T, R, H, W), of any sizes.
+def assign(costs: Sequence[NDArray[Any]]) -> list[tuple[Tensor, Tensor]]:
+    """Solve stacks of assignment problems (..., V, N).
 
-    Only the features are sampled, once per clip for all D·L·V queries; labels are read at the points.
-    VITA: the release draws points for every (layer, clip) problem anew; here the layers of a clip share them.
-    """
-    D, L, _, V, _ = class_logits_DLBVK.shape
-    probabilities_DLBVK = class_logits_DLBVK.float().softmax(dim=-1)
-    stacked_DLBVR = mask_weights.stacked()
-    costs = []
-    for clip, (map_TRHW, target, source) in enumerate(zip(maps, targets, points, strict=True)):
-        if target.num_objects == 0:
-            costs.append(probabilities_DLBVK.new_empty(D, L, V, 0))
-            continue
-        area_hw = sampling_area(target.image_hw, (map_TRHW.shape[2], map_TRHW.shape[3]), padded_area)
-        points_1P2 = source.matching_points(map_TRHW.device)[None]
-        channels_TPR = sample_map(map_TRHW, points_1P2, area_hw)
-        targets_NTP = _masks_at(target, points_1P2, area_hw)
-        weights_GR = stacked_DLBVR[:, :, clip].flatten(0, 2)
-        cost_GN = point_costs(weights_GR, channels_TPR, targets_NTP, cost_weights, logit_type)
-        class_DLVN = probabilities_DLBVK[:, :, clip][..., target.labels_N]
-        costs.append(cost_GN.view(D, L, V, -1) - cost_weights.label * class_DLVN)
-    return tuple(ClipMatch(query_DLM=query, object_DLM=chosen) for query, chosen in assign(costs))
-
-
-def _masks_at(target: ClipTargets, points_1P2: Tensor, area_hw: tuple[int, int]) -> Tensor:
-    """Label values at points shared by all frames: (N, T, P)."""
-    masks_Ghw = target.masks_NThw.flatten(0, 1)
-    every = torch.arange(len(masks_Ghw), device=masks_Ghw.device)
-    return sample_masks(masks_Ghw, every, points_1P2, area_hw).view(*target.present_NT.shape, -1)
-
-
-def assign(costs: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Solve stacks of assignment problems (..., V, N) with one copy to the host and one back.
-
-    Returns per stack the matched rows and columns, the latter ascending: both (..., min(V, N)) on the costs'
-    device.
+    Returns per stack the matched rows and columns, the latter ascending: both (..., min(V, N)), on the host.
     Raises FloatingPointError where a cost is not finite (the index says which stack, that is which clip).
     """
-    flat = torch.cat([cost.flatten() for cost in costs]).cpu().numpy()
-    solved: list[NDArray[np.int64]] = []
-    start = 0
+    solved = []
     for index, cost in enumerate(costs):
         V, N = cost.shape[-2:]
-        problems = flat[start : start + cost.numel()].reshape(cost.shape[:-2].numel(), V, N)
-        start += cost.numel()
-        if not np.isfinite(problems).all():
+        if not np.isfinite(cost).all():
             raise FloatingPointError(f"matching costs of clip {index} of the batch are not finite")
+        problems = cost.reshape(math.prod(cost.shape[:-2]), V, N)
         pairs = [linear_sum_assignment(problem.T)[::-1] for problem in problems]
-        solved.append(np.array(pairs, dtype=np.int64).reshape(*cost.shape[:-2], 2, min(V, N)))
-    joined = torch.from_numpy(np.concatenate([pairs.reshape(-1) for pairs in solved])).to(costs[0].device)
-    numbers = torch.split(joined, [pairs.size for pairs in solved])
-    rows_columns = [part.view(pairs.shape).unbind(-2) for part, pairs in zip(numbers, solved, strict=True)]
-    return [(rows, columns) for rows, columns in rows_columns]
+        joined = torch.from_numpy(np.array(pairs, dtype=np.int64).reshape(*cost.shape[:-2], 2, min(V, N)))
+        rows, columns = joined.unbind(-2)
+        solved.append((rows, columns))
+    return solved

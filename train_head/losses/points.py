@@ -22,7 +22,7 @@ from train_head.draws import StepDraw
 
 STRIDE = 4  # input pixels per map pixel
 _CANDIDATES_AT_ONCE = 1 << 20
-_MASK_PIXELS_AT_ONCE, _MASK_PIXELS_AT_ONCE_CUDA = 1 << 20, 1 << 28
+_MASK_PIXELS_AT_ONCE = 1 << 20
 
 
 def sampling_area(image_hw: tuple[int, int], map_hw: tuple[int, int], padded: PaddedArea) -> tuple[int, int]:
@@ -62,18 +62,13 @@ def sample_map(map_TRHW: Tensor, points_TP2: Tensor, area_hw: tuple[int, int]) -
 
     The coverage (1 inside, less within half a pixel of the edge) is what the constant of a folded mask
     embedding has to be multiplied with. Yields T of (P, R + 1) float32; (1, P, 2) are points for all frames.
-    A pixel's channels are put side by side and read at once, which on CPU is 7 times faster than `grid_sample`.
+    A pixel's channels are put side by side, in one table that every frame overwrites, and read at once, which on CPU
+    is 7 times faster than `grid_sample`.
     """
-    T, _, H, W = map_TRHW.shape
-    index_TP4, share_TP4 = (part.expand(T, -1, -1) for part in _neighbours(points_TP2, area_hw, (H, W)))
-    if map_TRHW.is_cuda:
-        return iter(_rows_at_once(map_TRHW, index_TP4, share_TP4))
-    return _rows_by_frame(map_TRHW, index_TP4, share_TP4)
-
-
-def _rows_by_frame(map_TRHW: Tensor, index_TP4: Tensor, share_TP4: Tensor) -> Iterator[Tensor]:
-    """T of (P, R + 1), through one table that every frame overwrites."""
-    _, R, H, W = map_TRHW.shape
+    T, R, H, W = map_TRHW.shape
+    scale_2 = _constants(points_TP2, area_hw[1] / STRIDE, area_hw[0] / STRIDE)
+    neighbours = neighbours_of(points_TP2, scale_2, _constants(points_TP2, W, H))
+    index_TP4, share_TP4 = (part.expand(T, -1, -1) for part in neighbours)
     pixels_SR = torch.empty(H * W, R + 1, device=map_TRHW.device)
     pixels_SR[:, R] = 1.0
     for map_RHW, index_P4, share_P4 in zip(map_TRHW, index_TP4, share_TP4, strict=True):
@@ -81,34 +76,20 @@ def _rows_by_frame(map_TRHW: Tensor, index_TP4: Tensor, share_TP4: Tensor) -> It
         yield F.embedding_bag(index_P4, pixels_SR, per_sample_weights=share_P4, mode="sum")
 
 
-def _rows_at_once(map_TRHW: Tensor, index_TP4: Tensor, share_TP4: Tensor) -> Tensor:
-    """The same (T, P, R + 1) of all frames in one call: on CUDA a launch costs more than the table of all frames."""
-    T, R, H, W = map_TRHW.shape
-    pixels_TSR = torch.empty(T, H * W, R + 1, device=map_TRHW.device)
-    pixels_TSR[..., R] = 1.0
-    pixels_TSR[..., :R] = map_TRHW.flatten(2).transpose(1, 2)
-    first_T = torch.arange(T, device=map_TRHW.device) * (H * W)
-    rows = F.embedding_bag(
-        (index_TP4 + first_T[:, None, None]).flatten(0, 1),
-        pixels_TSR.flatten(0, 1),
-        per_sample_weights=share_TP4.flatten(0, 1),
-        mode="sum",
-    )
-    return rows.view(T, -1, R + 1)
+def neighbours_of(points: Tensor, scale: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Pixels (..., 4) around points (..., 2) as numbers y·W + x, and their bilinear shares, 0 outside of the image.
 
-
-def _neighbours(points: Tensor, area_hw: tuple[int, int], map_hw: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Pixels (..., 4) around points (..., 2) as numbers y·W + x, and their bilinear shares, 0 outside of the map."""
-    H, W = map_hw
-    centres = points * _constants(points, area_hw[1] / STRIDE, area_hw[0] / STRIDE) - 0.5
+    `scale`: the sampling area's (width, height) in the image's pixels; `size`: the image's (W, H); both float.
+    """
+    centres = points * scale - 0.5
     corner = centres.floor()
     fraction = centres - corner
-    shares, pixels = torch.stack([1 - fraction, fraction], dim=-1), corner[..., None] + _constants(corner, 0.0, 1.0)
-    size = _constants(corner, W, H)[:, None]
+    shares, pixels = torch.stack([1 - fraction, fraction], dim=-1), torch.stack([corner, corner + 1], dim=-1)
+    size = size[..., None]
     shares = shares * ((pixels >= 0) & (pixels < size))
     x, y = pixels.clamp_min(0).minimum(size - 1).long().unbind(dim=-2)
     share_x, share_y = shares.unbind(dim=-2)
-    index = y[..., :, None] * W + x[..., None, :]
+    index = (y * size[..., 0, :].long())[..., :, None] + x[..., None, :]
     return index.flatten(-2), (share_y[..., :, None] * share_x[..., None, :]).flatten(-2)
 
 
@@ -130,11 +111,22 @@ def sample_masks(masks_Ghw: Tensor, index_S: Tensor, points_SP2: Tensor, area_hw
     h, w = masks_Ghw.shape[-2:]
     grid_SP2 = _grid(points_SP2, area_hw, (h, w)).expand(len(index_S), -1, -1)
     values = [grid_SP2.new_empty(0, points_SP2.shape[1])]
-    group = max(1, (_MASK_PIXELS_AT_ONCE_CUDA if masks_Ghw.is_cuda else _MASK_PIXELS_AT_ONCE) // (h * w))
+    group = max(1, _MASK_PIXELS_AT_ONCE // (h * w))
     for index, grid in zip(torch.split(index_S, group), torch.split(grid_SP2, group), strict=True):
         masks = masks_Ghw.index_select(0, index)[:, None].to(grid.dtype)
         values.append(F.grid_sample(masks, grid[:, None], align_corners=False)[:, 0, 0])
     return torch.cat(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossPoints:
+    """What the masks of a frame choose their points from, for G frames: the first `num_candidates` of S points are
+    candidates, of which a mask takes the `keep` most uncertain; it takes all that follow.
+    """
+
+    points_GS2: Tensor
+    num_candidates: int
+    keep: int
 
 
 class PointSource(Protocol):
@@ -144,8 +136,8 @@ class PointSource(Protocol):
         """Points (P, 2) shared by all queries and frames of a clip."""
         ...
 
-    def loss_points(self, logits_GHW: Tensor, area_hw: tuple[int, int]) -> Tensor:
-        """Points (G, P, 2) for G matched logit maps, one map per object and frame."""
+    def loss_points(self, count: int, device: torch.device) -> LossPoints:
+        """Points of `count` frames, each for all masks of its frame."""
         ...
 
 
@@ -183,20 +175,28 @@ class RandomPoints:
         """Uniform points (P, 2)."""
         return self._uniform(self.config.matching).to(device)
 
-    @torch.no_grad()
-    def loss_points(self, logits_GHW: Tensor, area_hw: tuple[int, int]) -> Tensor:
-        """The most uncertain of many uniform candidates plus some uniform points: (G, P, 2).
+    def loss_points(self, count: int, device: torch.device) -> LossPoints:
+        """Many uniform candidates of every frame, and some uniform points more.
 
-        VITA: the release draws candidates for every mask anew; here masks choose among the same ones, which
+        VITA: the release draws candidates for every mask anew; here masks of a frame choose among the same ones, which
         leaves every mask's loss what it is in expectation and was a fifteenth of a step on CPU.
         """
-        config, device = self.config, logits_GHW.device
+        config = self.config
         keep = int(config.loss * config.uncertain)
-        candidates_1S2 = self._uniform(1, int(config.loss * config.oversample)).to(device)
-        fresh_1F2 = self._uniform(1, config.loss - keep).to(device)
-        at_once = len(logits_GHW) if logits_GHW.is_cuda else _CANDIDATES_AT_ONCE // candidates_1S2.shape[1]
-        groups = torch.split(logits_GHW, max(1, at_once))
-        return torch.cat([keep_uncertain(logits, candidates_1S2, fresh_1F2, area_hw, keep) for logits in groups])
+        candidates = int(config.loss * config.oversample)
+        points_GS2 = self._uniform(count, candidates + config.loss - keep).to(device)
+        return LossPoints(points_GS2=points_GS2, num_candidates=candidates, keep=keep)
+
+
+@torch.no_grad()
+def choose_points(logits_GHW: Tensor, points: LossPoints, frame: int, area_hw: tuple[int, int]) -> Tensor:
+    """The points (G, P, 2) of G masks of a frame."""
+    candidates_1S2 = points.points_GS2[frame, None, : points.num_candidates]
+    fresh_1F2 = points.points_GS2[frame, None, points.num_candidates :]
+    if points.keep == 0:
+        return fresh_1F2.expand(len(logits_GHW), -1, -1)
+    groups = torch.split(logits_GHW, max(1, _CANDIDATES_AT_ONCE // candidates_1S2.shape[1]))
+    return torch.cat([keep_uncertain(logits, candidates_1S2, fresh_1F2, area_hw, points.keep) for logits in groups])
 
 
 def keep_uncertain(
@@ -214,8 +214,8 @@ def keep_uncertain(
 
 
 def _smallest(values_GS: Tensor, keep: int) -> Tensor:
-    """Where the `keep` smallest values of each row are, in any order: (G, keep)."""
-    if values_GS.is_cuda:
-        return values_GS.topk(keep, dim=1, largest=False, sorted=False).indices
-    # NumPy's vectorised selection is 6 times faster than torch's on CPU.
+    """Where the `keep` smallest values of each row are, in any order: (G, keep).
+
+    NumPy's vectorised selection is 6 times faster than torch's on CPU.
+    """
     return torch.from_numpy(np.argpartition(values_GS.numpy(), keep - 1, axis=1)[:, :keep])

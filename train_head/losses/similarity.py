@@ -13,46 +13,49 @@ from torch.nn import functional as F
 
 from cache.errors import AnnotationError
 from train_head.losses.matcher import ClipMatch
+from train_head.losses.problem import LossProblem
 from train_head.losses.targets import ClipTargets
 
 
-def similarity_loss(
-    frame_similarity_LBTQC: Tensor,
-    clip_similarity_LBVC: Tensor,
-    targets: Sequence[ClipTargets],
-    matches: Sequence[ClipMatch],
-    num_pairs: Tensor,
-) -> Tensor:
-    """Cross-entropy of all pairs' dot products, target 1 for equal objects; the mean over pairs of one clip.
+def similarity_sum(problem: LossProblem, matches: Sequence[ClipMatch]) -> Tensor:
+    """Cross-entropy of all pairs' dot products, target 1 for equal objects; summed over the pairs of each clip.
 
     The pairs are those of one (layer, clip): matched frame queries of all frames and matched video queries of
-    the last decoder layer, each pair twice and the diagonal included, as in the release. `num_pairs` is
-    the divisor (`num_similarity_pairs`, summed over processes).
+    the last decoder layer, each pair twice and the diagonal included, as in the release. Its divisor is
+    `num_similarity_pairs`, summed over processes.
     VITA: the release builds one matrix over the batch and masks most of it; here each clip has its own.
     """
+    frame_similarity_LBTQC = problem.outputs.frame_similarity_LBTQC
+    clip_similarity_LBVC = problem.outputs.clip_similarity_LBVC
+    assert frame_similarity_LBTQC is not None and clip_similarity_LBVC is not None
     total = frame_similarity_LBTQC.new_zeros((), dtype=torch.float32)
-    for clip, (target, match) in enumerate(zip(targets, matches, strict=True)):
-        queries_LTN = target.frame_queries_LTN
-        if queries_LTN is None:
-            raise AnnotationError(
-                f"clip {clip} has no frame matches, which the similarity loss needs",
-                hint="compute them with train_head.losses.frame_matches, or set head.use_sim=false",
-            )
+    for clip, (target, match) in enumerate(zip(problem.targets, matches, strict=True)):
+        queries_LTN = frame_queries_of(target, clip)
         frames_LSC = _gather_frames(frame_similarity_LBTQC[:, clip], queries_LTN)
         clips_LMC = torch.take_along_dim(clip_similarity_LBVC[:, clip], match.query_DLM[-1][..., None], dim=1)
         embeddings_LSC = torch.cat([frames_LSC, clips_LMC], dim=1).float()
-        total = total + _pair_losses(embeddings_LSC, *_identities(queries_LTN, match.object_DLM[-1]))
-    return total / num_pairs
+        total = total + pair_losses(embeddings_LSC, *_identities(queries_LTN, match.object_DLM[-1]))
+    return total
+
+
+def frame_queries_of(target: ClipTargets, clip: int) -> Tensor:
+    """The frame matches (L, T, N) of a clip. Raises AnnotationError where it has none."""
+    if target.frame_queries_LTN is None:
+        raise AnnotationError(
+            f"clip {clip} has no frame matches, which the similarity loss needs",
+            hint="compute them with train_head.losses.frame_matches, or set head.use_sim=false",
+        )
+    return target.frame_queries_LTN
 
 
 def num_similarity_pairs(targets: Sequence[ClipTargets], num_queries: int) -> Tensor:
     """Pairs that the loss averages over: Σ over layers and clips of (matched frame + video queries)²."""
-    total = torch.zeros((), device=targets[0].labels_N.device)
+    total = 0
     for target in targets:
         if target.frame_queries_LTN is not None:
-            frames_L = (target.frame_queries_LTN >= 0).flatten(1).sum(dim=1)
-            total = total + (frames_L + min(num_queries, target.num_objects)).square().sum()
-    return total + 1e-6
+            frames_L = (target.frame_queries_LTN.numpy() >= 0).sum(axis=(1, 2))
+            total += int(((frames_L + min(num_queries, target.num_objects)) ** 2).sum())
+    return torch.tensor(total, dtype=torch.float32) + 1e-6
 
 
 def _gather_frames(embeddings_LTQC: Tensor, queries_LTN: Tensor) -> Tensor:
@@ -69,7 +72,8 @@ def _identities(queries_LTN: Tensor, objects_LM: Tensor) -> tuple[Tensor, Tensor
     return torch.cat([objects_LTN, objects_LM], dim=1), torch.cat([queries_LTN.flatten(1) >= 0, valid_LM], dim=1)
 
 
-def _pair_losses(embeddings_LSC: Tensor, objects_LS: Tensor, valid_LS: Tensor) -> Tensor:
+def pair_losses(embeddings_LSC: Tensor, objects_LS: Tensor, valid_LS: Tensor) -> Tensor:
+    """Summed cross-entropy of all valid pairs within each of L sets, float32."""
     with torch.autocast(embeddings_LSC.device.type, enabled=False):
         logits_LSS = embeddings_LSC @ embeddings_LSC.transpose(1, 2)
         same_LSS = (objects_LS[:, :, None] == objects_LS[:, None]).to(logits_LSS.dtype)

@@ -16,7 +16,10 @@ from cache.errors import AnnotationError
 
 @dataclass(frozen=True, kw_only=True)
 class ClipTargets:
-    """The objects that have at least one pixel in a clip. N = 0 is an empty clip."""
+    """The objects that have at least one pixel in a clip. N = 0 is an empty clip.
+
+    All but the masks stays on the host: the losses pad it there and send it in one copy, with what they match.
+    """
 
     labels_N: Tensor  # int64, 0 … K - 1
     identities_N: Tensor  # int64, one number per object of the video
@@ -49,11 +52,11 @@ class ClipTargets:
         return self.masks_NThw.shape[2], self.masks_NThw.shape[3]
 
     def placed(self, copy: Callable[[Tensor], Tensor]) -> ClipTargets:
-        """The labels of a clip, copied."""
+        """The labels of a clip, with its masks copied to the computing device; nothing is left in shared memory."""
         return ClipTargets(
-            labels_N=copy(self.labels_N),
-            identities_N=copy(self.identities_N),
-            present_NT=copy(self.present_NT),
+            labels_N=self.labels_N.clone(),
+            identities_N=self.identities_N.clone(),
+            present_NT=self.present_NT.clone(),
             masks_NThw=copy(self.masks_NThw),
         )
 
