@@ -29,7 +29,10 @@ from extract.detector_masks import predict_queries
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
+from train_head.data.sources import CachedSource
+from train_head.data.video_sets import open_training_set
 from train_head.losses.detector_predictions import FrozenHeads
+from train_head.losses.frame_losses import frame_normalisers
 from train_head.losses.mask_folding import MapDecoding
 from train_head.trainer import train
 
@@ -197,17 +200,35 @@ def test_predictions_in_numpy_are_those_of_training(tiny_cache: Path) -> None:
     np.testing.assert_allclose(ours.object_probability_Q, objects, atol=1e-4)
 
 
+@pytest.mark.parametrize("codec", ["logit", "spectral"])
+def test_training_sees_what_the_codec_decodes(
+    tiny_data: Path, caches: dict[str, Path], tmp_path: Path, codec: str
+) -> None:
+    settings = tiny_settings(tiny_data, caches[codec], tmp_path, f"cache.codec={codec}")
+    source = CachedSource(settings, open_training_set(settings), torch.device("cpu"))
+    clip = source.clips().read(0, np.empty)
+    targets = source.targets(clip)
+    features = source.features([clip], [targets], frame_normalisers([targets], 1, 0.1))
+    seen_TCHW = torch.einsum("cr,trhw->tchw", source.decoding.matrix_CR, features.maps[0].float())
+    seen_TCHW += source.decoding.mean_C[:, None, None]
+    cached = source.videos.feature_cache.video(clip.key.partition("/")[2])
+    expected = source.videos.codec.decode(cached.mask_features(clip.frames), cached.attributes.map_hw)
+    np.testing.assert_allclose(seen_TCHW.numpy(), expected, rtol=1e-4, atol=1e-4)
+    assert (train(settings) / "checkpoint.pt").exists()
+
+
 def test_a_head_serves_caches_of_other_codecs_but_is_not_trained_on(
     tiny_run: Settings, tiny_data: Path, caches: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(Path(tiny_run.runs) / tiny_run.name, tmp_path / "tiny")
-    other = tiny_settings(tiny_data, caches["logit"], tmp_path, "name=tiny", "cache.codec=logit")
-    metrics = evaluate(other).metrics["head"]
-    assert metrics is not None
-    with pytest.raises(ConfigError, match=r"cache.codec was float16, now logit"):
+    other = tiny_settings(tiny_data, caches["spectral"], tmp_path, "name=tiny", "cache.codec=spectral")
+    metrics, exact = evaluate(other).metrics["head"], evaluate(tiny_run).metrics["head"]
+    assert metrics is not None and exact is not None
+    assert metrics.AR10 == pytest.approx(exact.AR10, abs=2)
+    with pytest.raises(ConfigError, match=r"cache.codec was float16, now spectral"):
         train(other)
     page = write_report(other).read_text()
-    calibration = read_calibration(caches["logit"] / "valid")
+    calibration = read_calibration(caches["spectral"] / "valid")
     assert calibration is not None and "mask IoU lost, %" in page
     assert page.count("(used)</th>") == 1
     for row in calibration.rows:
