@@ -35,8 +35,8 @@ def held_bytes(feature_cache: FeatureCache, names: Sequence[str]) -> int:
     first = feature_cache.video(names[0])
     per_frame = math.prod(first.queries.shape[1:]) * first.queries.dtype.itemsize
     per_location = first.maps.shape[1] * first.maps.dtype.itemsize
-    attributes = [feature_cache.video(name).attributes for name in names]
-    return sum(video.num_frames * (per_frame + math.prod(video.map_hw) * per_location) for video in attributes)
+    videos = [feature_cache.video(name) for name in names]
+    return sum(v.attributes.num_frames * (per_frame + math.prod(v.stored_hw) * per_location) for v in videos)
 
 
 def available_bytes() -> int | None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from cache.codecs import Codec, select_codec
+from cache.codecs import Codec, codec_class, select_codec
+from cache.codecs.blocks import block_grid
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
 from cache.fingerprint import Fingerprint
 from cache.heads import DetectorHeads
@@ -26,6 +27,7 @@ from cache.layout import (
     FRAME_QUERIES,
     MASK_FEATURES,
     VIDEOS,
+    Size,
     VideoAttributes,
     checked_name,
 )
@@ -44,6 +46,11 @@ class Root:
     codec_parameters: dict[str, Any]
     sessions: tuple[dict[str, Any], ...]
     """Provenance, one mapping for each writing session."""
+
+    @property
+    def block(self) -> int:
+        """Pixels of the map that a stored position stands for, in each direction. Raises CacheError: no such codec."""
+        return codec_class(self.codec_name).block
 
     @classmethod
     def read(cls, store: Store) -> Root:
@@ -98,7 +105,14 @@ class CachedVideo:
     attributes: VideoAttributes
     source: str | None
     """Digest of the frames' names and size in the label file (fingerprint.source_digest); None: no labels."""
+    block: int = 1
+    """Pixels of the map that a stored position stands for, in each direction."""
     preload: bool = False
+
+    @property
+    def stored_hw(self) -> Size:
+        """(h, w) of what is stored of a map."""
+        return block_grid(self.attributes.map_hw, self.block)
 
     def frame_queries(self, frames: Sequence[int] | None = None) -> NDArray[Any]:
         """Pre-norm queries (len(frames), L, Q, C) float16 in the order asked for; None: all frames.
@@ -134,7 +148,7 @@ class CachedVideo:
     @cached_property
     def maps(self) -> FrameArray:
         """The encoded mask features (T, R, H, W), unread."""
-        return self._open(MASK_FEATURES, self.attributes.map_hw)
+        return self._open(MASK_FEATURES, self.stored_hw)
 
     def _open(self, field: str, last_axes: tuple[int, ...]) -> FrameArray:
         array = self.store.frames(self.name, field)
@@ -228,5 +242,6 @@ class FeatureCache:
             store=self.store,
             attributes=VideoAttributes.from_json(attributes, where=where),
             source=attributes.get("source"),
+            block=self.root.block,
             preload=self.preload,
         )

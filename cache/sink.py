@@ -1,7 +1,13 @@
-"""The arrays of one video on their way to disk: frames in, checked, cropped, encoded and written at once."""
+"""The arrays of one video on their way to disk: frames in, checked, cropped, encoded and written at once.
+
+Frames are encoded and compressed side by side where processors are left: a GPU's detector gives them faster than one
+thread encodes them.
+"""
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,7 @@ from cache.errors import CacheError, FeatureError
 from cache.layout import AXES, FRAME_QUERIES, MASK_FEATURES, VideoAttributes, crop_map
 from cache.storage.shard_writer import ShardWriter
 
+ENCODERS = max(1, min(8, (os.cpu_count() or 2) - 1))
 _EXPONENT_16 = np.uint16(0x7C00)
 
 
@@ -23,6 +30,7 @@ class VideoSink:
         self._folder, self._attributes, self._codec, self._num_layers = folder, attributes, codec, num_layers
         self._writers: tuple[ShardWriter, ShardWriter] | None = None
         self._num_appended = 0
+        self._pool = ThreadPoolExecutor(max_workers=ENCODERS, thread_name_prefix="encoder")
 
     def append(
         self, frame_queries_TLQC: NDArray[np.floating[Any]], mask_features_TCHW: NDArray[np.floating[Any]]
@@ -37,15 +45,19 @@ class VideoSink:
         with np.errstate(over="ignore"):
             queries = frame_queries_TLQC.astype("<f2", copy=False)
         self._refuse_non_finite(queries, frame_queries_TLQC, "frame queries")
-        if self._codec.dtype.kind != "f":  # Integers no longer show what was not finite.
-            self._refuse_non_finite(maps_TCHW, maps_TCHW, "mask features")
-        maps = self._codec.encode(maps_TCHW)
-        self._refuse_non_finite(maps, maps_TCHW, "mask features")
+        maps = self._encode(maps_TCHW)
         if self._writers is None:
-            total, packed = self._attributes.num_frames, self._codec.compressed
+            total = self._attributes.num_frames
             self._writers = (
                 ShardWriter(self._folder / FRAME_QUERIES, total, queries, AXES[FRAME_QUERIES]),
-                ShardWriter(self._folder / MASK_FEATURES, total, maps, AXES[MASK_FEATURES], compressed=packed),
+                ShardWriter(
+                    self._folder / MASK_FEATURES,
+                    total,
+                    maps,
+                    AXES[MASK_FEATURES],
+                    compressed=self._codec.compressed,
+                    pool=self._pool,
+                ),
             )
         for writer, frames in zip(self._writers, (queries, maps), strict=True):
             writer.append(frames)
@@ -60,8 +72,19 @@ class VideoSink:
 
     def close(self) -> None:
         """Let go of the files, finished or not."""
+        self._pool.shutdown()
         for writer in self._writers or ():
             writer.close()
+
+    def _encode(self, maps_TCHW: NDArray[np.floating[Any]]) -> NDArray[Any]:
+        """Encode frame by frame, and refuse what cannot be stored."""
+        if self._codec.dtype.kind == "f":
+            maps = self._codec.encode(maps_TCHW)
+            self._refuse_non_finite(maps, maps_TCHW, "mask features")
+            return maps
+        # Integers no longer show what was not finite.
+        self._refuse_non_finite(maps_TCHW, maps_TCHW, "mask features")
+        return np.concatenate(list(self._pool.map(self._codec.encode, np.split(maps_TCHW, len(maps_TCHW)))))
 
     def _check_shapes(self, queries: NDArray[Any], maps: NDArray[Any]) -> None:
         if queries.ndim != 4 or maps.ndim != 4 or len(queries) != len(maps):

@@ -50,6 +50,7 @@ class CodecName(Enum):
     float16 = "float16"
     int8 = "int8"
     logit = "logit"
+    spectral = "spectral"
     auto = "auto"
 
 
@@ -148,10 +149,10 @@ class CacheSettings:
     """Where the features lie: one cache per split, `<path>/train` and `<path>/valid`."""
 
     path: str = "caches/demo"
-    codec: CodecName = CodecName.logit  # its AP against float16: docs/measured.md
+    codec: CodecName = CodecName.spectral  # its AP against float16: docs/measured.md
     min_mask_iou: float = 0.99  # of codec=auto: mean IoU of the detector's masks from stored and from exact features
-    logit_step: float = 1 / 64  # of codec=logit: share of the logits' standard deviation; auto chooses it
-    identity_share: float = 0.1  # λ of the logit codec: how much it cares for what the detector does not look at
+    logit_step: float = 1 / 128  # of codec=spectral and logit: share of the logits' standard deviation; auto chooses it
+    identity_share: float = 0.1  # λ of these two: how much they care for what the detector does not look at
     codec_from: str | None = None  # a cache, as caches/coco/train, whose fit is taken: so train.mix can mix them
     calibration_frames: int = 96  # that codecs are fitted to and, every third one, judged on
     preload: bool = False  # every data worker keeps the videos it has read in memory: for sets that fit so often

@@ -26,7 +26,7 @@ from cache.bench.reading import machine
 from cache.codecs import Codec
 from cache.codecs.fit import StatisticsAccumulator
 from cache.codecs.float16 import Float16
-from cache.codecs.logit import Logit
+from cache.codecs.spectral import Spectral
 from cache.fingerprint import Fingerprint
 from cache.labels.annotations import load_labels
 from cache.labels.tracks import Video
@@ -55,8 +55,8 @@ class Amount:
     frames: int = 360
     rounds: int = 5
     real_hw: tuple[int, int] = (360, 640)
-    real_frames: int = 3  # on a CPU, where each takes seconds; else `frames`
-    real_rounds: int = 3
+    real_frames: int = 8  # on a CPU, where each takes seconds; else `frames`
+    real_rounds: int = 2
 
 
 SMALL = Amount(frames=8, rounds=1, real_hw=(64, 96), real_frames=1, real_rounds=1)
@@ -100,21 +100,21 @@ def _real_size(settings: Settings, amount: Amount, precision: str, device: str) 
         for name in names:
             Image.fromarray(noise).save(Path(folder) / name)
         job = video_job(video, View(), Path(folder), None)
-        for codec in (Float16(), _logit(settings, detector, job)):  # the most bytes, and the most arithmetic
+        for codec in (Float16(), _spectral(settings, detector, job)):  # the most bytes, and the most arithmetic
             wanted = replace(fingerprint(settings, detector, "", codec), num_layers=3)
             found = _compare(BatchRunner(detector, batch_frames), [job], wanted, codec, amount.real_rounds)
             results[f"r50 with random weights, {height} x {width}, {codec.name}"] = found
     return results
 
 
-def _logit(settings: Settings, detector: FrameDetector, job: VideoJob) -> Logit:
+def _spectral(settings: Settings, detector: FrameDetector, job: VideoJob) -> Spectral:
     """The default codec, fitted to one frame."""
     features, heads = detector.features(job.files[0].load()[None]), detector.prediction_heads()
     accumulator = StatisticsAccumulator(heads.feature_dim)
     embeddings_LQF = predict_queries(heads, features.frame_queries_BLQC[0].cpu().numpy()).embeddings_QF
     accumulator.add(features.mask_features_BCHW.cpu().numpy(), embeddings_LQF)
     step, share = settings.cache.logit_step, settings.cache.identity_share
-    return Logit.fit(accumulator.statistics(), relative_step=step, identity_share=share)
+    return Spectral.fit(accumulator.statistics(), relative_step=step, identity_share=share)
 
 
 def _compare(

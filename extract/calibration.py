@@ -21,6 +21,7 @@ from cache.codecs.rate_distortion import (
     read_calibration,
     smallest_faithful,
 )
+from cache.codecs.spectral import Spectral
 from cache.errors import AnnotationError, FingerprintMismatch, FrameError
 from cache.labels.annotations import load_labels
 from cache.labels.tracks import Video
@@ -55,7 +56,7 @@ class ChosenCodec:
         """Stored bytes a position of a map of so many channels: as measured, or else without compression."""
         table = self.calibration
         measured = 0.0 if table is None else table.rows[table.chosen].bytes_per_location
-        return measured or self.codec.stored_channels(channels) * self.codec.dtype.itemsize
+        return measured or self.codec.stored_channels(channels) * self.codec.dtype.itemsize / self.codec.block**2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,8 +198,9 @@ def _run(
 def _candidates(chosen: CacheSettings, statistics: Statistics) -> list[DistortionMeter]:
     meters = [DistortionMeter(codec, "", statistics.mean_C) for codec in (Float16(), Int8.fit(statistics))]
     for step in sorted({*LOGIT_STEPS, chosen.logit_step}):
-        codec = Logit.fit(statistics, relative_step=step, identity_share=chosen.identity_share)
-        meters.append(DistortionMeter(codec, f"1/{1 / step:g}", statistics.mean_C))
+        for kind in (Logit, Spectral):
+            codec = kind.fit(statistics, relative_step=step, identity_share=chosen.identity_share)
+            meters.append(DistortionMeter(codec, f"1/{1 / step:g}", statistics.mean_C))
     return meters
 
 
@@ -206,7 +208,7 @@ def _chosen(settings: CacheSettings, results: Sequence[tuple[Codec, Distortion]]
     if settings.codec is CodecName.auto:
         return smallest_faithful([row for _, row in results], settings.min_mask_iou)
     for index, (codec, _) in enumerate(results):
-        step = codec.relative_step if isinstance(codec, Logit) else settings.logit_step
+        step = codec.relative_step if isinstance(codec, Logit | Spectral) else settings.logit_step
         if codec.name == settings.codec.value and step == settings.logit_step:
             return index
     raise AssertionError(f"no codec {settings.codec.value} among the candidates")

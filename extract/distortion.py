@@ -73,12 +73,13 @@ class DistortionMeter:
 
     def add(self, frame: JudgedFrame) -> None:
         """Store and read one frame in memory, and compare."""
-        stored_RHW = self._store(frame.map_CHW)
-        decoded_CHW = self.codec.decode(stored_RHW[None])[0]
+        map_hw = frame.map_CHW.shape[1:]
+        stored_Rhw, channels_KHW = self._store(frame.map_CHW)
+        decoded_CHW = self.codec.decode(stored_Rhw[None], map_hw)[0]
         queries = frame.stored_queries
         folded_NR, constant_N = self.codec.fold(queries.embeddings_QF)
         constant_N = queries.constant_Q if constant_N is None else queries.constant_Q + constant_N
-        logits_NHW = _logits(folded_NR, constant_N, stored_RHW)
+        logits_NHW = _logits(folded_NR, constant_N, channels_KHW)
         centred_NHW = frame.logits_NHW - frame.logits_NHW.mean(axis=(1, 2), keepdims=True)
         errors = (decoded_CHW - frame.map_CHW, logits_NHW - frame.logits_NHW)
         signals = (frame.map_CHW - self._mean_C11, centred_NHW)
@@ -87,9 +88,9 @@ class DistortionMeter:
         self._ious.append(_ious(frame.masks_Nhw, _masks(logits_NHW, frame.image_hw)))
         self.num_masks += len(self._ious[-1])
         self._bytes += frame.query_bytes + CRC_BYTES
-        self._locations += stored_RHW[0].size
+        self._locations += frame.map_CHW[0].size
         self.num_frames += 1
-        self._channels = len(stored_RHW)
+        self._channels = len(stored_Rhw)
 
     def result(self) -> Distortion:
         """The means so far, of at least one frame; IoUs of queries without any mask do not count.
@@ -112,8 +113,8 @@ class DistortionMeter:
             decode_ms=1e3 * self._decode_s / self.num_frames,
         )
 
-    def _store(self, map_CHW: NDArray[np.float32]) -> NDArray[Any]:
-        """What comes back from disk; the time and bytes of it are noted."""
+    def _store(self, map_CHW: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """What comes back from disk, and its channels at pixels; the time and bytes of it are noted."""
         started = time.perf_counter()
         encoded = self.codec.encode(map_CHW[None])[0]
         content = compress(encoded) if self.codec.compressed else encoded.tobytes()
@@ -125,9 +126,10 @@ class DistortionMeter:
             decompress(content, stored.reshape(-1).view(np.uint8).data)
         else:
             stored[...] = np.frombuffer(content, stored.dtype).reshape(stored.shape)
-        stored.astype(np.float32)
+        planes = self.codec.planes
+        channels = stored.astype(np.float32) if planes is None else planes.expand(stored[None], map_CHW.shape[1:])[0]
         self._decode_s += time.perf_counter() - started
-        return stored
+        return stored, channels
 
 
 def _logits(embeddings_NR: Floats, constant_N: Floats, map_RHW: NDArray[Any]) -> NDArray[np.float32]:

@@ -17,6 +17,7 @@ from cache.codecs.fit import StatisticsAccumulator
 from cache.codecs.float16 import Float16
 from cache.codecs.int8 import Int8
 from cache.codecs.logit import Logit
+from cache.codecs.spectral import Spectral
 from cache.fingerprint import Fingerprint
 from cache.heads import HEAD_SHAPES, DetectorHeads
 from cache.layout import VideoAttributes
@@ -83,7 +84,9 @@ def fitted_codec(name: str) -> Codec:
     rng = np.random.default_rng(3)
     accumulator.add(random_features(8)[1], rng.standard_normal((30, NUM_CHANNELS)) * [9, 9, 1, 1, 0.1, 0.1])
     found = accumulator.statistics()
-    return Int8.fit(found) if name == "int8" else Logit.fit(found, relative_step=1 / 40, identity_share=0.01)
+    if name == "int8":
+        return Int8.fit(found)
+    return {"logit": Logit, "spectral": Spectral}[name].fit(found, relative_step=1 / 40, identity_share=0.01)
 
 
 def open_writer(

@@ -10,6 +10,7 @@ from cache.codecs.fit import Statistics, StatisticsAccumulator
 from cache.codecs.float16 import Float16
 from cache.codecs.int8 import Int8
 from cache.codecs.logit import Logit
+from cache.codecs.spectral import Spectral
 
 NUM_CHANNELS = 16
 SEEN = 4
@@ -51,4 +52,5 @@ def fitted_codecs() -> dict[str, Codec]:
         "float16": Float16(),
         "int8": Int8.fit(found),
         "logit": Logit.fit(found, relative_step=1 / 64, identity_share=0.01),
+        "spectral": Spectral.fit(found, relative_step=1 / 64, identity_share=0.01),
     }

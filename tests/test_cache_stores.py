@@ -65,7 +65,7 @@ def write_cache(path: Path, codec: str = "float16") -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["float16", "int8", "logit"])
+@pytest.fixture(scope="module", params=["float16", "int8", "logit", "spectral"])
 def original(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_cache(tmp_path_factory.mktemp(request.param) / "train", request.param)
 
@@ -78,7 +78,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stored_maps(feature_cache: FeatureCache, num_frames: int, seed: int) -> NDArray[Any]:
     """What the cache must hold of cache_samples' random maps."""
-    return feature_cache.codec.encode(random_features(num_frames, seed)[1])[..., :7, :11]
+    return feature_cache.codec.encode(random_features(num_frames, seed)[1][..., :7, :11])
 
 
 @pytest.fixture(params=["folder", "hdf5", "s3"])
@@ -178,7 +178,7 @@ def test_verify_accepts_it(original: Path, place: Place, capsys: pytest.CaptureF
 # One HDF5 file
 
 
-@pytest.mark.parametrize("codec", ["float16", "int8", "logit"])
+@pytest.mark.parametrize("codec", ["float16", "int8", "logit", "spectral"])
 @pytest.mark.parametrize("labels", [None, labels_of({7: 70})], ids=["no labels", "labels"])
 def test_export_and_import_give_the_same_bytes(tmp_path: Path, labels: bytes | None, codec: str) -> None:
     write_video(open_writer(tmp_path / "a", labels, codec=fitted_codec(codec)), "7", 70)

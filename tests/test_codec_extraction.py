@@ -29,11 +29,15 @@ from extract.detector_masks import predict_queries
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
+from train_head.data.sources import CachedSource
+from train_head.data.video_sets import open_training_set
 from train_head.losses.detector_predictions import FrozenHeads
+from train_head.losses.frame_losses import frame_normalisers
 from train_head.losses.mask_folding import MapDecoding
 from train_head.trainer import train
 
 FRAMES = "cache.calibration_frames=12"
+CODECS = ("int8", "logit", "spectral", "auto")
 
 
 def detector_masks(feature_cache: FeatureCache, video: str) -> torch.Tensor:
@@ -42,8 +46,10 @@ def detector_masks(feature_cache: FeatureCache, video: str) -> torch.Tensor:
     cached = feature_cache.video(video)
     channels = map_channels(feature_cache.heads)
     normed_TQC = heads.normed(torch.from_numpy(cached.frame_queries())[:, -1])
-    predictions = heads.predict(normed_TQC, decoding_of(feature_cache.codec, channels))
-    logits = predictions.mask_weights.logits(torch.from_numpy(cached.mask_features()))
+    decoding = decoding_of(feature_cache.codec, channels)
+    predictions = heads.predict(normed_TQC, decoding)
+    maps_TRHW = decoding.expand(torch.from_numpy(cached.mask_features()), cached.attributes.map_hw)
+    logits = predictions.mask_weights.logits(maps_TRHW)
     best = predictions.class_logits.softmax(dim=-1)[..., -1].argsort(dim=1)[:, :10]
     return torch.take_along_dim(logits, best[..., None, None], dim=1)
 
@@ -52,12 +58,12 @@ def detector_masks(feature_cache: FeatureCache, video: str) -> torch.Tensor:
 def caches(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Both splits, with each codec."""
     root = tmp_path_factory.mktemp("codec_caches")
-    for codec in ("int8", "logit", "auto"):
+    for codec in CODECS:
         extract(tiny_settings(tiny_data, root / codec, root, f"cache.codec={codec}", FRAMES))
-    return {codec: root / codec for codec in ("int8", "logit", "auto")}
+    return {codec: root / codec for codec in CODECS}
 
 
-@pytest.mark.parametrize("codec", ["int8", "logit", "auto"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_masks_from_stored_features_stay_true(caches: dict[str, Path], tiny_cache: Path, codec: str) -> None:
     exact, stored = FeatureCache.open(tiny_cache / "valid"), FeatureCache.open(caches[codec] / "valid")
     ious = []
@@ -79,7 +85,7 @@ def test_a_logit_cache_is_a_fraction_of_the_size(caches: dict[str, Path], tiny_c
     assert map_bytes(caches["logit"]) < 0.25 * map_bytes(tiny_cache)
 
 
-@pytest.mark.parametrize("codec", ["int8", "logit", "auto"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_splits_share_one_fit(caches: dict[str, Path], codec: str) -> None:
     train, valid = (FeatureCache.open(caches[codec] / split) for split in ("train", "valid"))
     assert train.fingerprint == valid.fingerprint
@@ -95,12 +101,13 @@ def test_the_measurements_are_stored(caches: dict[str, Path], capsys: pytest.Cap
         chosen = calibration.rows[calibration.chosen]
         assert chosen.codec == FeatureCache.open(path / "train").root.codec_name
         assert chosen.codec == codec or codec == "auto"
-        assert {row.codec for row in calibration.rows} == {"float16", "int8", "logit"}
+        assert {row.codec for row in calibration.rows} == {"float16", "int8", "logit", "spectral"}
         assert all(row.encode_ms > 0 and row.decode_ms > 0 and row.bytes_per_location > 0 for row in calibration.rows)
         sizes = [row.bytes_per_frame for row in calibration.rows]
         assert sizes == sorted(sizes)
-        by_step = [row for row in calibration.rows if row.codec == "logit"]
-        assert all(a.logit_error > b.logit_error for a, b in pairwise(by_step))
+        for name in ("logit", "spectral"):
+            by_step = [row for row in calibration.rows if row.codec == name]
+            assert all(a.logit_error > b.logit_error for a, b in pairwise(by_step))
         exact = next(row for row in calibration.rows if row.codec == "float16")
         assert exact.mask_iou > 0.995 and exact.feature_error < 1e-3
         if codec == "auto":
@@ -177,7 +184,7 @@ def test_the_command_prints_the_table_and_stores_nothing(
     monkeypatch.setattr("sys.argv", ["extract", "calibrate", *arguments])
     assert extract_main() == 0
     printed = capsys.readouterr().out
-    assert "mask IoU" in printed and "* logit 1/64" in printed and "logit 1/128" in printed
+    assert "mask IoU" in printed and "* spectral 1/128" in printed and "logit 1/64" in printed
     assert not (tmp_path / "none").exists()
 
 
@@ -193,17 +200,35 @@ def test_predictions_in_numpy_are_those_of_training(tiny_cache: Path) -> None:
     np.testing.assert_allclose(ours.object_probability_Q, objects, atol=1e-4)
 
 
+@pytest.mark.parametrize("codec", ["logit", "spectral"])
+def test_training_sees_what_the_codec_decodes(
+    tiny_data: Path, caches: dict[str, Path], tmp_path: Path, codec: str
+) -> None:
+    settings = tiny_settings(tiny_data, caches[codec], tmp_path, f"cache.codec={codec}")
+    source = CachedSource(settings, open_training_set(settings), torch.device("cpu"))
+    clip = source.clips().read(0, np.empty)
+    targets = source.targets(clip)
+    features = source.features([clip], [targets], frame_normalisers([targets], 1, 0.1))
+    seen_TCHW = torch.einsum("cr,trhw->tchw", source.decoding.matrix_CR, features.maps[0].float())
+    seen_TCHW += source.decoding.mean_C[:, None, None]
+    cached = source.videos.feature_cache.video(clip.key.partition("/")[2])
+    expected = source.videos.codec.decode(cached.mask_features(clip.frames), cached.attributes.map_hw)
+    np.testing.assert_allclose(seen_TCHW.numpy(), expected, rtol=1e-4, atol=1e-4)
+    assert (train(settings) / "checkpoint.pt").exists()
+
+
 def test_a_head_serves_caches_of_other_codecs_but_is_not_trained_on(
     tiny_run: Settings, tiny_data: Path, caches: dict[str, Path], tmp_path: Path
 ) -> None:
     shutil.copytree(Path(tiny_run.runs) / tiny_run.name, tmp_path / "tiny")
-    other = tiny_settings(tiny_data, caches["logit"], tmp_path, "name=tiny", "cache.codec=logit")
-    metrics = evaluate(other).metrics["head"]
-    assert metrics is not None
-    with pytest.raises(ConfigError, match=r"cache.codec was float16, now logit"):
+    other = tiny_settings(tiny_data, caches["spectral"], tmp_path, "name=tiny", "cache.codec=spectral")
+    metrics, exact = evaluate(other).metrics["head"], evaluate(tiny_run).metrics["head"]
+    assert metrics is not None and exact is not None
+    assert metrics.AR10 == pytest.approx(exact.AR10, abs=2)
+    with pytest.raises(ConfigError, match=r"cache.codec was float16, now spectral"):
         train(other)
     page = write_report(other).read_text()
-    calibration = read_calibration(caches["logit"] / "valid")
+    calibration = read_calibration(caches["spectral"] / "valid")
     assert calibration is not None and "mask IoU lost, %" in page
     assert page.count("(used)</th>") == 1
     for row in calibration.rows:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import zarr
 
+from cache import sink
 from cache.codecs import Codec, codec_identity, select_codec
 from cache.codecs.logit import Logit
 from cache.errors import CacheError, CorruptData
@@ -24,14 +25,16 @@ from cache.writer import CacheWriter
 from tests.cache_samples import (
     FINGERPRINT,
     attributes_of,
+    files_below,
     fitted_codec,
     flip_bit,
     open_writer,
     random_features,
     random_heads,
+    write_video,
 )
 
-NAMES = ("float16", "int8", "logit")
+NAMES = ("float16", "int8", "logit", "spectral")
 
 
 def write_cache(path: Path, codec: Codec, num_frames: int = 70) -> Path:
@@ -67,6 +70,19 @@ def test_frames_that_are_not_finite_are_refused(tmp_path: Path, name: str) -> No
         writer.video("7", attributes_of(4)) as sink,
     ):
         sink.append(queries, maps)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bytes_depend_neither_on_threads_nor_on_batches(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contents = []
+    for threads, step in ((1, 9), (3, 9), (3, 2), (1, 1)):
+        monkeypatch.setattr(sink, "ENCODERS", threads)
+        path = tmp_path / f"{threads}-{step}"
+        write_video(open_writer(path, codec=fitted_codec(name)), "1", 9, step=step)
+        contents.append(files_below(path, "videos/1/*/c.*"))
+    assert contents[0] and all(content == contents[0] for content in contents)
 
 
 def test_another_fit_is_another_cache(tmp_path: Path) -> None:
@@ -113,6 +129,10 @@ PARAMETERS = {"num_wide": 1, "relative_step": 0.01, "identity_share": 0.01}
         ("logit", PARAMETERS | {"num_wide": "1"}, FIT, "num_wide.*'1'"),
         ("logit", PARAMETERS | {"num_wide": 0.5}, FIT, "num_wide"),
         ("logit", {}, FIT, "parameters"),
+        ("spectral", PARAMETERS, FIT, "wrong arrays"),
+        ("spectral", PARAMETERS, FIT | {"plane": (2,)}, "impossible planes"),  # the same one twice
+        ("spectral", PARAMETERS | {"num_wide": 2}, FIT | {"plane": (1,)}, "num_wide"),
+        ("spectral", {}, FIT | {"plane": (1,)}, "parameters"),
     ],
 )
 def test_codecs_that_do_not_fit_together_are_refused(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from cache.codecs.logit import Logit
 from cache.errors import CacheError
 from tests.codec_samples import NUM_CHANNELS, SEEN, embeddings, features, fitted_codecs, statistics
 
-NAMES = ("float16", "int8", "logit")
+NAMES = ("float16", "int8", "logit", "spectral")
 
 
 @pytest.fixture(scope="module")
@@ -199,11 +200,12 @@ def test_fold_is_the_dot_product_with_decoded_features(
         stored = (rng.standard_normal((2, channels, 3, 4)) * 10).astype(codec.dtype)
     else:
         stored = rng.integers(-127, 128, (2, channels, 3, 4)).astype(codec.dtype)
+    maps_TKHW = stored if codec.planes is None else codec.planes.expand(stored)
     vectors = rng.standard_normal((*leading, NUM_CHANNELS)).astype(np.float32)
     folded, constant = codec.fold(vectors)
-    assert folded.shape == (*leading, channels)
+    assert folded.shape == (*leading, maps_TKHW.shape[1])
     assert constant is None or constant.shape == leading
-    logits = np.einsum("...r,trhw->...thw", folded.astype(np.float64), stored.astype(np.float64))
+    logits = np.einsum("...r,trhw->...thw", folded.astype(np.float64), maps_TKHW.astype(np.float64))
     logits += 0 if constant is None else np.asarray(constant)[..., None, None, None]
     decoded = codec.decode(stored).astype(np.float64)
     expected = np.einsum("...c,tchw->...thw", vectors.astype(np.float64), decoded)
@@ -215,12 +217,12 @@ def test_fold_is_the_dot_product_with_decoded_features(
 def test_training_reads_the_same_matrix_off_the_fold(codecs: dict[str, Codec], name: str) -> None:
     from train_head.build import decoding_of
 
-    codec = codecs[name]
-    stored = codec.encode(features(2))
+    codec, maps = codecs[name], features(2)
+    stored = codec.encode(maps)
     decoding = decoding_of(codec, NUM_CHANNELS)
-    decoded = stored.astype(np.float32)
+    decoded = decoding.expand(torch.from_numpy(stored), maps.shape[2:]).float().numpy()
     if decoding.matrix_CR is not None:
         decoded = np.einsum("cr,trhw->tchw", decoding.matrix_CR.numpy(), decoded)
     if decoding.mean_C is not None:
         decoded = decoded + decoding.mean_C.numpy()[:, None, None]
-    np.testing.assert_allclose(decoded, codec.decode(stored), atol=1e-4)
+    np.testing.assert_allclose(decoded, codec.decode(stored, maps.shape[2:]), atol=1e-4)

@@ -45,7 +45,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DETECTOR = Path(__file__).parent.parent / "extract" / "demo" / "detector"
-CODECS = ("float16", "int8", "logit")
+CODECS = ("float16", "int8", "logit", "spectral")
 
 
 @pytest.fixture(autouse=True)

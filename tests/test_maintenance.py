@@ -190,7 +190,7 @@ def test_every_version_reads_format_1() -> None:
     assert main(["verify", str(FORMAT_1)]) == 0
 
 
-@pytest.mark.parametrize("name", ["int8", "logit"])
+@pytest.mark.parametrize("name", ["int8", "logit", "spectral"])
 def test_every_version_reads_the_fitted_codecs_of_format_1(name: str) -> None:
     path = FORMAT_1.with_name(f"format1_{name}")
     feature_cache, expected = FeatureCache.open(path), np.load(path.with_suffix(".npz"))
@@ -204,8 +204,10 @@ def test_every_version_reads_the_fitted_codecs_of_format_1(name: str) -> None:
         frames, key = expected[f"frames_{video.replace('@', '_')}"].tolist(), video.replace("@", "_")
         clip = feature_cache.video(video).read_clip(frames)
         np.testing.assert_array_equal(clip.frame_queries, expected[f"queries_{key}"])
-        np.testing.assert_allclose(codec.decode(clip.mask_features), expected[f"features_{key}"], rtol=1e-5, atol=1e-4)
-        logits = np.einsum("nr,trhw->tnhw", embeddings_NR, clip.mask_features) + constant_N[:, None, None]
+        maps, map_hw = clip.mask_features, feature_cache.video(video).attributes.map_hw
+        np.testing.assert_allclose(codec.decode(maps, map_hw), expected[f"features_{key}"], rtol=1e-5, atol=1e-4)
+        maps = maps if codec.planes is None else codec.planes.expand(maps, map_hw)
+        logits = np.einsum("nr,trhw->tnhw", embeddings_NR, maps) + constant_N[:, None, None]
         np.testing.assert_allclose(logits, expected[f"logits_{key}"], rtol=1e-5, atol=1e-3)
     assert main(["verify", str(path)]) == 0
 

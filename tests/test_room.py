@@ -107,14 +107,15 @@ def test_the_estimate_is_what_is_written(
         ("train", "5", "30"),
         ("valid", "2", "12"),
     ]
-    words = ["cache.codec=logit", "cache.calibration_frames=12"]
-    extract(tiny_settings(tiny_data, tmp_path / "logit", tmp_path, *words), only=["train"])
+    words = ["cache.codec=spectral", "cache.calibration_frames=12"]
+    extract(tiny_settings(tiny_data, tmp_path / "spectral", tmp_path, *words), only=["train"])
     said = {
         row: float(size) for row, size in re.findall(r"^  (.*?)  +[\d.]+ GB, ([\d.]+) MB a frame", blocks[0][3], re.M)
     }
-    assert list(said)[:3] == ["float16", "int8", "logit 1/64"] and list(said)[3].startswith("auto: ")
+    assert list(said)[:4] == ["float16", "int8", "logit 1/128", "spectral 1/128"]
+    assert list(said)[4].startswith("auto: ")
     assert said["float16"] == pytest.approx(feature_bytes(tiny_cache / "train") / 30e6, rel=0.02)
-    assert said["logit 1/64"] == pytest.approx(feature_bytes(tmp_path / "logit" / "train") / 30e6, rel=0.1)
+    assert said["spectral 1/128"] == pytest.approx(feature_bytes(tmp_path / "spectral" / "train") / 30e6, rel=0.1)
     assert re.search(r"^free: [\d.]+ GB at ", printed, re.M)
 
 

@@ -19,6 +19,7 @@ from cache.reader import FeatureCache
 from configs.schema import LossSettings, Settings
 from train_head.heads.contract import HeadConfig
 from train_head.losses.criterion import LossWeights, VitaCriterion
+from train_head.losses.map_planes import MapPlanes
 from train_head.losses.mask_folding import MapDecoding
 from train_head.losses.matcher import CostWeights
 from train_head.losses.points import PointConfig
@@ -79,6 +80,7 @@ def decoding_of(codec: Codec, num_channels: int) -> MapDecoding:
     if constant is None and np.array_equal(weights, identity):
         return MapDecoding()
     return MapDecoding(
+        planes=None if codec.planes is None else MapPlanes.on(torch.device("cpu"), codec.planes),
         matrix_CR=torch.from_numpy(np.asarray(weights, dtype=np.float32)),
         mean_C=None if constant is None else torch.from_numpy(np.asarray(constant, dtype=np.float32)),
     )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from cache.layout import METADATA
 from cache.storage.compression import decompress
 from cache.storage.frames import ZarrFrames
+from cache.storage.hdf5 import PACKING
 from cache.storage.shard_layout import CRC_BYTES, decode_index, index_bytes, shard_name
 from cache.storage.shard_writer import ShardWriter
 from cache.storage.shards import ShardedFrames
@@ -37,7 +38,7 @@ class Sample:
     fields: tuple[tuple[tuple[int, ...], str], ...]
     """Shape of a frame and dtype, for each field."""
     compressed: bool = False
-    """Whether the maps are integers of ever weaker channels, and compressed, as the logit codec's."""
+    """Whether the maps are integers of ever weaker planes, and compressed, as the spectral codec's."""
 
     @property
     def frame_bytes(self) -> int:
@@ -52,7 +53,10 @@ def standard_samples(scale: float) -> tuple[Sample, ...]:
         Sample(name="float16", num_frames=max(8, int(48 * scale)), fields=(queries, ((256, 90, 160), "<f2"))),
         Sample(name="int8", num_frames=max(8, int(96 * scale)), fields=(queries, ((256, 90, 160), "|i1"))),
         Sample(
-            name="logit", num_frames=max(8, int(192 * scale)), fields=(queries, ((32, 90, 160), "|i1")), compressed=True
+            name="spectral",
+            num_frames=max(8, int(192 * scale)),
+            fields=(queries, ((3300, 12, 20), "|i1")),
+            compressed=True,
         ),
     )
 
@@ -133,7 +137,8 @@ def store_fields(sample: Sample, folder: Path) -> list[StoredField]:
         shape = (sample.num_frames, *frame_shape)
         compressed = sample.compressed and dtype == "|i1"
         with h5py.File(place / "x.h5", "w") as file, (place / "raw.bin").open("wb") as raw:
-            dataset = file.create_dataset("x", shape, dtype, chunks=(1, *frame_shape))
+            packing = PACKING if compressed else {}
+            dataset = file.create_dataset("x", shape, dtype, chunks=(1, *frame_shape), **packing)
             example, axes = np.empty((1, *frame_shape), dtype), tuple("TXYZ")
             writer = ShardWriter(place / "zarr", sample.num_frames, example, axes, compressed=compressed)
             for frame, values in enumerate(_random_frames(shape, dtype, compressed)):
@@ -146,7 +151,7 @@ def store_fields(sample: Sample, folder: Path) -> list[StoredField]:
 
 
 def _random_frames(shape: tuple[int, ...], dtype: str, decaying: bool) -> Iterator[NDArray[Any]]:
-    """Uniform numbers; or channels of ever smaller ones, which Zstandard packs to a third, as the logit codec's."""
+    """Uniform numbers; or planes of ever smaller ones, which Zstandard packs to a third, as the spectral codec's."""
     rng = np.random.default_rng(0)
     num_frames, *frame_shape = shape
     scale = np.geomspace(20, 0.2, frame_shape[0]).reshape(-1, 1, 1)

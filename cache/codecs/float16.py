@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CorruptData
+from cache.layout import Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,8 @@ class Float16:
     name: ClassVar[str] = "float16"
     dtype: ClassVar[np.dtype[Any]] = np.dtype("<f2")
     compressed: ClassVar[bool] = False
+    block: ClassVar[int] = 1
+    planes: ClassVar[None] = None
 
     @property
     def parameters(self) -> Mapping[str, Any]:
@@ -46,7 +49,7 @@ class Float16:
         with np.errstate(over="ignore"):
             return mask_features_TCHW.astype(self.dtype)
 
-    def decode(self, stored_TRHW: NDArray[Any]) -> NDArray[np.float32]:
+    def decode(self, stored_TRHW: NDArray[Any], map_hw: Size | None = None) -> NDArray[np.float32]:
         """(T, R, H, W) float16 -> (T, C, H, W) float32."""
         return stored_TRHW.astype(np.float32)
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cache.codecs.arrays import checked_arrays
 from cache.codecs.fit import Statistics
 from cache.errors import CorruptData
+from cache.layout import Size
 
 LEVELS = 127
 HEADROOM = 1.1
@@ -28,6 +29,8 @@ class Int8:
     name: ClassVar[str] = "int8"
     dtype: ClassVar[np.dtype[Any]] = np.dtype("i1")
     compressed: ClassVar[bool] = False
+    block: ClassVar[int] = 1
+    planes: ClassVar[None] = None
 
     step_C: NDArray[np.float32]
     offset_C: NDArray[np.float32]
@@ -72,7 +75,7 @@ class Int8:
         steps = (mask_features_TCHW - self.offset_C[:, None, None]) / self.step_C[:, None, None]
         return np.asarray(np.clip(np.rint(steps), -LEVELS, LEVELS), self.dtype)
 
-    def decode(self, stored_TRHW: NDArray[Any]) -> NDArray[np.float32]:
+    def decode(self, stored_TRHW: NDArray[Any], map_hw: Size | None = None) -> NDArray[np.float32]:
         """(T, R, H, W) int8 -> (T, C, H, W) float32."""
         return np.asarray(stored_TRHW * self.step_C[:, None, None] + self.offset_C[:, None, None], np.float32)
 

@@ -20,14 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.codecs.arrays import checked_arrays
+from cache.codecs.digits import DIGIT, LEVELS, WIDE_DEVIATIONS, two_digits
 from cache.codecs.fit import Statistics
 from cache.errors import CacheError, CorruptData
-
-LEVELS = 127
-DIGIT = 256
-WIDE_DEVIATIONS = 12.0
-"""A channel of more than 127 / 12 steps of standard deviation gets a second digit."""
-LARGEST = LEVELS * DIGIT + LEVELS
+from cache.layout import Size
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,6 +37,8 @@ class Logit:
     name: ClassVar[str] = "logit"
     dtype: ClassVar[np.dtype[Any]] = np.dtype("i1")
     compressed: ClassVar[bool] = True
+    block: ClassVar[int] = 1
+    planes: ClassVar[None] = None
 
     projection_KC: NDArray[np.float32]
     basis_CK: NDArray[np.float32]
@@ -54,13 +52,8 @@ class Logit:
     @classmethod
     def fit(cls, statistics: Statistics, *, relative_step: float, identity_share: float) -> Logit:
         """Fit to a calibration sample. Raises CacheError where embeddings or features never vary."""
-        moment_CC, num_channels = statistics.embedding_moment_CC, len(statistics.mean_C)
-        step = relative_step * statistics.logit_std
-        if not step > 0:
-            raise CacheError("the logit codec cannot be fitted: the logits of the calibration frames do not vary")
-        isotropic_CC = np.trace(moment_CC) / num_channels * np.eye(num_channels)
-        squares_C, axes_CC = np.linalg.eigh((1 - identity_share) * moment_CC + identity_share * isotropic_CC)
-        root_CC, inverse_CC = ((axes_CC * squares_C**power) @ axes_CC.T for power in (0.5, -0.5))
+        step = rounding_step(statistics, relative_step)
+        root_CC, inverse_CC = logit_metric(statistics, identity_share)
         variance_K, turn_CK = np.linalg.eigh(root_CC @ statistics.covariance_CC @ root_CC)
         # Rounding to a step has variance step² / 12: a weaker channel is better left out.
         kept = np.flatnonzero(variance_K >= min(step**2 / 12, variance_K[-1]))[::-1]
@@ -115,12 +108,10 @@ class Logit:
             steps_KS = self.projection_KC @ features_CHW.reshape(num_channels, -1).astype(np.float32, copy=False)
             np.rint(np.subtract(steps_KS, offset_K1, out=steps_KS), out=steps_KS)
             row_RS[wide:kept] = np.clip(steps_KS[wide:], -LEVELS, LEVELS, out=steps_KS[wide:])
-            values_PS = np.clip(steps_KS[:wide], -LARGEST, LARGEST).astype(np.int32)
-            row_RS[kept:] = high_PS = (values_PS + DIGIT // 2) // DIGIT
-            row_RS[:wide] = values_PS - high_PS * DIGIT
+            row_RS[:wide], row_RS[kept:] = two_digits(steps_KS[:wide])
         return stored.reshape(num_frames, -1, height, width)
 
-    def decode(self, stored_TRHW: NDArray[Any]) -> NDArray[np.float32]:
+    def decode(self, stored_TRHW: NDArray[Any], map_hw: Size | None = None) -> NDArray[np.float32]:
         """(T, R, H, W) int8 -> (T, C, H, W) float32."""
         decoded = np.einsum("cr,trhw->tchw", self._stored_basis, stored_TRHW.astype(np.float32), optimize=True)
         return np.asarray(decoded + self.mean_C[:, None, None], np.float32)
@@ -135,3 +126,19 @@ class Logit:
     def _stored_basis(self) -> NDArray[np.float32]:
         """(C, R)."""
         return np.concatenate([self.basis_CK, self.basis_CK[:, : self.num_wide] * np.float32(DIGIT)], axis=1)
+
+
+def rounding_step(statistics: Statistics, relative_step: float) -> float:
+    """The step that is this share of the logits' standard deviation. Raises CacheError where they do not vary."""
+    step = relative_step * statistics.logit_std
+    if not step > 0:
+        raise CacheError("the logit codec cannot be fitted: the logits of the calibration frames do not vary")
+    return step
+
+
+def logit_metric(statistics: Statistics, identity_share: float) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """W = M^½ and its inverse, both (C, C), for the second moment of the embeddings blended with λ·identity."""
+    moment_CC, num_channels = statistics.embedding_moment_CC, len(statistics.mean_C)
+    isotropic_CC = np.trace(moment_CC) / num_channels * np.eye(num_channels)
+    squares_C, axes_CC = np.linalg.eigh((1 - identity_share) * moment_CC + identity_share * isotropic_CC)
+    return (axes_CC * squares_C**0.5) @ axes_CC.T, (axes_CC * squares_C**-0.5) @ axes_CC.T

@@ -35,9 +35,9 @@ class Distortion:
     encode_ms: float
     """Encoding and compressing a frame."""
     decode_ms: float
-    """Decompressing a frame and converting it to float32; nothing else is ever undone."""
+    """Decompressing a frame and converting it to channels at pixels in float32; nothing else is ever undone."""
     bytes_per_location: float = 0.0
-    """Mask features alone, a position of the stored map; 0 in tables of caches that are older than this figure."""
+    """Mask features alone, a position of the map; 0 in tables of caches that are older than this figure."""
 
     @property
     def label(self) -> str:

@@ -24,6 +24,8 @@ from cache.storage.shards import checked_output
 from cache.storage.stores import committed, require_finite
 
 ATTRIBUTES = "attributes.json"
+PACKING = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+"""Of maps whose codec compresses."""
 EXPORT_HINT = "export the file again from its cache: `python -m cache export`"
 
 

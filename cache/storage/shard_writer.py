@@ -9,6 +9,7 @@ video that holds one is committed.
 from __future__ import annotations
 
 import json
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,13 +27,20 @@ class ShardWriter:
     """One array (num_frames, ...) of a video, written frame by frame; memory does not depend on its length."""
 
     def __init__(
-        self, folder: Path, num_frames: int, example: NDArray[Any], axes: tuple[str, ...], *, compressed: bool = False
+        self,
+        folder: Path,
+        num_frames: int,
+        example: NDArray[Any],
+        axes: tuple[str, ...],
+        *,
+        compressed: bool = False,
+        pool: Executor | None = None,
     ) -> None:
-        """`example`: frames (any number, ...) of the array's shape and dtype."""
+        """`example`: frames (any number, ...) of the array's shape and dtype. `pool`: packs them side by side."""
         shape = (num_frames, *example.shape[1:])
         self._folder, self._num_axes = folder, len(shape)
         self._frames_per_shard = min(FRAMES_PER_SHARD, num_frames)
-        self._num_shards, self._compressed = 0, compressed
+        self._num_shards, self._compressed, self._map = 0, compressed, pool.map if pool else map
         self._file: IO[bytes] | None = None
         self._entries: list[tuple[int, int]] = []
         document = array_metadata(shape, example.dtype, self._frames_per_shard, axes, compressed=compressed)
@@ -41,12 +49,11 @@ class ShardWriter:
 
     def append(self, frames: NDArray[Any]) -> None:
         """Write the next frames, of the example's shape and dtype."""
-        for frame in frames:
+        plain = (np.ascontiguousarray(frame).reshape(-1).view(np.uint8).data for frame in frames)
+        for content in self._map(compress, frames) if self._compressed else plain:
             if self._file is None:
                 self._file = (self._folder / shard_name(self._num_shards, self._num_axes)).open("wb")
                 self._num_shards += 1
-            elements = np.ascontiguousarray(frame)
-            content = compress(elements) if self._compressed else elements.reshape(-1).view(np.uint8).data
             self._entries.append((self._file.tell(), len(content) + CRC_BYTES))
             self._file.write(content)
             self._file.write(crc32c(content).to_bytes(CRC_BYTES, "little"))

@@ -28,7 +28,7 @@ from cache.layout import (
 )
 from cache.progress import with_progress
 from cache.reader import CachedVideo, FeatureCache
-from cache.storage.hdf5 import ATTRIBUTES, Hdf5Store
+from cache.storage.hdf5 import ATTRIBUTES, PACKING, Hdf5Store
 from cache.storage.locks import locked
 from cache.storage.shard_writer import ShardWriter, write_array
 from cache.storage.stores import HDF5_SUFFIX, Store
@@ -69,9 +69,7 @@ def _export_video(video: CachedVideo, feature_cache: FeatureCache, target: h5py.
     group = f"{VIDEOS}/{video.name}"
     _put_attributes(target, group, feature_cache.store.attributes(group) or {})
     for field, array in ((FRAME_QUERIES, video.queries), (MASK_FEATURES, video.maps)):
-        packing: dict[str, Any] = {}
-        if field == MASK_FEATURES and feature_cache.codec.compressed:
-            packing = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+        packing: Mapping[str, Any] = PACKING if field == MASK_FEATURES and feature_cache.codec.compressed else {}
         dataset = target.create_dataset(
             f"{group}/{field}", array.shape, array.dtype, chunks=(1, *array.shape[1:]), fletcher32=True, **packing
         )

@@ -74,7 +74,7 @@ def similarity_matrix(settings: Settings, videos: VideoSet, video: Video) -> Sim
     (match,) = build_criterion(settings.loss, predictor.device).match(
         outputs,
         predictor.head.fold_masks(outputs.mask_embed_DLBVC, source.decoding),
-        [clip.map_TRHW],
+        [source.decoding.expand(clip.map_TRHW, clip.map_hw)],
         [targets],
         [RandomPoints.for_clip(point_config(settings.loss), settings.seed, 0, predictor.device)],
     )
@@ -98,6 +98,7 @@ def _clip(videos: VideoSet, video: Video) -> Clip:
         frames=frames,
         frame_queries_TLQC=torch.from_numpy(cached.frame_queries(frames)),
         map_TRHW=torch.from_numpy(cached.mask_features(frames)),
+        map_hw=cached.attributes.map_hw,
         targets=read_targets(videos.labels, video.id, frames, [transform_of(cached.attributes)] * len(frames)),
     )
 

@@ -64,8 +64,8 @@ class HeadPredictor:
             yield prune_queries(self.frozen, normed_tQC, self.choices.keep_queries)
 
     def maps(self, cached: CachedVideo, frames: Sequence[int]) -> Iterator[Tensor]:
-        """The stored maps (t, R, H, W), in the same blocks."""
-        for map_tRHW in stored_maps(cached, frames, self.choices.chunk_frames, self.device):
+        """The maps (t, R, H, W) in the codec's space, in the same blocks."""
+        for map_tRHW in expanded_maps(cached, frames, self.choices.chunk_frames, self.device, self.decoding):
             yield map_tRHW
             self.advance(len(map_tRHW))
 
@@ -78,12 +78,13 @@ def normed_queries(
         yield frozen.normed(torch.from_numpy(cached.frame_queries(part)[:, -1]).to(device))
 
 
-def stored_maps(
-    cached: CachedVideo, frames: Sequence[int], chunk_frames: int, device: torch.device
+def expanded_maps(
+    cached: CachedVideo, frames: Sequence[int], chunk_frames: int, device: torch.device, decoding: MapDecoding
 ) -> Iterator[Tensor]:
-    """A video's stored maps in blocks (t, R, H, W), read when they are needed."""
+    """A video's maps in blocks (t, R, H, W), in the codec's space, read when they are needed."""
     for part in _blocks(frames, chunk_frames):
-        yield torch.from_numpy(cached.mask_features(part)).to(device)
+        stored_tRhw = torch.from_numpy(cached.mask_features(part)).to(device)
+        yield decoding.expand(stored_tRhw, cached.attributes.map_hw)
 
 
 def _blocks(frames: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -134,7 +135,7 @@ def baseline_predictor(settings: Settings, videos: VideoSet) -> VideoPredictor:
         return track_without_training(
             frozen,
             lambda: read_ahead(normed_queries(cached, frozen, frames, chunk, device)),
-            read_ahead(stored_maps(cached, frames, chunk, device)),
+            read_ahead(expanded_maps(cached, frames, chunk, device, decoding)),
             decoding=decoding,
             label_map_KJ=label_map_KJ,
             image_hw=cached.attributes.image_hw,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cache.errors import AnnotationError
 from cache.labels.tracks import Labels
-from cache.layout import View, video_group_name
+from cache.layout import Size, View, video_group_name
 from cache.media.geometry import transform_of
 from cache.reader import ClipArrays, FeatureCache
 from train_head.data.clip_labels import read_targets, remembered_mask
@@ -74,6 +74,7 @@ class Clip:
     frames: tuple[int, ...]
     frame_queries_TLQC: Tensor  # as stored: before the detector's decoder_norm
     map_TRHW: Tensor  # as stored, in the codec's number type
+    map_hw: Size  # of the channels at pixels
     targets: ClipTargets
 
     def placed(self, copy: Copy, layers: slice) -> Clip:
@@ -152,7 +153,7 @@ class ClipDataset:
         """A clip's features and masks, of the largest frames."""
         videos = list(self._cached.values())
         queries, maps = videos[0].queries, videos[0].maps
-        largest_map = max(height * width for height, width in (video.attributes.map_hw for video in videos))
+        largest_map = max(height * width for height, width in (video.stored_hw for video in videos))
         largest_image = max(height * width for height, width in (video.attributes.image_hw for video in videos))
         query_bytes = math.prod(queries.shape[1:]) * queries.dtype.itemsize
         map_bytes = largest_map * maps.shape[1] * maps.dtype.itemsize
@@ -178,6 +179,7 @@ class ClipDataset:
             frames=frames,
             frame_queries_TLQC=torch.from_numpy(clip.frame_queries),
             map_TRHW=torch.from_numpy(clip.mask_features),
+            map_hw=cached.attributes.map_hw,
             targets=read_targets(
                 source.labels, video_id, frames, [transform_of(cached.attributes)] * len(frames), empty, remembered_mask
             ),

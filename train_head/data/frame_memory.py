@@ -63,7 +63,7 @@ class FrameMatchMemory:
         normed_TLQC = self.heads.normed(clip.frame_queries_TLQC.index_select(0, rows))
         matches_LTN = match_frames(
             self.heads.predict(normed_TLQC, self.decoding),
-            clip.map_TRHW.index_select(0, rows),
+            self.decoding.expand(clip.map_TRHW.index_select(0, rows), clip.map_hw),
             chosen,
             self.label_map_KJ,
             frame_points(clip.name, frames, self.num_points).to(device),

@@ -161,11 +161,11 @@ class CachedSource:
     def features(
         self, clips: Sequence[Clip], targets: Sequence[ClipTargets], frame_normalisers: LossNormalisers
     ) -> ClipFeatures:
-        """Normalise the stored queries; maps stay as they are stored."""
+        """Normalise the stored queries; maps stay in the codec's space, blocks of them become pixels."""
         queries_BTLQC = torch.stack([clip.frame_queries_TLQC for clip in clips])
         return ClipFeatures(
             frame_queries_LBTQC=self.heads.normed(queries_BTLQC).permute(2, 0, 1, 3, 4),
-            maps=[clip.map_TRHW for clip in clips],
+            maps=[self.decoding.expand(clip.map_TRHW, clip.map_hw) for clip in clips],
             targets=targets,
         )
 

@@ -1,7 +1,8 @@
 """Mask logits straight from the stored map, without decompressing it.
 
-Shapes: C map channels, R stored channels, E mask embedding size. A stored map z stands for the FPN map
-m = decode · z + mean; a 1×1 convolution (A, b) and an embedding e give the logit
+Shapes: T frames, C map channels, R channels of the codec's space, E mask embedding size. A map z in that space, which
+is what is stored or what stored blocks expand to, stands for the FPN map m = decode · z + mean; a 1×1 convolution
+(A, b) and an embedding e give the logit
 
     e · (A m + b) = (decodeᵀ Aᵀ e) · z + e · (A mean + b)
 """
@@ -14,21 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train_head.losses.map_planes import MapPlanes
 from train_head.products import product
 
 
 @dataclass(frozen=True, kw_only=True)
 class MapDecoding:
-    """How stored channels stand for map channels; None is the identity and zero (an uncompressed map)."""
+    """How the codec's space stands for map channels; None is the identity and zero (an uncompressed map)."""
 
     matrix_CR: Tensor | None = None
     mean_C: Tensor | None = None
+    planes: MapPlanes | None = None
+
+    def expand(self, stored_TRhw: Tensor, map_hw: tuple[int, int]) -> Tensor:
+        """What is stored -> maps (T, R, H, W) in the codec's space: float32 out of blocks, else unchanged."""
+        return stored_TRhw if self.planes is None else self.planes.expand(stored_TRhw, map_hw)
 
     def to(self, device: torch.device) -> MapDecoding:
         """Copy to a device."""
         return MapDecoding(
             matrix_CR=None if self.matrix_CR is None else self.matrix_CR.to(device),
             mean_C=None if self.mean_C is None else self.mean_C.to(device),
+            planes=None if self.planes is None else MapPlanes.on(device, self.planes.planes),
         )
 
 
