@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from train_head import products
-from train_head.products import Linear, feed_forward, linear, product
+from train_head.products import Linear, feed_forward, has_bfloat16, linear, product
 
 
 def inputs(leading: tuple[int, ...], num_inputs: int, num_outputs: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,3 +80,12 @@ def test_feed_forward_and_its_gradients(num_tokens: int) -> None:
     for one, other in zip(operands, exact, strict=True):
         assert one.grad is not None and other.grad is not None
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-3)
+
+
+def test_half_precision_is_known_to_be_emulated_or_not() -> None:
+    """Against the processor's own list: bfloat16 through oneDNN takes AVX-512."""
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    if platform.machine() != "x86_64" or "avx_ne_convert" in flags:
+        pytest.skip("the words are those of x86 processors of 2017 to 2024")
+    assert has_bfloat16(torch.device("cpu")) == ({"avx512bw", "avx512vl", "avx512dq"} <= flags)
+    assert has_bfloat16(torch.device("cuda"))

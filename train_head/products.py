@@ -20,9 +20,15 @@ _AVAILABLE: bool = torch.backends.mkldnn.is_available() and hasattr(  # type: ig
     torch.ops.mkldnn,
     "_linear_pointwise",  # not part of PyTorch's public interface
 )
+_HALF_KNOWN: bool = hasattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported")  # not public either
 _CPU_INFO = Path("/proc/cpuinfo")
 _MKL_AHEAD = _CPU_INFO.is_file() and "GenuineIntel" in _CPU_INFO.read_text()
 _SMALLEST = 1 << 21  # multiplications: below this the detour costs more than it saves
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is worth anything there: a CPU without AVX-512 emulates it, 20 times slower than float32."""
+    return device.type != "cpu" or not _HALF_KNOWN or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def product(rows_SI: Tensor, weight_OI: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from train_head.data.video_sets import open_labelled_set, open_training_set
 from train_head.distributed import Group, join_group
 from train_head.heads.kinds import build_head
 from train_head.pace import Pace
+from train_head.products import has_bfloat16
 from train_head.run_folder import MetricsLog, open_run
 from train_head.step import StepLosses, TrainingStep
 from train_head.stopping import StopRequest, start_worker_server
@@ -105,6 +106,8 @@ class Trainer(Generic[AnyClip]):
         if self.device.type == "cpu":
             keep_freed_memory()
         autocast = precision_name(settings.train.precision, self.device.type) == "bfloat16"
+        if autocast and not has_bfloat16(self.device):
+            print("warning: this processor emulates bfloat16, some 20 times slower than train.precision=float32")
         self.compute = TrainingStep(settings, source, self.device, self.group, autocast)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(settings.seed)

@@ -25,6 +25,7 @@ from configs.command import device_name
 from configs.schema import Device
 from train_head.bench.problem import ITERATIONS, Problem, in_miniature, write_bench_cache
 from train_head.bench.sides import HALF, SideName, SideReport, serve
+from train_head.products import has_bfloat16
 
 _TURN_SECONDS = {"cpu": 4.0, "cuda": 1.0}
 
@@ -67,6 +68,8 @@ def bench(output: Path | None, device: Device, *, quick: bool, small: bool) -> i
     turns = 1 if small else 3 if quick else 7
     facts = {**machine(), "torch": version("torch"), "device": _device_words(name)}
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
+    if not has_bfloat16(torch.device(name)):
+        print("this processor has no bfloat16: the sides in it are left out")
     found = [compare(problem, turns) for problem in problems]
     for comparison in found:
         print(table(comparison))
@@ -89,7 +92,7 @@ def compare(problem: Problem, turns: int) -> Comparison:
         write_bench_cache(Path(folder), problem)
         ends, processes = {}, []
         for name in SideName:
-            if name in HALF and problem.device != "cpu":
+            if name in HALF and not (problem.device == "cpu" and has_bfloat16(torch.device("cpu"))):
                 continue
             ends[name], theirs = context.Pipe()
             processes.append(context.Process(target=serve, args=(name, problem, Path(folder), theirs)))
