@@ -189,6 +189,18 @@ def test_flipped_bit_in_the_data(damaged: Path, opener: Opener) -> None:
         array.read([2, 3, 4])
 
 
+@pytest.mark.parametrize("place", [0, 600_000, 1_199_999])
+def test_flipped_bit_in_any_block_of_a_large_frame(tmp_path: Path, place: int) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (2, 1, 1000, 1200), np.uint8)
+    writer = ShardWriter(tmp_path, 2, values, ("T", "R", "H", "W"))
+    writer.append(values)
+    writer.finish()
+    np.testing.assert_array_equal(open_frames(tmp_path).read([1, 0]), values[::-1])
+    flip_bit(tmp_path / "c.0.0.0.0", place)
+    with pytest.raises(CorruptData, match=r"frame 0: checksum mismatch"):
+        open_frames(tmp_path).read([1, 0])
+
+
 def test_flipped_bit_in_the_index(damaged: Path, opener: Opener) -> None:
     file = damaged / "c.1.0.0.0"
     flip_bit(file, file.stat().st_size - 20)

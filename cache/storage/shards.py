@@ -5,7 +5,7 @@ bench` measures it). The shards that this project writes have one fixed layout, 
 that land in the caller's array.
 
 A plain chunk's checksum is verified when it is first read, and again when its file has changed (inode, size or time of
-modification): a checksum costs a third of what reading from the page cache does, and bytes in memory do not rot.
+modification): bytes in memory do not rot.
 What is known of a file travels with the array to forked and spawned processes. A compressed chunk's checksum is
 verified at every reading: unpacking costs a hundred times as much.
 """
@@ -37,6 +37,8 @@ from cache.storage.shard_layout import (
     prescribed_metadata,
     shard_name,
 )
+
+_BLOCK_BYTES = 1 << 19  # a checksum then costs 2 to 7 % of reading from the page cache; a third, of whole frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +116,16 @@ class ShardedFrames:
         if not verified:
             self._check_place(frame, offset, size)
         chunk = memoryview(bytearray(size - CRC_BYTES)) if self.compressed else row
-        if not _read_fully(descriptor, chunk, offset):
-            raise self._corrupt("shard ends too early", frame)
+        checksum = 0
+        # What is to be verified is read in blocks that stay in the processor's cache until they are summed up.
+        block = len(chunk) if verified else _BLOCK_BYTES
+        for start in range(0, len(chunk), block):
+            part = chunk[start : start + block]
+            if not _read_fully(descriptor, part, offset + start):
+                raise self._corrupt("shard ends too early", frame)
+            checksum = 0 if verified else crc32c(part, checksum)
         if not verified:
-            if os.pread(descriptor, CRC_BYTES, offset + len(chunk)) != crc32c(chunk).to_bytes(CRC_BYTES, "little"):
+            if os.pread(descriptor, CRC_BYTES, offset + len(chunk)) != checksum.to_bytes(CRC_BYTES, "little"):
                 raise self._corrupt("checksum mismatch", frame)
             shard.verified.add(frame)
         if self.compressed and not decompress(chunk, row):
