@@ -21,7 +21,7 @@ from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
 from train_head.heads.contract import HeadOutputs
 from train_head.joint import LiveSource
-from train_head.losses import batch_losses, logit_visits
+from train_head.losses import batch_losses, clip_losses, logit_visits
 from train_head.losses.criterion import LossNormalisers, VitaCriterion, VitaLosses
 from train_head.losses.logit_visits import fused_visit, visit_logits
 from train_head.losses.mask_folding import MapDecoding, MaskWeights
@@ -59,7 +59,8 @@ class Step:
     def losses(self, criterion: VitaCriterion, points: Sequence[PointSource]) -> tuple[VitaLosses, list[Tensor]]:
         normalisers = LossNormalisers.of_batch(self.targets, 3, 15)
         losses = criterion(self.outputs, self.mask_weights, self.maps, self.targets, points, normalisers)
-        return losses, list(torch.autograd.grad(losses.total, self.leaves))
+        taken = [leaf for leaf in self.leaves if leaf.requires_grad]
+        return losses, list(torch.autograd.grad(losses.total, taken))
 
 
 def clip_of(generator: torch.Generator, num_objects: int, num_frames: int, hw: tuple[int, int]) -> ClipTargets:
@@ -109,6 +110,28 @@ def test_all_clips_at_once_equal_clip_by_clip(options: dict[str, Any]) -> None:
         step.losses(VitaCriterion(batched=batched, **options), random_points(len(SIZES))) for batched in (True, False)
     ]
     assert_alike(*results)
+
+
+@pytest.mark.parametrize("uncertain", [0.75, 0.0])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: next(iter(options), "plain"))
+def test_few_points_without_dense_logits(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], uncertain: float
+) -> None:
+    """Fewer points than pixels, and maps without gradients: the same as through dense logits."""
+    config = PointConfig(matching=15, loss=20, oversample=1.5, uncertain=uncertain)
+    used = []
+    real = clip_losses.frame_sums
+    monkeypatch.setattr(clip_losses, "frame_sums", lambda *given: used.append(len(given[0])) or real(*given))
+    results = []
+    for takes_gradients in (True, False):
+        step = make_step()
+        for map_TRHW in step.maps:
+            map_TRHW.requires_grad_(takes_gradients)
+        points: list[PointSource] = [RandomPoints.for_clip(config, 3, clip, CPU) for clip in range(len(SIZES))]
+        losses, gradients = step.losses(VitaCriterion(**options), points)
+        results.append((losses, gradients[: len(step.leaves) - len(step.maps)]))
+        assert bool(used) is not takes_gradients
+    assert_alike(results[1], results[0])
 
 
 def test_in_groups_and_chunks_that_fit_into_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,24 @@ D decoder layers, P points, R stored channels, K categories.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from train_head.losses.frame_sums import frame_sums
 from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.matcher import ClipMatch, assign, point_costs
-from train_head.losses.points import choose_points, sample_logits, sample_map, sample_masks, sampling_area
+from train_head.losses.points import (
+    LossPoints,
+    choose_points,
+    sample_logits,
+    sample_map,
+    sample_masks,
+    sampling_area,
+)
 from train_head.losses.problem import LossProblem, LossSums
 from train_head.losses.similarity import similarity_sum
 from train_head.losses.targets import ClipTargets
@@ -20,38 +31,97 @@ from train_head.losses.targets import ClipTargets
 
 def clip_losses(problem: LossProblem) -> LossSums:
     """Matches and sums of all clips. Raises as VitaCriterion does."""
-    matches = match_clips(problem)
-    mask_D, dice_D = _mask_losses(problem, matches)
+    matches = []
+    mask_D = dice_D = problem.mask_weights.weights_R.new_zeros(len(problem.mask_weights.weights_R))
+    for clip in _Clip.all_of(problem):
+        matches.append(_match(clip))
+        clip_mask_D, clip_dice_D = _mask_losses(clip, matches[-1])
+        mask_D, dice_D = mask_D + clip_mask_D, dice_D + clip_dice_D
     similarity = similarity_sum(problem, matches) if problem.has_similarity else None
-    return LossSums(matches=matches, mask_D=mask_D, dice_D=dice_D, similarity=similarity)
+    return LossSums(matches=tuple(matches), mask_D=mask_D, dice_D=dice_D, similarity=similarity)
+
+
+def match_clips(problem: LossProblem) -> tuple[ClipMatch, ...]:
+    """Match every clip for every layer."""
+    return tuple(_match(clip) for clip in _Clip.all_of(problem))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Clip:
+    """One clip of a problem, with its points; the layers of a clip share them.
+
+    VITA: the release draws points for every (layer, clip) problem anew.
+    """
+
+    problem: LossProblem
+    index: int
+    map_TRHW: Tensor
+    target: ClipTargets
+    area_hw: tuple[int, int]
+    matching_1P2: Tensor
+    losses: LossPoints
+    kept_TSC: list[Tensor] = field(default_factory=list)
+    """Channels at the points of the losses, if these are few, once the clip is matched."""
+
+    @classmethod
+    def all_of(cls, problem: LossProblem) -> list[_Clip]:
+        """Draw the points of all clips: those of the matching first, and none where nothing is to be matched."""
+        device, clips = problem.maps[0].device, list(zip(problem.targets, problem.points, strict=True))
+        none = torch.zeros(1, 2, device=device)
+        matching = [source.matching_points(device) if target.num_objects else none for target, source in clips]
+        losses = [source.loss_points(len(problem.maps[0]), device) for _, source in clips]
+        return [cls._of(problem, index, matching[index], losses[index]) for index in range(len(clips))]
+
+    @classmethod
+    def _of(cls, problem: LossProblem, index: int, matching_P2: Tensor, losses: LossPoints) -> _Clip:
+        map_TRHW, target = problem.maps[index], problem.targets[index]
+        return cls(
+            problem=problem,
+            index=index,
+            map_TRHW=map_TRHW,
+            target=target,
+            area_hw=sampling_area(target.image_hw, (map_TRHW.shape[2], map_TRHW.shape[3]), problem.padded_area),
+            matching_1P2=matching_P2[None],
+            losses=losses,
+        )
+
+    @property
+    def few_points(self) -> bool:
+        """Whether channels at the points of the losses cost less than dense logits, which gradients of maps need."""
+        pixels = self.map_TRHW.shape[2] * self.map_TRHW.shape[3]
+        return self.losses.points_GS2.shape[1] <= pixels and not self.map_TRHW.requires_grad
+
+    def channels(self) -> Iterator[Tensor]:
+        """T of (P, C): what the map holds at the points of the matching; in the same pass few others are kept."""
+        if not self.few_points:
+            yield from sample_map(self.map_TRHW, self.matching_1P2, self.area_hw)
+            return
+        points_T = self.matching_1P2.expand(len(self.map_TRHW), -1, -1)
+        P = points_T.shape[1]
+        both_TX2 = torch.cat([points_T, self.losses.points_GS2], dim=1)
+        for channels_XC in sample_map(self.map_TRHW, both_TX2, self.area_hw):
+            self.kept_TSC.append(channels_XC[P:])
+            yield channels_XC[:P]
 
 
 @torch.no_grad()
-def match_clips(problem: LossProblem) -> tuple[ClipMatch, ...]:
-    """Match every clip for every layer.
+def _match(clip: _Clip) -> ClipMatch:
+    """Match a clip for every layer.
 
-    Only the features are sampled, once per clip for all D·L·V queries; labels are read at the points.
-    VITA: the release draws points for every (layer, clip) problem anew; here the layers of a clip share them.
+    Only the features are sampled, once for all D·L·V queries; labels are read at the points.
     """
-    probabilities_DLBVK = problem.outputs.class_logits_DLBVK.float().softmax(dim=-1)
-    D, L, _, V, _ = probabilities_DLBVK.shape
-    stacked_DLBVR = problem.mask_weights.stacked()
-    costs = []
-    clips = zip(problem.maps, problem.targets, problem.points, strict=True)
-    for clip, (map_TRHW, target, source) in enumerate(clips):
-        if target.num_objects == 0:
-            costs.append(probabilities_DLBVK.new_empty(D, L, V, 0))
-            continue
-        area_hw = sampling_area(target.image_hw, (map_TRHW.shape[2], map_TRHW.shape[3]), problem.padded_area)
-        points_1P2 = source.matching_points(map_TRHW.device)[None]
-        channels_TPR = sample_map(map_TRHW, points_1P2, area_hw)
-        targets_NTP = _masks_at(target, points_1P2, area_hw)
-        weights_GR = stacked_DLBVR[:, :, clip].flatten(0, 2)
-        cost_GN = point_costs(weights_GR, channels_TPR, targets_NTP, problem.cost_weights, problem.logit_type)
-        class_DLVN = probabilities_DLBVK[:, :, clip][..., target.labels_N]
-        costs.append(cost_GN.view(D, L, V, -1) - problem.cost_weights.label * class_DLVN)
-    solved = assign([cost.cpu().numpy() for cost in costs])
-    return tuple(ClipMatch(query_DLM=query, object_DLM=chosen) for query, chosen in solved)
+    problem, target = clip.problem, clip.target
+    probabilities_DLVK = problem.outputs.class_logits_DLBVK[:, :, clip.index].float().softmax(dim=-1)
+    cost_DLVN = -problem.cost_weights.label * probabilities_DLVK[..., target.labels_N]
+    if target.num_objects:
+        targets_NTP = _masks_at(target, clip.matching_1P2, clip.area_hw)
+        every = problem.mask_weights
+        weights = MaskWeights(weights_R=every.weights_R[:, :, clip.index], const=every.const[:, :, clip.index])
+        weights_GC = weights.stacked().flatten(0, 2)
+        cost_GN = point_costs(weights_GC, clip.channels(), targets_NTP, problem.cost_weights, problem.logit_type)
+        cost_DLVN = cost_GN.view(cost_DLVN.shape) + cost_DLVN
+    ((query_DLM, object_DLM),) = assign([cost_DLVN.numpy()], first=clip.index)
+    return ClipMatch(query_DLM=query_DLM, object_DLM=object_DLM)
 
 
 def _masks_at(target: ClipTargets, points_1P2: Tensor, area_hw: tuple[int, int]) -> Tensor:
@@ -61,26 +131,35 @@ def _masks_at(target: ClipTargets, points_1P2: Tensor, area_hw: tuple[int, int])
     return sample_masks(masks_Ghw, every, points_1P2, area_hw).view(*target.present_NT.shape, -1)
 
 
-def _mask_losses(problem: LossProblem, matches: tuple[ClipMatch, ...]) -> tuple[Tensor, Tensor]:
-    """Sums (D) of mask cross-entropy and dice over matched queries, the only ones with a logit map."""
-    D = len(problem.mask_weights.weights_R)
-    mask_D = dice_D = problem.mask_weights.weights_R.new_zeros(D)
-    clips = zip(problem.maps, problem.targets, matches, problem.points, strict=True)
-    for clip, (map_TRHW, target, match, source) in enumerate(clips):
-        matched = _take_matched(problem.mask_weights, clip, match)
-        area_hw = sampling_area(target.image_hw, (map_TRHW.shape[2], map_TRHW.shape[3]), problem.padded_area)
-        points = source.loss_points(len(map_TRHW), map_TRHW.device)
-        parts = []
-        for frame in range(len(map_TRHW)):  # one at a time, so that little exists at once
-            logits_GHW = matched.logits(map_TRHW[frame, None])[0]
-            points_GP2 = choose_points(logits_GHW.detach(), points, frame, area_hw)
-            labels_GP = _labels_at(target, frame, match.object_DLM, points_GP2, area_hw)
-            parts.append(point_sums(sample_logits(logits_GHW, points_GP2, area_hw), labels_GP))
-        counted_TM = None if problem.absent_frames else target.present_NT[match.object_DLM.flatten()].t()
-        mask_M, dice_M = frame_means(torch.stack(parts, dim=1), counted_TM)
-        mask_D = mask_D + mask_M.view(D, -1).sum(dim=1)
-        dice_D = dice_D + dice_M.view(D, -1).sum(dim=1)
+def _mask_losses(clip: _Clip, match: ClipMatch) -> tuple[Tensor, Tensor]:
+    """Sums (D) of mask cross-entropy and dice over a clip's matched queries."""
+    matched = _take_matched(clip.problem.mask_weights, clip.index, match)
+    frames = range(len(clip.map_TRHW))  # one at a time, so that little exists at once
+    if clip.kept_TSC:
+        weights_GC, object_G = matched.stacked(), match.object_DLM.flatten()
+        parts = [_sums_at_points(clip, frame, weights_GC, object_G) for frame in frames]
+    else:
+        parts = [_sums_of_dense(clip, frame, matched, match.object_DLM) for frame in frames]
+    counted_TM = None if clip.problem.absent_frames else clip.target.present_NT[match.object_DLM.flatten()].t()
+    losses = frame_means(torch.stack(parts, dim=1), counted_TM)
+    mask_D, dice_D = (loss_M.view(len(match.query_DLM), -1).sum(dim=1) for loss_M in losses)
     return mask_D, dice_D
+
+
+def _sums_at_points(clip: _Clip, frame: int, weights_GC: Tensor, object_G: Tensor) -> Tensor:
+    """The sums (3, G) of a frame of few points."""
+    masks_Nhw = clip.target.masks_NThw[:, frame]
+    every = torch.arange(len(masks_Nhw))
+    labels_NS = sample_masks(masks_Nhw, every, clip.losses.points_GS2[frame, None], clip.area_hw)
+    return frame_sums(weights_GC, clip.kept_TSC[frame], labels_NS, object_G, clip.losses)
+
+
+def _sums_of_dense(clip: _Clip, frame: int, matched: MaskWeights, object_DLM: Tensor) -> Tensor:
+    """The sums (3, G) of a frame of many points: only matched queries ever have a logit map."""
+    logits_GHW = matched.logits(clip.map_TRHW[frame, None])[0]
+    points_GP2 = choose_points(logits_GHW.detach(), clip.losses, frame, clip.area_hw)
+    labels_GP = _labels_at(clip.target, frame, object_DLM, points_GP2, clip.area_hw)
+    return point_sums(sample_logits(logits_GHW, points_GP2, clip.area_hw), labels_GP)
 
 
 def _take_matched(mask_weights: MaskWeights, clip: int, match: ClipMatch) -> MaskWeights:

@@ -101,14 +101,14 @@ def _sum_of_logs(values_GP: Tensor) -> Tensor:
     return products_GF.log_().sum(dim=1) + values_GP[:, whole:].log().sum(dim=1)
 
 
-def assign(costs: Sequence[NDArray[Any]]) -> list[tuple[Tensor, Tensor]]:
+def assign(costs: Sequence[NDArray[Any]], first: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Solve stacks of assignment problems (..., V, N).
 
     Returns per stack the matched rows and columns, the latter ascending: both (..., min(V, N)), on the host.
-    Raises FloatingPointError where a cost is not finite (the index says which stack, that is which clip).
+    Raises FloatingPointError where a cost is not finite; it says which stack, that is which clip, from `first` on.
     """
     solved = []
-    for index, cost in enumerate(costs):
+    for index, cost in enumerate(costs, first):
         V, N = cost.shape[-2:]
         if not np.isfinite(cost).all():
             raise FloatingPointError(f"matching costs of clip {index} of the batch are not finite")
