@@ -37,6 +37,7 @@ def clip_losses(problem: LossProblem) -> LossSums:
         matches.append(_match(clip))
         clip_mask_D, clip_dice_D = _mask_losses(clip, matches[-1])
         mask_D, dice_D = mask_D + clip_mask_D, dice_D + clip_dice_D
+        clip.kept_TSC.clear()  # some 40 MB of every clip at real size
     similarity = similarity_sum(problem, matches) if problem.has_similarity else None
     return LossSums(matches=tuple(matches), mask_D=mask_D, dice_D=dice_D, similarity=similarity)
 
@@ -120,7 +121,7 @@ def _match(clip: _Clip) -> ClipMatch:
         weights_GC = weights.stacked().flatten(0, 2)
         cost_GN = point_costs(weights_GC, clip.channels(), targets_NTP, problem.cost_weights, problem.logit_type)
         cost_DLVN = cost_GN.view(cost_DLVN.shape) + cost_DLVN
-    ((query_DLM, object_DLM),) = assign([cost_DLVN.numpy()], first=clip.index)
+    ((query_DLM, object_DLM),) = assign([cost_DLVN.cpu().numpy()], first=clip.index)
     return ClipMatch(query_DLM=query_DLM, object_DLM=object_DLM)
 
 
