@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from train_head.losses.clip_group import ClipGroup, filled
-from train_head.losses.clip_losses import frame_means, point_sums
+from train_head.losses.clip_losses import frame_means
+from train_head.losses.frame_sums import point_sums
 from train_head.losses.host_copies import HostCopy, send
 from train_head.losses.logit_visits import Visit, visit_on
 from train_head.losses.matcher import ClipMatch, CostWeights, assign, costs_of_sums

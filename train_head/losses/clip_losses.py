@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from train_head.losses.frame_sums import frame_sums
+from train_head.losses.frame_sums import frame_sums, point_sums
 from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.matcher import ClipMatch, assign, point_costs
 from train_head.losses.points import (
@@ -183,15 +182,6 @@ def _labels_at(
     points_SP2 = points_GP2.view(layers, len(objects), P, 2).transpose(0, 1).reshape(len(objects), layers * P, 2)
     labels_SP = sample_masks(target.masks_NThw[:, frame], objects, points_SP2, area_hw)
     return labels_SP.view(len(objects), layers, P).transpose(0, 1).reshape(num_matched, P)
-
-
-def point_sums(logits_GP: Tensor, labels_GP: Tensor) -> Tensor:
-    """What the losses need of the points (..., P) of every map: mean cross-entropy, overlap and area, (3, ...)."""
-    mask_G = F.binary_cross_entropy_with_logits(logits_GP, labels_GP, reduction="none").mean(dim=-1)
-    probability_GP = logits_GP.sigmoid()
-    overlap_G = (probability_GP * labels_GP).sum(dim=-1)
-    area_G = probability_GP.sum(dim=-1) + labels_GP.sum(dim=-1)
-    return torch.stack([mask_G, overlap_G, area_G])
 
 
 def frame_means(sums_3TM: Tensor, counted_TM: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train_head.losses.points import LossPoints, nearest_to_zero
+from train_head.losses.points import LossPoints, smallest
 from train_head.products import product
+
+
+def point_sums(logits_GP: Tensor, labels_GP: Tensor) -> Tensor:
+    """What the losses need of the points (..., P) of every map: mean cross-entropy, overlap and area, (3, ...)."""
+    mask_G = F.binary_cross_entropy_with_logits(logits_GP, labels_GP, reduction="none").mean(dim=-1)
+    probability_GP = logits_GP.sigmoid()
+    overlap_G = (probability_GP * labels_GP).sum(dim=-1)
+    area_G = probability_GP.sum(dim=-1) + labels_GP.sum(dim=-1)
+    return torch.stack([mask_G, overlap_G, area_G])
 
 
 def frame_sums(
@@ -38,14 +47,12 @@ class _FrameSums(torch.autograd.Function):
         logits_GP, labels_GP = logits_GS.gather(1, chosen_GP), labels_NS[object_G].gather(1, chosen_GP)
         probability_GP = logits_GP.sigmoid()
         slope_GP = probability_GP * (1 - probability_GP)
-        # How each of the three sums below changes with a point's logit.
+        # How each of the three sums changes with a point's logit.
         changes_3GP = torch.stack([(probability_GP - labels_GP) / chosen_GP.shape[1], slope_GP * labels_GP, slope_GP])
         changes_3GS = logits_GS.new_zeros(3, *logits_GS.shape)
         changes_3GS.scatter_(2, chosen_GP.expand(3, -1, -1), changes_3GP)
         ctx.save_for_backward(torch.unflatten(product(changes_3GS.flatten(0, 1), channels_SC.t()), 0, (3, -1)))
-        mask_G = F.binary_cross_entropy_with_logits(logits_GP, labels_GP, reduction="none").mean(dim=1)
-        overlap_G = (probability_GP * labels_GP).sum(dim=1)
-        return torch.stack([mask_G, overlap_G, probability_GP.sum(dim=1) + labels_GP.sum(dim=1)])
+        return point_sums(logits_GP, labels_GP)
 
     @staticmethod
     def backward(ctx: Any, gradient_3G: Tensor) -> tuple[Tensor | None, ...]:
@@ -59,4 +66,4 @@ def _choose(logits_GS: Tensor, points: LossPoints) -> Tensor:
     fresh_GF = fresh_F.expand(len(logits_GS), -1)
     if points.keep == 0:
         return fresh_GF
-    return torch.cat([nearest_to_zero(logits_GS[:, : points.num_candidates], points.keep), fresh_GF], dim=1)
+    return torch.cat([smallest(logits_GS[:, : points.num_candidates].abs(), points.keep), fresh_GF], dim=1)

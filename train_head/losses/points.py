@@ -206,16 +206,16 @@ def keep_uncertain(
 
     Candidates and fresh points are each map's own, (G, S, 2) and (G, F, 2), or the same for all: (1, S, 2).
     """
-    nearest_GK = nearest_to_zero(sample_logits(logits_GHW, candidates, area_hw), keep)
+    nearest_GK = smallest(sample_logits(logits_GHW, candidates, area_hw).abs_(), keep)
     own, S, _ = candidates.shape
     first_row = torch.arange(own, device=nearest_GK.device)[:, None] * S
     chosen = candidates.flatten(0, 1).index_select(0, (nearest_GK + first_row).flatten())
     return torch.cat([chosen.view(-1, keep, 2), fresh.expand(len(logits_GHW), -1, -1)], dim=1)
 
 
-def nearest_to_zero(logits_GS: Tensor, keep: int) -> Tensor:
-    """Where the `keep` logits of each row that are nearest to zero are, in any order: (G, keep).
+def smallest(values_GS: Tensor, keep: int) -> Tensor:
+    """Where the `keep` smallest values of each row are, in any order: (G, keep).
 
     NumPy's vectorised selection is 6 times faster than torch's on CPU.
     """
-    return torch.from_numpy(np.argpartition(logits_GS.abs().numpy(), keep - 1, axis=1)[:, :keep])
+    return torch.from_numpy(np.argpartition(values_GS.numpy(), keep - 1, axis=1)[:, :keep])
