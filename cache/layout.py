@@ -25,6 +25,7 @@ METADATA = "zarr.json"
 DETECTOR, CODEC, VIDEOS, ANNOTATIONS = "detector", "codec", "videos", "annotations.json"
 CARD = "README.md"  # for people; no reader looks at it
 FRAME_QUERIES, MASK_FEATURES = "frame_queries", "mask_features"
+CHECKSUMS = "content_crc32c"  # attribute of a video: what all elements of each field add up to
 AXES = {FRAME_QUERIES: ("T", "L", "Q", "C"), MASK_FEATURES: ("T", "R", "H", "W")}
 FRAMES_PER_SHARD = 64
 STRIDE = 4

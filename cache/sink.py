@@ -63,12 +63,16 @@ class VideoSink:
             writer.append(frames)
         self._num_appended += len(queries)
 
-    def finish(self) -> None:
-        """Write the rest. Raises CacheError where fewer frames arrived than were declared."""
+    def finish(self) -> dict[str, int]:
+        """Write the rest; returns the checksum of each field's elements.
+
+        Raises CacheError where fewer frames arrived than were declared.
+        """
         if self._num_appended != self._attributes.num_frames:
             raise self._error("frames are missing", self._attributes.num_frames, self._num_appended)
         for writer in self._writers or ():
             writer.finish()
+        return {field: writer.checksum for field, writer in zip(AXES, self._writers or (), strict=True)}
 
     def close(self) -> None:
         """Let go of the files, finished or not."""

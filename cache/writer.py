@@ -19,6 +19,7 @@ from cache.heads import DetectorHeads
 from cache.layout import (
     ANNOTATIONS,
     CARD,
+    CHECKSUMS,
     CODEC,
     DETECTOR,
     FORMAT_NAME,
@@ -147,10 +148,11 @@ class CacheWriter:
             sink = VideoSink(folder, attributes, self.codec, self.fingerprint.num_layers)
             try:
                 yield sink
-                sink.finish()
+                checksums = sink.finish()
             finally:
                 sink.close()
             sync_tree(folder)
+            stored[CHECKSUMS] = checksums
             write_file_atomically(folder / METADATA, group_metadata({"complete": True, **stored}))
             sync_to_disk(folder.parent)
 

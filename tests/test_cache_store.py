@@ -23,6 +23,7 @@ from cache.errors import CacheError, CorruptData, FormatVersionError, Incomplete
 from cache.layout import VideoAttributes, View, crop_map, video_group_name
 from cache.preload import available_bytes, held_bytes, require_memory
 from cache.reader import FeatureCache
+from cache.storage.shard_layout import crc32c
 from cache.storage.shard_writer import ShardWriter
 from cache.upkeep.verification import verify_root
 from cache.writer import CacheWriter
@@ -33,6 +34,7 @@ from tests.cache_samples import (
     VIDEOS,
     attributes_of,
     files_below,
+    fitted_codec,
     flip_bit,
     labels_of,
     open_writer,
@@ -467,11 +469,19 @@ def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
 
 
+def exchange_shard(path: Path) -> None:
+    """A sound shard of another extraction, as an interrupted copy leaves it."""
+    write_video(open_writer(path.parent / "other"), "1", 5, seed=1)
+    shutil.copy(path.parent / "other/videos/1/mask_features/c.0.0.0.0", path / "videos/1/mask_features")
+
+
 @pytest.mark.parametrize(
     ("spoil", "rules"),
     [
         (spoil_frame, ["mask_features"]),
         (spoil_bit, ["frame_queries"]),
+        (exchange_shard, ["mask_features"]),
+        (lambda path: spoil_attribute(path, "content_crc32c", 7), ["frame_queries", "mask_features"]),
         (spoil_marker, ["complete"]),
         (lambda path: (path / "videos/1/mask_features/c.0.0.0.0").unlink(), ["mask_features"]),
         (lambda path: (path / "detector/class_embed.bias/c.0").unlink(), ["detector"]),
@@ -501,6 +511,18 @@ def test_verify_finds_every_defect(
     assert main(["verify", str(path), "--json"]) == 1
     findings = json.loads(capsys.readouterr().out)["findings"]
     assert [finding["rule"] for finding in findings] == rules
+
+
+def test_checksums_are_those_of_the_format(path: Path) -> None:
+    """Worked out from FORMAT.md's words, over several shards, plain and compressed; absent ones are no defect."""
+    write_video(open_writer(path, codec=fitted_codec("logit")), "1", 70)
+    video = FeatureCache.open(path).video("1")
+    stored = json.loads((path / "videos/1/zarr.json").read_text())["attributes"]["content_crc32c"]
+    for field, values in (("frame_queries", video.frame_queries()), ("mask_features", video.mask_features())):
+        frames = [crc32c(np.frombuffer(frame.tobytes(), np.uint8)) for frame in values]
+        assert stored[field] == crc32c(np.array(frames, "<u4").view(np.uint8))
+    spoil_attribute(path, "content_crc32c", None)
+    assert main(["verify", str(path)]) == 0
 
 
 def test_a_codec_for_other_channels_than_the_heads_is_found(path: Path) -> None:

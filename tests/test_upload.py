@@ -190,9 +190,9 @@ def test_the_command_uploads_and_stages(address: str, tmp_path: Path) -> None:
 # What has changed
 
 
-def write_folder(path: Path, lengths: dict[int, int], seed: int = 0, prefix: str = "") -> Path:
-    """Write what is missing, with a codec whose shards' sizes depend on the features."""
-    writer = open_writer(path, labels_of(lengths, prefix), codec=fitted_codec("logit"))
+def write_folder(path: Path, lengths: dict[int, int], seed: int = 0, prefix: str = "", codec: str = "logit") -> Path:
+    """Write what is missing, with a codec whose shards' sizes depend on the features or, float16, do not."""
+    writer = open_writer(path, labels_of(lengths, prefix), codec=fitted_codec(codec))
     for name in writer.pending([str(video) for video in lengths]):
         write_video(writer, name, lengths[int(name)], seed=seed + int(name))
     return path
@@ -243,13 +243,14 @@ def test_a_video_that_shows_other_frames_is_replaced(
     assert uploaded_files(address) == files_below(folder), "shards of the longer video are left over, or others missing"
 
 
+@pytest.mark.parametrize("codec", ["logit", "float16"])
 def test_a_video_of_other_bytes_is_replaced_and_no_other_is_sent_again(
-    address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    codec: str, address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_folder(tmp_path / "a", LENGTHS)
+    folder = write_folder(tmp_path / "a", LENGTHS, codec=codec)
     upload(folder, address)
     shutil.rmtree(folder / "videos/1")
-    write_folder(folder, LENGTHS, seed=98)
+    write_folder(folder, LENGTHS, seed=98, codec=codec)
     sent: list[str] = []
     original = RemoteStore.put
     monkeypatch.setattr(RemoteStore, "put", lambda self, name, file: (sent.append(name), original(self, name, file)))

@@ -26,6 +26,11 @@ crc32c = crc32.iscsi
 """Checksum of a buffer, optionally continued from the checksum of what came before it."""
 
 
+def joint_checksum(frame_checksum: int, before: int) -> int:
+    """The checksum of a field up to and with a frame: over the CRC-32C of every frame's elements."""
+    return crc32c(frame_checksum.to_bytes(CRC_BYTES, "little"), before)
+
+
 def index_bytes(frames_per_shard: int) -> int:
     """Size of a shard's index with its checksum."""
     return ENTRY_BYTES * frames_per_shard + CRC_BYTES

@@ -20,7 +20,14 @@ from zarr.codecs import BytesCodec, Crc32cCodec
 
 from cache.layout import FRAMES_PER_SHARD, METADATA, fill_value
 from cache.storage.compression import compress
-from cache.storage.shard_layout import CRC_BYTES, array_metadata, crc32c, encode_index, shard_name
+from cache.storage.shard_layout import (
+    CRC_BYTES,
+    array_metadata,
+    crc32c,
+    encode_index,
+    joint_checksum,
+    shard_name,
+)
 
 
 class ShardWriter:
@@ -41,6 +48,8 @@ class ShardWriter:
         self._folder, self._num_axes = folder, len(shape)
         self._frames_per_shard = min(FRAMES_PER_SHARD, num_frames)
         self._num_shards, self._compressed, self._map = 0, compressed, pool.map if pool else map
+        self.checksum = 0
+        """Of all elements written so far; see `joint_checksum`."""
         self._file: IO[bytes] | None = None
         self._entries: list[tuple[int, int]] = []
         document = array_metadata(shape, example.dtype, self._frames_per_shard, axes, compressed=compressed)
@@ -49,14 +58,17 @@ class ShardWriter:
 
     def append(self, frames: NDArray[Any]) -> None:
         """Write the next frames, of the example's shape and dtype."""
-        plain = (np.ascontiguousarray(frame).reshape(-1).view(np.uint8).data for frame in frames)
-        for content in self._map(compress, frames) if self._compressed else plain:
+        plain = [np.ascontiguousarray(frame).reshape(-1).view(np.uint8).data for frame in frames]
+        packed = self._map(compress, frames) if self._compressed else plain
+        for elements, content in zip(plain, packed, strict=True):
+            checksum = crc32c(content)
+            self.checksum = joint_checksum(crc32c(elements) if self._compressed else checksum, self.checksum)
             if self._file is None:
                 self._file = (self._folder / shard_name(self._num_shards, self._num_axes)).open("wb")
                 self._num_shards += 1
             self._entries.append((self._file.tell(), len(content) + CRC_BYTES))
             self._file.write(content)
-            self._file.write(crc32c(content).to_bytes(CRC_BYTES, "little"))
+            self._file.write(checksum.to_bytes(CRC_BYTES, "little"))
             if len(self._entries) == self._frames_per_shard:
                 self.finish()
 

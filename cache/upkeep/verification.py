@@ -12,8 +12,9 @@ import numpy as np
 from cache.codecs import codec_identity
 from cache.errors import CorruptData, VitaCacheError, shown, some
 from cache.labels.annotations import parse_labels
-from cache.layout import ANNOTATIONS, AXES, FRAME_QUERIES, MASK_FEATURES, shard_ranges
+from cache.layout import ANNOTATIONS, AXES, CHECKSUMS, FRAME_QUERIES, MASK_FEATURES, VIDEOS, shard_ranges
 from cache.reader import CachedVideo, FeatureCache
+from cache.storage.shard_layout import crc32c, joint_checksum
 from cache.writer import video_sources
 
 
@@ -141,12 +142,19 @@ def _defect(feature_cache: FeatureCache, video: CachedVideo, field: str) -> str 
         stored = array.shape[AXES[field].index(axis)]
         if stored != size:
             return f"{stored} instead of {size} on the axis {axis}, by fingerprint, heads and codec"
+    checksum = 0
     for frames in shard_ranges(video.attributes.num_frames):
         block = array.read(frames)
         finite = np.isfinite(block).all(axis=(1, 2, 3))
         if not finite.all():
             return f"frame {frames[int(np.argmin(finite))]} is not finite"
-    return None
+        for frame in block:
+            checksum = joint_checksum(crc32c(frame.reshape(-1).view(np.uint8).data), checksum)
+    # Caches of earlier versions do not know theirs.
+    stored = (video.store.attributes(f"{VIDEOS}/{video.name}") or {}).get(CHECKSUMS)
+    if stored is None or (isinstance(stored, Mapping) and stored.get(field) == checksum):
+        return None
+    return f"sound frames, but others than were extracted: the attribute {CHECKSUMS} does not fit them"
 
 
 def _expected_sizes(feature_cache: FeatureCache, field: str) -> dict[str, int]:
