@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from cache.errors import ConfigError
 from configs.load import load_settings
 from configs.schema import Settings
 from tests.conftest import tiny_settings
+from train_head import products
 from train_head.bench.problem import Problem, in_miniature, write_bench_cache
 from train_head.bench.sides import Dense, Ours
 from train_head.bench.sustained import sustain
@@ -24,8 +26,10 @@ from train_head.build import point_config
 from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
+from train_head.heads import attention
 from train_head.heads.layers import MultiheadAttention
 from train_head.losses.points import RandomPoints, choose_points
+from train_head.products import product
 from train_head.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -147,9 +151,14 @@ def test_the_pace_counts_waiting_within_the_step(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.03), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("num_keys", [40, 1 << 17])
-def test_attention_on_both_sides_of_its_limit(num_keys: int, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize(("num_keys", "mkl_ahead"), [(40, False), (1 << 17, False), (1 << 17, True)])
+def test_every_path_of_attention(
+    num_keys: int, mkl_ahead: bool, dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against softmax(q·kᵀ/√D)·v in float64; bfloat16 keeps 8 bits."""
+    monkeypatch.setattr(products, "_MKL_AHEAD", mkl_ahead)
+    taken: list[Tensor] = []
+    monkeypatch.setattr(attention, "product", lambda *operands: (taken.append(operands[0]), product(*operands))[1])
     generator = torch.Generator().manual_seed(0)
     shapes = (1, 24, 64), (1, num_keys, 64), (1, num_keys, 64)
     tokens = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
@@ -159,11 +168,14 @@ def test_attention_on_both_sides_of_its_limit(num_keys: int, dtype: torch.dtype,
     expected = (torch.softmax(query @ key.mT / 8**0.5, dim=-1) @ value).transpose(1, 2).flatten(2)
     attended = MultiheadAttention(64, 8).attend(*tested)
     torch.testing.assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance)
-    expected.sum().backward()
-    attended.sum().backward()
+    gradient = torch.randn(expected.shape, generator=generator)
+    expected.backward(gradient.double())
+    attended.backward(gradient.to(dtype))
     for ours, theirs in zip(tested, exact, strict=True):
         assert ours.grad is not None and theirs.grad is not None
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=2 * tolerance, atol=tolerance)
+    head_by_head = dtype == torch.float32 and num_keys > 40 and not mkl_ahead
+    assert bool(taken) == head_by_head
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep what they like")

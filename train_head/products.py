@@ -31,6 +31,11 @@ def has_bfloat16(device: torch.device) -> bool:
     return device.type != "cpu" or not _HALF_KNOWN or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+def beats_matmul(rows_SI: Tensor, weight_OI: Tensor) -> bool:
+    """Whether `product` is faster here than what PyTorch's own operations multiply with."""
+    return not _MKL_AHEAD and _worthwhile(rows_SI, weight_OI)
+
+
 def product(rows_SI: Tensor, weight_OI: Tensor) -> Tensor:
     """Return rows · weightᵀ (S, O), on the fastest path that there is; not differentiable on CPU."""
     if _worthwhile(rows_SI, weight_OI):

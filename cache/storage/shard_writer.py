@@ -9,6 +9,7 @@ video that holds one is committed.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import IO, Any
@@ -59,7 +60,7 @@ class ShardWriter:
     def append(self, frames: NDArray[Any]) -> None:
         """Write the next frames, of the example's shape and dtype."""
         plain = [np.ascontiguousarray(frame).reshape(-1).view(np.uint8).data for frame in frames]
-        packed = self._map(compress, frames) if self._compressed else plain
+        packed: Iterable[bytes | memoryview] = self._map(compress, frames) if self._compressed else plain
         for elements, content in zip(plain, packed, strict=True):
             checksum = crc32c(content)
             self.checksum = joint_checksum(crc32c(elements) if self._compressed else checksum, self.checksum)

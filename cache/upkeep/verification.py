@@ -151,8 +151,8 @@ def _defect(feature_cache: FeatureCache, video: CachedVideo, field: str) -> str 
         for frame in block:
             checksum = joint_checksum(crc32c(frame.reshape(-1).view(np.uint8).data), checksum)
     # Caches of earlier versions do not know theirs.
-    stored = (video.store.attributes(f"{VIDEOS}/{video.name}") or {}).get(CHECKSUMS)
-    if stored is None or (isinstance(stored, Mapping) and stored.get(field) == checksum):
+    noted = (video.store.attributes(f"{VIDEOS}/{video.name}") or {}).get(CHECKSUMS)
+    if noted is None or (isinstance(noted, Mapping) and noted.get(field) == checksum):
         return None
     return f"sound frames, but others than were extracted: the attribute {CHECKSUMS} does not fit them"
 

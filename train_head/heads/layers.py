@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from train_head.heads.attention import attend_heads
 from train_head.products import Linear, feed_forward, linear
-
-# Up to so many attention weights on CPU, plain products are faster than PyTorch's fused attention, which knows no
-# fast ones in bfloat16 (its backward takes 3 times as long) and gains nothing on small problems.
-_PLAIN_ATTENTION = {torch.bfloat16: 1 << 24, torch.float32: 1 << 20}
 
 
 class MultiheadAttention(nn.Module):
@@ -51,17 +48,7 @@ class MultiheadAttention(nn.Module):
             torch.unflatten(tokens, -1, (self.num_heads, -1)).transpose(1, 2)
             for tokens in (query_NSC, key_NMC, value_NMC)
         )
-        return _attention(query, key, value).transpose(1, 2).flatten(2)
-
-
-def _attention(query_NHSD: Tensor, key_NHMD: Tensor, value_NHMD: Tensor) -> Tensor:
-    """Scaled dot-product attention of H heads: (N, H, S, D)."""
-    N, H, S, D = query_NHSD.shape
-    num_weights = N * H * S * key_NHMD.shape[2]
-    if query_NHSD.device.type == "cpu" and num_weights <= _PLAIN_ATTENTION.get(query_NHSD.dtype, 0):
-        weights_NHSM = torch.softmax(query_NHSD * D**-0.5 @ key_NHMD.transpose(2, 3), dim=-1)
-        return weights_NHSM @ value_NHMD
-    return F.scaled_dot_product_attention(query_NHSD, key_NHMD, value_NHMD)
+        return attend_heads(query, key, value).transpose(1, 2).flatten(2)
 
 
 class SelfAttentionLayer(nn.Module):
