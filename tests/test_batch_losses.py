@@ -120,8 +120,8 @@ def test_few_points_without_dense_logits(
     """Fewer points than pixels, and maps without gradients: the same as through dense logits."""
     config = PointConfig(matching=15, loss=20, oversample=1.5, uncertain=uncertain)
     used = []
-    real = clip_losses.frame_sums
-    monkeypatch.setattr(clip_losses, "frame_sums", lambda *given: used.append(len(given[0])) or real(*given))
+    real = clip_losses.few_point_sums
+    monkeypatch.setattr(clip_losses, "few_point_sums", lambda *given: used.append(len(given[0])) or real(*given))
     results = []
     for takes_gradients in (True, False):
         step = make_step()

@@ -25,7 +25,7 @@ from extract.detector.frozen import load_detector
 from extract.frames import FrameFile
 from extract.stage import extract
 from tests.conftest import tiny_settings
-from tests.test_points import GOLDEN
+from tests.test_points import assert_uncertain_points
 from tests.train_until import before_step, interrupt
 from train_head.bench.problem import FixedPoints
 from train_head.data.clip_loader import Slots
@@ -33,9 +33,8 @@ from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_evaluation_set, open_training_set
 from train_head.joint import finetune
-from train_head.losses.batch_losses import choose_uncertain
 from train_head.losses.logit_visits import fused_visit, visit_logits
-from train_head.losses.points import PointConfig, RandomPoints, sample_logits
+from train_head.losses.points import PointConfig, RandomPoints
 from train_head.run_folder import open_run, read_metrics_log
 from train_head.step import StepLosses
 from train_head.trainer import Trainer, train
@@ -171,15 +170,7 @@ def test_the_visit_of_the_logits_is_compiled(logit_type: torch.dtype) -> None:
 
 
 def test_uncertain_points() -> None:
-    golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "uncertain_points.npz").items()}
-    area_hw = (4 * golden["logits"].shape[-2], 4 * golden["logits"].shape[-1])
-    inputs = golden["logits"][:, 0], golden["rand_first"], golden["rand_second"]
-    logits_GHW, candidates_GS2, fresh_GF2 = (tensor.to("cuda") for tensor in inputs)
-    points_GS2 = torch.cat([candidates_GS2, fresh_GF2], dim=1)
-    index_GP = choose_uncertain(sample_logits(logits_GHW, points_GS2, area_hw), candidates_GS2.shape[1], keep=84)
-    chosen = points_GS2.gather(1, index_GP[..., None].expand(-1, -1, 2)).cpu()
-    for ours, theirs in zip(chosen, golden["point_coords"], strict=True):
-        assert sorted(ours.tolist()) == sorted(theirs.tolist())
+    assert_uncertain_points(torch.device("cuda"))
 
 
 def test_random_points_depend_on_seed_and_clip_only() -> None:

@@ -3,46 +3,59 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from tests.test_head_parity import GOLDEN
-from train_head.losses.batch_losses import choose_uncertain
+from train_head.losses.frame_sums import many_point_sums, point_sums
+from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.points import (
+    LossPoints,
     PointConfig,
     RandomPoints,
-    choose_points,
-    keep_uncertain,
-    sample_logits,
+    choose_uncertain,
     sample_map,
     sample_masks,
 )
 
 
-def test_uncertain_points() -> None:
+def sample_logits(logits_GHW: Tensor, points_GP2: Tensor, area_hw: tuple[int, int]) -> Tensor:
+    """By PyTorch's own sampling, each map at its own points: (G, P)."""
+    H, W = logits_GHW.shape[-2:]
+    scale = torch.tensor((area_hw[1] / (4 * W), area_hw[0] / (4 * H)), device=points_GP2.device)
+    grid = points_GP2[:, None] * scale * 2 - 1
+    return F.grid_sample(logits_GHW[:, None], grid, align_corners=False)[:, 0, 0]
+
+
+def assert_uncertain_points(device: torch.device) -> None:
+    """PointRend's choice, from candidates that are each mask's own."""
     golden = {name: torch.from_numpy(value) for name, value in np.load(GOLDEN / "uncertain_points.npz").items()}
-    H, W = golden["logits"].shape[-2:]
-    chosen = keep_uncertain(
-        golden["logits"][:, 0], golden["rand_first"], golden["rand_second"], (4 * H, 4 * W), keep=84
-    )
-    points_GS2 = torch.cat([golden["rand_first"], golden["rand_second"]], dim=1)
-    logits_GS = sample_logits(golden["logits"][:, 0], points_GS2, (4 * H, 4 * W))
+    area_hw = (4 * golden["logits"].shape[-2], 4 * golden["logits"].shape[-1])
+    points_GS2 = torch.cat([golden["rand_first"], golden["rand_second"]], dim=1).to(device)
+    logits_GS = sample_logits(golden["logits"][:, 0].to(device), points_GS2, area_hw)
     index_GP = choose_uncertain(logits_GS, golden["rand_first"].shape[1], keep=84)
-    for points in (chosen, points_GS2.gather(1, index_GP[..., None].expand(-1, -1, 2))):
-        assert torch.equal(points[:, 84:], golden["point_coords"][:, 84:])
-        for ours, theirs in zip(points, golden["point_coords"], strict=True):
-            assert sorted(ours.tolist()) == sorted(theirs.tolist())
+    points = points_GS2.gather(1, index_GP[..., None].expand(-1, -1, 2)).cpu()
+    assert torch.equal(points[:, 84:], golden["point_coords"][:, 84:])
+    for ours, theirs in zip(points, golden["point_coords"], strict=True):
+        assert sorted(ours.tolist()) == sorted(theirs.tolist())
+
+
+def test_uncertain_points() -> None:
+    assert_uncertain_points(torch.device("cpu"))
 
 
 def test_random_points_depend_on_seed_and_clip_only() -> None:
     config = PointConfig(matching=9, loss=8)
-    logits = torch.zeros(2, 4, 4)
-    first, again, other = (RandomPoints.for_clip(config, 3, s, torch.device("cpu")) for s in (7, 7, 8))
-    drawn = first.matching_points(logits.device)
-    assert drawn.shape == (9, 2) and torch.equal(drawn, again.matching_points(logits.device))
-    chosen = [choose_points(logits, source.loss_points(2, logits.device), 1, (16, 16)) for source in (first, again)]
-    assert chosen[0].shape == (2, 8, 2) and torch.equal(*chosen)
-    assert not torch.equal(drawn, other.matching_points(logits.device))
+    device = torch.device("cpu")
+    first, again, other = (RandomPoints.for_clip(config, 3, s, device) for s in (7, 7, 8))
+    drawn = first.matching_points(device)
+    assert drawn.shape == (9, 2) and torch.equal(drawn, again.matching_points(device))
+    points = [source.loss_points(2, device) for source in (first, again)]
+    assert points[0].points_GS2.shape == (2, 24 + 2, 2) and torch.equal(points[0].points_GS2, points[1].points_GS2)
+    assert (points[0].num_candidates, points[0].keep) == (24, 6)
+    assert not torch.equal(drawn, other.matching_points(device))
 
 
 def test_points_of_maps_and_masks_equal_dense_sampling() -> None:
@@ -60,3 +73,31 @@ def test_points_of_maps_and_masks_equal_dense_sampling() -> None:
     expected_SP = F.grid_sample(padded, grid, align_corners=False)[:, 0, 0]
     actual_SP = sample_masks(masks_Ghw, torch.tensor([2, 3]), points_TP2, (21, 30))
     torch.testing.assert_close(actual_SP, expected_SP, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("area_hw", "keep"), [((28, 32), 0), ((28, 32), 12), ((21, 30), 12), ((40, 44), 0)])
+def test_sums_through_dense_logits(area_hw: tuple[int, int], keep: int) -> None:
+    """Against grid_sample and autograd in float64: sums, and gradients of weights and of the map.
+
+    The area is the map, less (an image on a padded canvas), or more (where logits are 0, and choosing is arbitrary).
+    """
+    generator = torch.Generator().manual_seed(3)
+    exact = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (5,), (3, 7, 8))]
+    ours = [tensor.float().requires_grad_() for tensor in exact]
+    weights_GR, const_G, map_RHW = (tensor.requires_grad_() for tensor in exact)
+    points = LossPoints(points_GS2=torch.rand(2, 90, 2, generator=generator), num_candidates=60, keep=keep)
+    labels_NS, object_G = torch.rand(3, 90, generator=generator), torch.tensor([2, 0, 0, 1, 2])
+    logits_GHW = torch.einsum("gr,rhw->ghw", weights_GR, map_RHW) + const_G[:, None, None]
+    logits_GS = sample_logits(logits_GHW, points.points_GS2[1, None].double().expand(5, -1, -1), area_hw)
+    kept_GK = logits_GS[:, :60].abs().argsort(dim=1)[:, :keep]
+    index_GP = torch.cat([kept_GK, torch.arange(60, 90).expand(5, -1)], dim=1)
+    expected_3G = point_sums(logits_GS.gather(1, index_GP), labels_NS.double()[object_G].gather(1, index_GP))
+    folded = MaskWeights(weights_R=ours[0], const=ours[1])
+    sums_3G = many_point_sums(folded, ours[2], labels_NS, object_G, points, 1, area_hw)
+    torch.testing.assert_close(sums_3G.double(), expected_3G, rtol=1e-5, atol=1e-5)
+    gradient_3G = torch.randn(3, 5, generator=generator, dtype=torch.float64)
+    expected_3G.backward(gradient_3G)
+    sums_3G.backward(gradient_3G.float())
+    for one, other in zip(ours, exact, strict=True):
+        assert one.grad is not None and other.grad is not None
+        torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)

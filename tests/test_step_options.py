@@ -28,7 +28,7 @@ from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
 from train_head.heads import attention
 from train_head.heads.layers import MultiheadAttention
-from train_head.losses.points import RandomPoints, choose_points
+from train_head.losses.points import RandomPoints, choose_uncertain
 from train_head.products import product
 from train_head.trainer import Trainer
 
@@ -39,12 +39,11 @@ def test_matching_points_and_oversampling_are_settings_of_their_own() -> None:
     loss = load_settings("demo", ["loss.num_points=100", "loss.matching_points=30", "loss.oversample=1.5"]).loss
     source = RandomPoints.for_clip(point_config(loss), 0, 0, CPU)
     assert source.matching_points(CPU).shape == (30, 2)
-    # Logits double from row to row: the 75 of 150 candidates that are chosen lie above, 25 more anywhere.
-    logits = (2.0 ** torch.arange(8.0))[None, :, None].expand(1, 8, 8)
-    points = choose_points(logits, source.loss_points(1, CPU), 0, (32, 32))
-    assert points.shape == (1, 100, 2)
-    chosen_y, fresh_y = points[0, :75, 1], points[0, 75:, 1]
-    assert float(chosen_y.max()) < 0.65 and float(fresh_y.max()) > 0.65
+    points = source.loss_points(1, CPU)
+    # 75 of 150 candidates are chosen, and 25 points more.
+    assert (points.num_candidates, points.keep, points.points_GS2.shape[1]) == (150, 75, 175)
+    index_GP = choose_uncertain(torch.arange(175.0)[None].flip(1), points.num_candidates, points.keep)
+    assert sorted(index_GP[0].tolist()) == list(range(75, 175))
     assert point_config(load_settings("demo", ["loss.num_points=100"]).loss).matching == 100
 
 

@@ -24,7 +24,7 @@ from train_head.losses.frame_sums import point_sums
 from train_head.losses.host_copies import HostCopy, send
 from train_head.losses.logit_visits import Visit, visit_on
 from train_head.losses.matcher import ClipMatch, CostWeights, assign, costs_of_sums
-from train_head.losses.points import LossPoints
+from train_head.losses.points import LossPoints, choose_uncertain
 from train_head.losses.problem import LossProblem, LossSums
 from train_head.losses.similarity import frame_queries_of, pair_losses
 from train_head.losses.targets import ClipTargets
@@ -218,7 +218,7 @@ def _mask_losses(weights_BQC: Tensor, sampled: _Sampled, pairs: _Pairs, num_laye
     B, _, C = weights_BQC.shape
     weights_BGC = weights_BQC.flatten(0, 1).index_select(0, pairs.row_G).view(B, -1, C)
     logits_BTGS = weights_BGC[:, None] @ sampled.channels_BTSC.mT
-    index_BTGP = choose_uncertain(logits_BTGS.detach(), sampled.num_candidates, sampled.keep)
+    index_BTGP = choose_uncertain(logits_BTGS, sampled.num_candidates, sampled.keep)
     offset_BG = pairs.object_BG * logits_BTGS.shape[-1]
     label_index_BTGP = index_BTGP + offset_BG[:, None, :, None]
     labels_BTGP = sampled.labels_BTNS.flatten(2).gather(2, label_index_BTGP.flatten(2)).view(index_BTGP.shape)
@@ -228,16 +228,6 @@ def _mask_losses(weights_BQC: Tensor, sampled: _Sampled, pairs: _Pairs, num_laye
         torch.unflatten(loss_BG * pairs.valid_BG, 1, (num_layers, -1)).sum(dim=(0, 2)) for loss_BG in (mask_BG, dice_BG)
     )
     return mask_D, dice_D
-
-
-def choose_uncertain(logits_GS: Tensor, num_candidates: int, keep: int) -> Tensor:
-    """Which of S points each mask takes: the `keep` most uncertain candidates, and all that follow: (..., G, P)."""
-    fresh_F = torch.arange(num_candidates, logits_GS.shape[-1], device=logits_GS.device)
-    fresh_GF = fresh_F.expand(*logits_GS.shape[:-1], -1)
-    if keep == 0:
-        return fresh_GF
-    kept_GK = logits_GS[..., :num_candidates].abs().topk(keep, largest=False, sorted=False).indices
-    return torch.cat([kept_GK, fresh_GF], dim=-1)
 
 
 def _similarity_sum(problem: LossProblem, matches: Sequence[ClipMatch]) -> Tensor:

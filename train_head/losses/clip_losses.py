@@ -12,13 +12,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from train_head.losses.frame_sums import frame_sums, point_sums
+from train_head.losses.frame_sums import few_point_sums, many_point_sums
 from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.matcher import ClipMatch, assign, point_costs
 from train_head.losses.points import (
     LossPoints,
-    choose_points,
-    sample_logits,
     sample_map,
     sample_masks,
     sampling_area,
@@ -134,32 +132,23 @@ def _masks_at(target: ClipTargets, points_1P2: Tensor, area_hw: tuple[int, int])
 def _mask_losses(clip: _Clip, match: ClipMatch) -> tuple[Tensor, Tensor]:
     """Sums (D) of mask cross-entropy and dice over a clip's matched queries."""
     matched = _take_matched(clip.problem.mask_weights, clip.index, match)
-    frames = range(len(clip.map_TRHW))  # one at a time, so that little exists at once
-    if clip.kept_TSC:
-        weights_GC, object_G = matched.stacked(), match.object_DLM.flatten()
-        parts = [_sums_at_points(clip, frame, weights_GC, object_G) for frame in frames]
-    else:
-        parts = [_sums_of_dense(clip, frame, matched, match.object_DLM) for frame in frames]
+    object_G = match.object_DLM.flatten()
+    # One frame at a time, so that little exists at once.
+    parts = [_frame_sums(clip, frame, matched, object_G) for frame in range(len(clip.map_TRHW))]
     counted_TM = None if clip.problem.absent_frames else clip.target.present_NT[match.object_DLM.flatten()].t()
     losses = frame_means(torch.stack(parts, dim=1), counted_TM)
     mask_D, dice_D = (loss_M.view(len(match.query_DLM), -1).sum(dim=1) for loss_M in losses)
     return mask_D, dice_D
 
 
-def _sums_at_points(clip: _Clip, frame: int, weights_GC: Tensor, object_G: Tensor) -> Tensor:
-    """The sums (3, G) of a frame of few points."""
-    masks_Nhw = clip.target.masks_NThw[:, frame]
+def _frame_sums(clip: _Clip, frame: int, matched: MaskWeights, object_G: Tensor) -> Tensor:
+    """The sums (3, G) of a frame."""
+    masks_Nhw, points = clip.target.masks_NThw[:, frame], clip.losses
     every = torch.arange(len(masks_Nhw))
-    labels_NS = sample_masks(masks_Nhw, every, clip.losses.points_GS2[frame, None], clip.area_hw)
-    return frame_sums(weights_GC, clip.kept_TSC[frame], labels_NS, object_G, clip.losses)
-
-
-def _sums_of_dense(clip: _Clip, frame: int, matched: MaskWeights, object_DLM: Tensor) -> Tensor:
-    """The sums (3, G) of a frame of many points: only matched queries ever have a logit map."""
-    logits_GHW = matched.logits(clip.map_TRHW[frame, None])[0]
-    points_GP2 = choose_points(logits_GHW.detach(), clip.losses, frame, clip.area_hw)
-    labels_GP = _labels_at(clip.target, frame, object_DLM, points_GP2, clip.area_hw)
-    return point_sums(sample_logits(logits_GHW, points_GP2, clip.area_hw), labels_GP)
+    labels_NS = sample_masks(masks_Nhw, every, points.points_GS2[frame, None], clip.area_hw)
+    if clip.kept_TSC:
+        return few_point_sums(matched.stacked(), clip.kept_TSC[frame], labels_NS, object_G, points)
+    return many_point_sums(matched, clip.map_TRHW[frame], labels_NS, object_G, points, frame, clip.area_hw)
 
 
 def _take_matched(mask_weights: MaskWeights, clip: int, match: ClipMatch) -> MaskWeights:
@@ -167,21 +156,6 @@ def _take_matched(mask_weights: MaskWeights, clip: int, match: ClipMatch) -> Mas
     weights_DLMR = torch.take_along_dim(mask_weights.weights_R[:, :, clip], match.query_DLM[..., None], dim=2)
     const_DLM = torch.take_along_dim(mask_weights.const[:, :, clip], match.query_DLM, dim=2)
     return MaskWeights(weights_R=weights_DLMR.flatten(0, 2), const=const_DLM.flatten())
-
-
-def _labels_at(
-    target: ClipTargets, frame: int, object_DLM: Tensor, points_GP2: Tensor, area_hw: tuple[int, int]
-) -> Tensor:
-    """Label values (D·L·M, P) of the matched objects in a frame.
-
-    If all objects are matched, they are the same in every layer: then each mask is read once for all layers.
-    """
-    num_matched, P, _ = points_GP2.shape
-    layers = object_DLM.shape[0] * object_DLM.shape[1] if object_DLM.shape[2] == target.num_objects else 1
-    objects = object_DLM.reshape(layers, -1)[0]
-    points_SP2 = points_GP2.view(layers, len(objects), P, 2).transpose(0, 1).reshape(len(objects), layers * P, 2)
-    labels_SP = sample_masks(target.masks_NThw[:, frame], objects, points_SP2, area_hw)
-    return labels_SP.view(len(objects), layers, P).transpose(0, 1).reshape(num_matched, P)
 
 
 def frame_means(sums_3TM: Tensor, counted_TM: Tensor | None) -> tuple[Tensor, Tensor]:
