@@ -27,6 +27,8 @@ def attend_heads(query_NHSD: Tensor, key_NHMD: Tensor, value_NHMD: Tensor) -> Te
         weights_NHSM = torch.softmax(query_NHSD * D**-0.5 @ key_NHMD.transpose(2, 3), dim=-1)
         return weights_NHSM @ value_NHMD
     if beats_matmul(query_NHSD[0, 0], key_NHMD[0, 0]):
+        # A head's tokens one after the other, as a product reads them: it would copy what lies otherwise each time.
+        query_NHSD, key_NHMD, value_NHMD = (heads.contiguous() for heads in (query_NHSD, key_NHMD, value_NHMD))
         attended_NHSD: Tensor = _HeadByHead.apply(query_NHSD * D**-0.5, key_NHMD, value_NHMD)
         return attended_NHSD
     return F.scaled_dot_product_attention(query_NHSD, key_NHMD, value_NHMD)
@@ -49,7 +51,9 @@ class _HeadByHead(torch.autograd.Function):
     def backward(ctx: Any, gradient_NHSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         given = ctx.saved_tensors
         results = tuple(_heads_last(tensor) for tensor in given)
-        for query_SD, key_MD, value_MD, gradient_SD, *result in _each_head(*given, gradient_NHSD, *results):
+        for query_SD, key_MD, value_MD, gradient_SD, *result in _each_head(
+            *given, gradient_NHSD.contiguous(), *results
+        ):
             weights_SM = _weights(query_SD, key_MD)
             changes_SM = product(gradient_SD, value_MD)
             changes_SM = torch._softmax_backward_data(changes_SM, weights_SM, -1, changes_SM.dtype)
