@@ -38,6 +38,8 @@ STAND_INS = {
     r" seed=0,1,2": " seed=0,1",
     r"evaluate_every=\d+": "evaluate_every=2",
     r"^make bench$": "make bench SMALL=1",
+    r"^python -m cache bench$": "python -m cache bench --scale 0.01",
+    r"^python -m extract bench demo$": "python -m extract bench --small demo",
     r"^(python -m evaluate max-frames .*)": r"\1 --windows 3 --kept 0.05",
     r"^make demo-compare": "make demo-compare train.iterations=2 train.decay_steps=[1]",
     r"--nproc-per-node=8": "--nproc-per-node=2",
