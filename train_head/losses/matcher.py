@@ -67,7 +67,7 @@ def point_costs(
     positive_G = weights_GR.new_zeros(G)
     step = max(1, _CHUNK_LOGITS // max(1, G) // _FACTORS) * _FACTORS
     for channels_PR, columns_NP in zip(channels_TPR, columns_TNP, strict=True):
-        channel_sums_NR += columns_NP @ channels_PR
+        channel_sums_NR += product(columns_NP, channels_PR.t())
         for start in range(0, P, step):
             part = slice(start, start + step)
             logits_GP = product(typed_GR, channels_PR[part].to(logit_type)).float()
