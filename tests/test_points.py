@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.test_head_parity import GOLDEN
-from train_head.losses.frame_sums import many_point_sums, point_sums
+from train_head.losses.frame_sums import add_up, many_point_sums, point_sums
 from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.points import (
     LossPoints,
@@ -101,3 +101,16 @@ def test_sums_through_dense_logits(area_hw: tuple[int, int], keep: int) -> None:
     for one, other in zip(ours, exact, strict=True):
         assert one.grad is not None and other.grad is not None
         torch.testing.assert_close(one.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_pixels", [20, 1 << 17])
+def test_gradients_are_added_up_at_pixels(num_pixels: int) -> None:
+    """More pixels than 2 bytes can number, too; pixels without any point stay zero."""
+    generator = torch.Generator().manual_seed(4)
+    gradient_GS, share_S4 = torch.randn(3, 50, generator=generator), torch.rand(50, 4, generator=generator)
+    index_S4 = torch.randint(num_pixels, (50, 4), generator=generator)
+    index_S4[0] = torch.tensor([0, 0, num_pixels - 1, num_pixels - 1])
+    expected_NG = torch.zeros(num_pixels, 3)
+    for corner in range(4):
+        expected_NG.index_add_(0, index_S4[:, corner], gradient_GS.t() * share_S4[:, corner, None])
+    torch.testing.assert_close(add_up(gradient_GS, index_S4, share_S4, num_pixels), expected_NG)

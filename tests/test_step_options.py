@@ -156,6 +156,7 @@ def test_every_path_of_attention(
 ) -> None:
     """Against softmax(q·kᵀ/√D)·v in float64; bfloat16 keeps 8 bits."""
     monkeypatch.setattr(products, "_MKL_AHEAD", mkl_ahead)
+    monkeypatch.setattr(attention, "_FEW_THREADS", 1 << 10)
     taken: list[Tensor] = []
     monkeypatch.setattr(attention, "product", lambda *operands: (taken.append(operands[0]), product(*operands))[1])
     generator = torch.Generator().manual_seed(0)

@@ -17,6 +17,7 @@ from train_head.products import beats_matmul, product
 # Up to so many attention weights on CPU, plain products are faster than PyTorch's fused attention, which knows no
 # fast ones in bfloat16 (its backward takes 3 times as long) and gains nothing on small problems.
 _PLAIN = {torch.bfloat16: 1 << 24, torch.float32: 1 << 20}
+_FEW_THREADS = 2  # head by head, more have too little to share: with 1 the gain is 26 %, with 2 it is 12
 
 
 def attend_heads(query_NHSD: Tensor, key_NHMD: Tensor, value_NHMD: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def attend_heads(query_NHSD: Tensor, key_NHMD: Tensor, value_NHMD: Tensor) -> Te
     if query_NHSD.device.type == "cpu" and num_weights <= _PLAIN.get(query_NHSD.dtype, 0):
         weights_NHSM = torch.softmax(query_NHSD * D**-0.5 @ key_NHMD.transpose(2, 3), dim=-1)
         return weights_NHSM @ value_NHMD
-    if beats_matmul(query_NHSD[0, 0], key_NHMD[0, 0]):
+    if torch.get_num_threads() <= _FEW_THREADS and beats_matmul(query_NHSD[0, 0], key_NHMD[0, 0]):
         # A head's tokens one after the other, as a product reads them: it would copy what lies otherwise each time.
         query_NHSD, key_NHMD, value_NHMD = (heads.contiguous() for heads in (query_NHSD, key_NHMD, value_NHMD))
         attended_NHSD: Tensor = _HeadByHead.apply(query_NHSD * D**-0.5, key_NHMD, value_NHMD)

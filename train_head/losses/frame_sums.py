@@ -98,7 +98,7 @@ class _LogitsAtPoints(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient_GS: Tensor) -> tuple[Tensor | None, ...]:
         weights_GR, pixels_RN, index_S4, share_S4 = ctx.saved_tensors
-        dense_NG = _add_up(gradient_GS, index_S4, share_S4, pixels_RN.shape[1])
+        dense_NG = add_up(gradient_GS, index_S4, share_S4, pixels_RN.shape[1])
         wants_weights, wants_const, wants_pixels = ctx.needs_input_grad[:3]
         return (
             product(pixels_RN.to(weights_GR.dtype), dense_NG.t()).t() if wants_weights else None,
@@ -109,7 +109,7 @@ class _LogitsAtPoints(torch.autograd.Function):
         )
 
 
-def _add_up(gradient_GS: Tensor, index_S4: Tensor, share_S4: Tensor, num_pixels: int) -> Tensor:
+def add_up(gradient_GS: Tensor, index_S4: Tensor, share_S4: Tensor, num_pixels: int) -> Tensor:
     """What all points give to every pixel (H·W, G): the transpose of the bilinear sum."""
     pixel_4S = index_S4.flatten().numpy()
     # NumPy sorts 2-byte integers by counting.
