@@ -144,7 +144,8 @@ class _ChosenSums(torch.autograd.Function):
         gradient_GP = torch.addcmul(area_G1, labels_GP, overlap_G1)
         gradient_GP *= probability_GP * (1 - probability_GP)
         gradient_GP.addcmul_(probability_GP - labels_GP, mask_G1 / chosen_GP.shape[1])
-        gradient_GS = gradient_GP.new_zeros(len(gradient_GP), ctx.num_points)
+        # In the order in which `add_up` reads it: putting single numbers there is cheaper than turning all of it.
+        gradient_GS = gradient_GP.new_zeros(ctx.num_points, len(gradient_GP)).t()
         return gradient_GS.scatter_(1, chosen_GP.long(), gradient_GP), None, None, None
 
 
