@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.test_head_parity import GOLDEN
+from train_head.losses import frame_sums
 from train_head.losses.frame_sums import add_up, many_point_sums, point_sums
 from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.points import (
@@ -75,12 +76,16 @@ def test_points_of_maps_and_masks_equal_dense_sampling() -> None:
     torch.testing.assert_close(actual_SP, expected_SP, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("masks_at_once", [2, 96])
 @pytest.mark.parametrize(("area_hw", "keep"), [((28, 32), 0), ((28, 32), 12), ((21, 30), 12), ((40, 44), 0)])
-def test_sums_through_dense_logits(area_hw: tuple[int, int], keep: int) -> None:
+def test_sums_through_dense_logits(
+    area_hw: tuple[int, int], keep: int, masks_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against grid_sample and autograd in float64: sums, and gradients of weights and of the map.
 
     The area is the map, less (an image on a padded canvas), or more (where logits are 0, and choosing is arbitrary).
     """
+    monkeypatch.setattr(frame_sums, "_MASKS_AT_ONCE", masks_at_once)
     generator = torch.Generator().manual_seed(3)
     exact = [torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((5, 3), (5,), (3, 7, 8))]
     ours = [tensor.float().requires_grad_() for tensor in exact]

@@ -21,6 +21,9 @@ from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.points import LossPoints, choose_uncertain, map_neighbours
 from train_head.products import product
 
+# With dense logits: a crowded clip (20 objects × 18 layers) would take 400 MB more, and half as long again.
+_MASKS_AT_ONCE = 96
+
 
 def point_sums(logits_GP: Tensor, labels_GP: Tensor) -> Tensor:
     """What the losses need of the points (..., P) of every map: mean cross-entropy, overlap and area, (3, ...)."""
@@ -78,9 +81,12 @@ def many_point_sums(
     """The same through dense logits of a frame's map, differentiable in the weights (G, R) and in the map: (3, G)."""
     H, W = map_RHW.shape[1:]
     neighbours = map_neighbours(points.points_GS2[frame], area_hw, (H, W))
-    logits_GS = _LogitsAtPoints.apply(weights.weights_R, weights.const, map_RHW.flatten(1), *neighbours)
-    sums_3G: Tensor = _ChosenSums.apply(logits_GS, labels_NS, object_G, points)
-    return sums_3G
+    groups = (torch.split(each, _MASKS_AT_ONCE) for each in (weights.weights_R, weights.const, object_G))
+    sums = []
+    for weights_GR, const_G, own_object_G in zip(*groups, strict=True):
+        logits_GS = _LogitsAtPoints.apply(weights_GR, const_G, map_RHW.flatten(1), *neighbours)
+        sums.append(_ChosenSums.apply(logits_GS, labels_NS, own_object_G, points))
+    return torch.cat(sums, dim=1)
 
 
 class _LogitsAtPoints(torch.autograd.Function):
