@@ -90,13 +90,15 @@ def neighbours_of(points: Tensor, scale: Tensor, size: Tensor) -> tuple[Tensor, 
     shares = shares * ((pixels >= 0) & (pixels < size))
     x, y = pixels.clamp_min(0).minimum(size - 1).long().unbind(dim=1)
     share_x, share_y = shares.unbind(dim=1)
-    index = (y * size[0].long())[:, None] + x
-    share = share_y[:, None] * share_x
-    return tuple(part.flatten(0, 1).movedim(0, -1).contiguous() for part in (index, share))  # type: ignore[return-value]
+    return _corners_last((y * size[0].long())[:, None] + x), _corners_last(share_y[:, None] * share_x)
 
 
 def _axes_first(values: Tensor, ndim: int) -> Tensor:
     return values.reshape(*(1,) * (ndim - values.ndim), *values.shape).movedim(-1, 0)
+
+
+def _corners_last(values: Tensor) -> Tensor:
+    return values.flatten(0, 1).movedim(0, -1).contiguous()
 
 
 def sample_masks(masks_Ghw: Tensor, index_S: Tensor, points_SP2: Tensor, area_hw: tuple[int, int]) -> Tensor:
