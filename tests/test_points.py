@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -119,3 +121,26 @@ def test_gradients_are_added_up_at_pixels(num_pixels: int) -> None:
     for corner in range(4):
         expected_NG.index_add_(0, index_S4[:, corner], gradient_GS.t() * share_S4[:, corner, None])
     torch.testing.assert_close(add_up(gradient_GS, index_S4, share_S4, num_pixels), expected_NG)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("num_masks", [0, 1])
+def test_a_frame_of_none_or_one_on_several_threads(num_masks: int) -> None:
+    weights = MaskWeights(
+        weights_R=torch.randn(num_masks, 8, requires_grad=True), const=torch.zeros(num_masks, requires_grad=True)
+    )
+    points = LossPoints(points_GS2=torch.rand(1, 1664, 2), num_candidates=1536, keep=384)
+    labels_NS, object_G = torch.rand(num_masks, 1664), torch.zeros(num_masks, dtype=torch.int64)
+    sums_3G = many_point_sums(weights, torch.randn(8, 24, 40), labels_NS, object_G, points, 0, (96, 160))
+    assert sums_3G.shape == (3, num_masks)
+    sums_3G.sum().backward()
+    for leaf in (weights.weights_R, weights.const):
+        assert leaf.grad is None or torch.isfinite(leaf.grad).all()

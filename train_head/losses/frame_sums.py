@@ -79,6 +79,8 @@ def many_point_sums(
     area_hw: tuple[int, int],
 ) -> Tensor:
     """The same through dense logits of a frame's map, differentiable in the weights (G, R) and in the map: (3, G)."""
+    if not len(object_G):  # on several threads embedding_bag refuses rows of nothing
+        return weights.const.expand(3, 0)
     H, W = map_RHW.shape[1:]
     neighbours = map_neighbours(points.points_GS2[frame], area_hw, (H, W))
     groups = (torch.split(each, _MASKS_AT_ONCE) for each in (weights.weights_R, weights.const, object_G))
