@@ -79,8 +79,6 @@ def many_point_sums(
     area_hw: tuple[int, int],
 ) -> Tensor:
     """The same through dense logits of a frame's map, differentiable in the weights (G, R) and in the map: (3, G)."""
-    if not len(object_G):  # on several threads embedding_bag refuses rows of nothing
-        return weights.const.expand(3, 0)
     H, W = map_RHW.shape[1:]
     neighbours = map_neighbours(points.points_GS2[frame], area_hw, (H, W))
     groups = (torch.split(each, _MASKS_AT_ONCE) for each in (weights.weights_R, weights.const, object_G))
@@ -99,6 +97,8 @@ class _LogitsAtPoints(torch.autograd.Function):
         ctx: Any, weights_GR: Tensor, const_G: Tensor, pixels_RN: Tensor, index_S4: Tensor, share_S4: Tensor
     ) -> Tensor:
         ctx.save_for_backward(weights_GR, pixels_RN, index_S4, share_S4)
+        if not len(weights_GR):  # on several threads embedding_bag refuses rows of nothing
+            return weights_GR.new_zeros(0, len(index_S4))
         dense_GN = product(weights_GR, pixels_RN.to(weights_GR.dtype).t()).add_(const_G[:, None])
         sampled_SG = F.embedding_bag(index_S4, dense_GN.t().contiguous(), per_sample_weights=share_S4, mode="sum")
         return sampled_SG.t().contiguous()
@@ -119,6 +119,8 @@ class _LogitsAtPoints(torch.autograd.Function):
 
 def add_up(gradient_GS: Tensor, index_S4: Tensor, share_S4: Tensor, num_pixels: int) -> Tensor:
     """What all points give to every pixel (H·W, G): the transpose of the bilinear sum."""
+    if not len(gradient_GS):
+        return gradient_GS.new_zeros(num_pixels, 0)
     pixel_4S = index_S4.flatten().numpy()
     # NumPy sorts 2-byte integers by counting.
     order_4S = torch.from_numpy(
