@@ -20,6 +20,7 @@ from cache.labels.json_entries import parse_json
 from cache.labels.tracks import Labels
 from cache.layout import (
     ANNOTATIONS,
+    CHECKSUMS,
     CODEC,
     DETECTOR,
     FORMAT_NAME,
@@ -105,6 +106,8 @@ class CachedVideo:
     attributes: VideoAttributes
     source: str | None
     """Digest of the frames' names and size in the label file (fingerprint.source_digest); None: no labels."""
+    checksums: Any = None
+    """The attribute `content_crc32c`, as it is stored; None in caches of earlier versions."""
     block: int = 1
     """Pixels of the map that a stored position stands for, in each direction."""
     preload: bool = False
@@ -242,6 +245,7 @@ class FeatureCache:
             store=self.store,
             attributes=VideoAttributes.from_json(attributes, where=where),
             source=attributes.get("source"),
+            checksums=attributes.get(CHECKSUMS),
             block=self.root.block,
             preload=self.preload,
         )

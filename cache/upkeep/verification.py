@@ -12,7 +12,7 @@ import numpy as np
 from cache.codecs import codec_identity
 from cache.errors import CorruptData, VitaCacheError, shown, some
 from cache.labels.annotations import parse_labels
-from cache.layout import ANNOTATIONS, AXES, CHECKSUMS, FRAME_QUERIES, MASK_FEATURES, VIDEOS, shard_ranges
+from cache.layout import ANNOTATIONS, AXES, CHECKSUMS, FRAME_QUERIES, MASK_FEATURES, shard_ranges
 from cache.reader import CachedVideo, FeatureCache
 from cache.storage.shard_layout import crc32c, joint_checksum
 from cache.writer import video_sources
@@ -150,8 +150,7 @@ def _defect(feature_cache: FeatureCache, video: CachedVideo, field: str) -> str 
             return f"frame {frames[int(np.argmin(finite))]} is not finite"
         for frame in block:
             checksum = joint_checksum(crc32c(frame.reshape(-1).view(np.uint8).data), checksum)
-    # Caches of earlier versions do not know theirs.
-    noted = (video.store.attributes(f"{VIDEOS}/{video.name}") or {}).get(CHECKSUMS)
+    noted = video.checksums
     if noted is None or (isinstance(noted, Mapping) and noted.get(field) == checksum):
         return None
     return f"sound frames, but others than were extracted: the attribute {CHECKSUMS} does not fit them"

@@ -135,7 +135,7 @@ def _mask_losses(clip: _Clip, match: ClipMatch) -> tuple[Tensor, Tensor]:
     object_G = match.object_DLM.flatten()
     # One frame at a time, so that little exists at once.
     parts = [_frame_sums(clip, frame, matched, object_G) for frame in range(len(clip.map_TRHW))]
-    counted_TM = None if clip.problem.absent_frames else clip.target.present_NT[match.object_DLM.flatten()].t()
+    counted_TM = None if clip.problem.absent_frames else clip.target.present_NT[object_G].t()
     losses = frame_means(torch.stack(parts, dim=1), counted_TM)
     mask_D, dice_D = (loss_M.view(len(match.query_DLM), -1).sum(dim=1) for loss_M in losses)
     return mask_D, dice_D

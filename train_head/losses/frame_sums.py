@@ -2,7 +2,8 @@
 
 Where these points are fewer than the map's pixels, logits are needed there alone: `few_point_sums` multiplies channels
 that were sampled there. Else `many_point_sums` makes dense logits first. A pixel's logits of all masks then lie side by
-side: so they are read, and gradients added up, for all masks at once, which is 5 times faster than `grid_sample`.
+side, so they are read, and gradients added up, for all at once; with 72 masks a frame this takes a fifth less than
+`grid_sample` (LOG.md).
 
 Shapes: G matched queries, S points of a frame, P of them chosen by each query, N objects, C stored channels, with the
 constant (or the coverage) as one more; H×W pixels of the map, 4 of them around a point.

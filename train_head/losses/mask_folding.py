@@ -10,7 +10,6 @@ is what is stored or what stored blocks expand to, stands for the FPN map m = de
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,11 +51,12 @@ class MaskWeights:
         return torch.cat([self.weights_R, self.const[..., None]], dim=-1)
 
     def logits(self, map_TRHW: Tensor) -> Tensor:
-        """Dense logits (T, M, H, W) of M weights (M, R), or (T, M, R), on a stored map of any number type."""
+        """Dense logits, to infer: (T, M, H, W) of M weights (M, R), or (T, M, R), on a stored map of any type."""
         T, _, H, W = map_TRHW.shape
         weights_TMR, const_TM = self.weights_R.expand(T, -1, -1), self.const.expand(T, -1)
         if map_TRHW.is_cuda:
-            logits_TMS: Tensor = _PixelLogits.apply(weights_TMR, map_TRHW.flatten(2)) + const_TM[..., None]
+            pixels_TRS = map_TRHW.flatten(2).to(weights_TMR.dtype)
+            logits_TMS = product(weights_TMR, pixels_TRS.mT) + const_TM[..., None]
         else:
             frames = zip(map_TRHW, weights_TMR, const_TM, strict=True)
             logits_TMS = torch.stack([self._frame_logits(*frame) for frame in frames])
@@ -65,26 +65,7 @@ class MaskWeights:
     @staticmethod
     def _frame_logits(map_RHW: Tensor, weights_MR: Tensor, const_M: Tensor) -> Tensor:
         """Logits (M, H·W) of one frame: frame by frame, no second copy of the whole map ever exists."""
-        logits_MS: Tensor = _PixelLogits.apply(weights_MR, map_RHW.flatten(1))
-        return logits_MS + const_M[:, None]
-
-
-class _PixelLogits(torch.autograd.Function):
-    """weights (..., M, R) · pixels (..., R, S); remembers the pixels as stored, in 2 bytes or 1, not their floats."""
-
-    @staticmethod
-    def forward(ctx: Any, weights: Tensor, pixels: Tensor) -> Tensor:
-        ctx.save_for_backward(weights, pixels)
-        return product(weights, pixels.to(weights.dtype).mT)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        weights, pixels = ctx.saved_tensors
-        wants_weights, wants_pixels = ctx.needs_input_grad
-        return (
-            product(gradient, pixels.to(weights.dtype)) if wants_weights else None,
-            weights.mT @ gradient if wants_pixels else None,
-        )
+        return product(weights_MR, map_RHW.flatten(1).to(weights_MR.dtype).t()) + const_M[:, None]
 
 
 def fold_mask_embeddings(
