@@ -81,6 +81,16 @@ def test_refusals_name_settings_that_exist(tiny_run: Settings, tmp_path: Path) -
         load_checkpoint(tmp_path / BEST)
 
 
+def test_lack_of_memory_is_not_taken_for_a_damaged_file(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(WeightsError, match="cannot be read: MemoryError") as refused:
+        load_checkpoint(Path(tiny_run.runs) / tiny_run.name / CHECKPOINT)
+    assert "delete" not in str(refused.value)
+
+
 def test_what_changes_no_weight_may_change_when_a_run_goes_on(tiny_run: Settings, tmp_path: Path) -> None:
     path = trained_copy(tiny_run, tmp_path)
     settings = replace(tiny_run, runs=str(tmp_path))

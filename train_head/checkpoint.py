@@ -130,8 +130,11 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     sync_to_disk(path.parent)
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint; nothing in it can run code. Raises WeightsError for anything but a whole one."""
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint, to the CPU: what a device lacks is no fault of the file.
+
+    Nothing in it can run code. Raises WeightsError for anything but a whole one.
+    """
     if not path.is_file():
         hint = "`make train` with the same config writes one"
         if path.name == BEST:
@@ -139,7 +142,7 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
         raise WeightsError("no trained head here", where=path, hint=hint)
     try:
         require_sound_archive(path)
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         return Checkpoint(
             step=state["step"],
             seconds=state["seconds"],
@@ -152,6 +155,8 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoin
             best_ap=state["best_ap"],
             detector=state.get("detector", {}),
         )
+    except (PermissionError, MemoryError) as error:
+        raise WeightsError(f"cannot be read: {first_line(error)}", where=path) from error
     except Exception as error:  # a damaged file can fail anywhere in its reader
         reason = first_line(error)
         raise WeightsError(

@@ -119,7 +119,7 @@ class Trainer(Generic[AnyClip]):
         self.optimizer = build_optimizer(self.parts, settings)
         self.progress = Progress()
         if (folder / CHECKPOINT).exists():
-            self._resume(load_checkpoint(folder / CHECKPOINT, self.device))
+            self._resume(load_checkpoint(folder / CHECKPOINT))
         if not self.group.agrees(self.progress.step, self.device):
             raise ConfigError(
                 f"this process goes on from step {self.progress.step}, others from another",
@@ -138,7 +138,7 @@ class Trainer(Generic[AnyClip]):
             self.head.load_state_dict(dict(checkpoint.head))
         if checkpoint.optimizer:  # an imported release has none
             self.optimizer.load_state_dict(dict(checkpoint.optimizer))
-        self.average = dict(checkpoint.average)
+        self.average = {name: tensor.to(self.device) for name, tensor in checkpoint.average.items()}
         self.progress = Progress(step=checkpoint.step, seconds=checkpoint.seconds, best_ap=checkpoint.best_ap)
 
     def run(self) -> None:
