@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,19 +24,17 @@ from extract.detector.frozen import load_detector
 from extract.frames import FrameFile
 from extract.stage import extract
 from tests.conftest import tiny_settings
+from tests.device_steps import Gradients, assert_same_gradients, open_trainer, step_without_waiting
 from tests.test_points import assert_uncertain_points
 from tests.train_until import before_step, interrupt
-from train_head.bench.problem import FixedPoints
 from train_head.data.clip_loader import Slots
 from train_head.data.clips import Clip
-from train_head.data.sources import CachedSource
-from train_head.data.video_sets import open_evaluation_set, open_training_set
+from train_head.data.video_sets import open_evaluation_set
 from train_head.joint import finetune
 from train_head.losses.logit_visits import fused_visit, visit_logits
 from train_head.losses.points import PointConfig, RandomPoints
-from train_head.run_folder import open_run, read_metrics_log
-from train_head.step import StepLosses
-from train_head.trainer import Trainer, train
+from train_head.run_folder import read_metrics_log
+from train_head.trainer import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -101,39 +98,8 @@ def test_extraction_with_nvjpeg(tiny_data: Path, tmp_path: Path) -> None:
     assert len(FeatureCache.open(tmp_path / "train").video_names()) == 5
 
 
-def open_trainer(stored: Settings, device: str, precision: Precision = Precision.float32) -> Trainer[Clip]:
-    settings = deepcopy(stored)
-    settings.train.precision, settings.name = precision, f"{device}-{precision.value}-{stored.train.iterations}"
-    source = CachedSource(settings, open_training_set(settings), torch.device(device))
-    return Trainer(settings, source, open_run(settings, None), device=torch.device(device))
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Loss terms and gradients of the first step, from the same points everywhere."""
-
-    terms: dict[str, float]
-    of_parameters: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, trainer: Trainer[Clip]) -> Gradients:
-        points_P2 = torch.rand(500, 2, generator=torch.Generator().manual_seed(0)).to(trainer.device)
-        trainer.compute.point_sources = lambda clips: [FixedPoints(points_P2) for _ in clips]  # type: ignore[method-assign]
-        terms = trainer.compute.gradients(trainer.head, next(trainer._batches()))
-        losses = StepLosses.read(terms, torch.zeros((), device=trainer.device))
-        named = trainer.head.named_parameters()
-        gradients = {name: parameter.grad.cpu() for name, parameter in named if parameter.grad is not None}
-        return cls(vars(losses), gradients)
-
-
 def test_losses_and_gradients_of_a_step(stored: Settings) -> None:
-    expected, got = (Gradients.of(open_trainer(stored, device)) for device in ("cpu", "cuda"))
-    assert got.terms == pytest.approx(expected.terms, rel=1e-4)
-    assert got.of_parameters.keys() == expected.of_parameters.keys()
-    largest = max(float(gradient.norm()) for gradient in expected.of_parameters.values())
-    for name, gradient in expected.of_parameters.items():
-        difference = float((got.of_parameters[name] - gradient).norm())
-        assert difference <= 1e-3 * float(gradient.norm()) + 1e-5 * largest, name  # some are nothing but rounding
+    assert_same_gradients(*(Gradients.of(open_trainer(stored, device)) for device in ("cpu", "cuda")))
 
 
 def test_losses_of_a_step_in_bfloat16(stored: Settings) -> None:
@@ -146,17 +112,7 @@ def test_losses_of_a_step_in_bfloat16(stored: Settings) -> None:
 
 def test_the_host_waits_for_the_matching_alone(stored: Settings) -> None:
     """Whatever else would make it wait raises here; the matching's costs come by an event, which does not."""
-    trainer = open_trainer(stored, "cuda", Precision.bfloat16)
-    batches = trainer._batches()
-    trainer.training_step(next(batches))  # compiles, and matches frames that are new
-    clips = next(batches)
-    targets = [trainer.source.targets(clip) for clip in clips]
-    normalisers = trainer.compute.normalisers(targets)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        trainer.compute._backward(trainer.head, clips, targets, normalisers)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    step_without_waiting(open_trainer(stored, "cuda", Precision.bfloat16))
 
 
 @pytest.mark.parametrize("logit_type", [torch.float32, torch.bfloat16])
