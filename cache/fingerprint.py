@@ -83,7 +83,7 @@ class Fingerprint:
         try:
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()}
             return cls(**values)
-        except (TypeError, AttributeError) as error:
+        except (TypeError, AttributeError, ValueError, OverflowError) as error:
             raise CorruptData(f"unreadable fingerprint: {error}", where=where) from error
 
 

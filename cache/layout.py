@@ -109,7 +109,7 @@ class VideoAttributes:
                 original_hw=_size(stored["original_hw"]),
                 view=View(crop=crop, short_edge=view["short_edge"], flip=view["flip"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorruptData(f"unreadable video attributes: {error!r}", where=where) from error
 
 
@@ -157,6 +157,14 @@ def checked_name(name: str) -> str:
     if len(name.encode()) > 200:
         raise CacheError("video name too long", where=f"video {name[:40]!r}...", expected="at most 200 bytes")
     return name
+
+
+def is_video_name(name: str) -> bool:
+    """Whether a group may be a video: what other tools left beside the videos is none."""
+    try:
+        return checked_name(name) == name
+    except CacheError:
+        return False
 
 
 def shard_ranges(num_frames: int) -> Iterator[range]:

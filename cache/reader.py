@@ -68,7 +68,7 @@ class Root:
                 hint=_version_hint(attributes.get("format_version"), path),
             )
         try:
-            return cls(
+            root = cls(
                 fingerprint=Fingerprint.from_json(attributes["fingerprint"], where=path),
                 codec_name=attributes["codec"]["name"],
                 codec_parameters=attributes["codec"]["parameters"],
@@ -76,6 +76,10 @@ class Root:
             )
         except (KeyError, TypeError) as error:
             raise CorruptData(f"unreadable root attributes: {error!r}", where=path) from error
+        mappings = (root.codec_parameters, *root.sessions)
+        if not isinstance(root.codec_name, str) or not all(isinstance(each, dict) for each in mappings):
+            raise CorruptData("unreadable root attributes: codec or provenance of another type", where=path)
+        return root
 
 
 def _version_hint(found: object, path: Path) -> str:
@@ -94,7 +98,7 @@ class ClipArrays:
     frame_queries: NDArray[Any]
     """(len(frames), L, Q, C) float16, pre-norm."""
     mask_features: NDArray[Any]
-    """(len(frames), R, H, W) in the codec's dtype."""
+    """(len(frames), R, h, w) in the codec's dtype; h x w is `CachedVideo.stored_hw`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +130,7 @@ class CachedVideo:
         return self.queries.read(self._chosen(frames))
 
     def mask_features(self, frames: Sequence[int] | None = None) -> NDArray[Any]:
-        """Encoded mask features (len(frames), R, H, W) in the codec's dtype; else as frame_queries."""
+        """Encoded mask features (len(frames), R, h, w) in the codec's dtype; else as frame_queries."""
         return self.maps.read(self._chosen(frames))
 
     def read_clip(self, frames: Sequence[int], out: ClipArrays | None = None) -> ClipArrays:
@@ -150,7 +154,7 @@ class CachedVideo:
 
     @cached_property
     def maps(self) -> FrameArray:
-        """The encoded mask features (T, R, H, W), unread."""
+        """The encoded mask features (T, R, h, w), unread."""
         return self._open(MASK_FEATURES, self.stored_hw)
 
     def _open(self, field: str, last_axes: tuple[int, ...]) -> FrameArray:
@@ -204,8 +208,10 @@ class FeatureCache:
     def heads(self) -> DetectorHeads:
         """The detector's frozen prediction heads. Raises CorruptData, WeightsError where they are damaged."""
         attributes = self.store.attributes(DETECTOR) or {}
-        names = tuple(attributes.get("category_names", ()))
-        return DetectorHeads(arrays=self.store.arrays(DETECTOR), category_names=names)
+        names = attributes.get("category_names", [])
+        if not isinstance(names, list):
+            raise CorruptData("unreadable category names", where=self.path / DETECTOR, expected="a list", got=names)
+        return DetectorHeads(arrays=self.store.arrays(DETECTOR), category_names=tuple(names))
 
     def labels_json(self) -> bytes:
         """The data set's label file, byte for byte. Raises CacheError where the cache has none."""

@@ -19,12 +19,12 @@ import torch
 from cache.errors import ConfigError, VitaCacheError
 from cache.labels.annotations import load_labels
 from cache.reader import FeatureCache
+from cache.room import existing_folder, free_bytes
 from cache.storage.connection import in_words, object_store, remote_url
 from configs.schema import DetectorEngine, Settings
 from configs.splits import SplitPaths, all_splits
 from extract.detector.loading import load_model
 from extract.frames import read_frame, require_frames
-from extract.room import existing_folder, free_bytes
 
 LIBRARIES = ("zarr", "numcodecs", "h5py", "scipy", "pycocotools", "transformers", "av", "fastcrc")
 PYTHONS = ((3, 11), (3, 13))

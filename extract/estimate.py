@@ -11,6 +11,7 @@ from itertools import cycle, islice
 
 from cache.codecs.rate_distortion import Calibration, Distortion, format_table
 from cache.layout import VideoAttributes
+from cache.room import free_bytes
 from cache.storage.stores import extraction_store
 from configs.command import device_name
 from configs.schema import CodecName, Settings
@@ -20,7 +21,7 @@ from extract.decoding import frame_decoder
 from extract.detector.engines import configured_detector
 from extract.frames import decoded_batches
 from extract.jobs import VideoJob, open_jobs
-from extract.room import Workload, frame_cost, free_bytes, local_folder, stored_bytes
+from extract.room import Workload, frame_cost, local_folder, stored_bytes
 
 TIMED_FRAMES = 20
 

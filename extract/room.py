@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,9 @@ from tempfile import gettempdir
 
 import torch
 
-from cache.errors import CacheError
 from cache.layout import Size, VideoAttributes
 from cache.remote_writer import LOCAL_VIDEOS
+from cache.room import require_room
 from cache.storage.connection import remote_url
 from cache.storage.stores import extraction_store
 from configs.schema import Settings
@@ -74,33 +73,9 @@ def local_folder(settings: Settings) -> Path:
     return Path(settings.cache.stage_to or gettempdir())
 
 
-def existing_folder(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there already."""
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
-
-
-def free_bytes(path: Path) -> int:
-    """Room on the disk where `path` is or will be."""
-    return shutil.disk_usage(existing_folder(path)).free
-
-
-def require_bytes(needed: int, folder: Path, num_frames: int, *, hint: str) -> None:
-    """Raise CacheError where the features of so many frames need more than is free."""
-    free = free_bytes(folder)
-    if needed > free:
-        raise CacheError(
-            f"the features of {num_frames} frames do not fit on the disk",
-            where=folder,
-            expected=f"{needed / 1e9:.2f} GB",
-            got=f"{free / 1e9:.2f} GB free",
-            hint=f"{hint}, or set cache.ignore_space=true",
-        )
-
-
-def require_room(settings: Settings, detector: FrameDetector, work: Sequence[Workload], chosen: ChosenCodec) -> None:
+def require_room_for(
+    settings: Settings, detector: FrameDetector, work: Sequence[Workload], chosen: ChosenCodec
+) -> None:
     """Refuse to begin an extraction that the disk cannot hold, unless `cache.ignore_space` is set.
 
     Raises CacheError with the bytes needed and free.
@@ -114,4 +89,10 @@ def require_room(settings: Settings, detector: FrameDetector, work: Sequence[Wor
     passes_through = remote_url(settings.cache.path) is not None and settings.cache.stage_to is None
     needed = sum(sizes[-LOCAL_VIDEOS:] if passes_through else sizes)
     hint = "choose a smaller cache.codec or another cache.path (`python -m extract estimate CONFIG` compares them)"
-    require_bytes(needed, local_folder(settings), sum(video.num_frames for video in videos), hint=hint)
+    require_features_fit(needed, local_folder(settings), sum(video.num_frames for video in videos), hint=hint)
+
+
+def require_features_fit(needed: int, folder: Path, num_frames: int, *, hint: str) -> None:
+    """Raise CacheError where the features of so many frames need more than is free."""
+    what = f"the features of {num_frames} frames do"
+    require_room(needed, folder, what, hint=f"{hint}, or set cache.ignore_space=true")

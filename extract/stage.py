@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,12 @@ from cache.codecs import Codec, codec_identity
 from cache.codecs.rate_distortion import format_table
 from cache.errors import FrameError
 from cache.fingerprint import Fingerprint, Provenance
+from cache.layout import ANNOTATIONS
 from cache.reader import FeatureCache
 from cache.remote_writer import opened_writer
 from cache.storage.locks import sweep_locks
+from cache.storage.stores import FolderStore
+from cache.writer import check_continuation, video_sources
 from configs.cards import write_cache_card
 from configs.schema import Settings
 from extract.calibration import ChosenCodec, calibrate, choose_codec, held_codec
@@ -25,7 +29,7 @@ from extract.detector.frozen import PADDING_DIVISOR, FrameDetector
 from extract.fill import Extractor, fill, opened_extractor, require_workers
 from extract.jobs import SplitJobs, open_jobs
 from extract.record import write_skipped
-from extract.room import Workload, require_room
+from extract.room import Workload, require_room_for
 
 
 def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: bool = False) -> None:
@@ -44,7 +48,7 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
     if chosen.calibration is not None:
         logging.getLogger(__name__).info(format_table(chosen.calibration))  # the report has it too
     print(chosen.reason)
-    require_room(settings, detector, [Workload.of(jobs) for jobs in asked], chosen)
+    require_room_for(settings, detector, [Workload.of(jobs) for jobs in asked], chosen)
     digest = weights_sha256(Path(settings.detector.weights))
     chosen = held_codec(settings) or chosen  # Another process may have begun meanwhile, with a fit of its own.
     wanted = fingerprint(settings, detector, digest, chosen.codec)
@@ -103,10 +107,14 @@ def _extract_split(
 ) -> list[str]:
     """Returns the names of the videos that were skipped."""
     split = asked.split
+    wanted = replace(wanted, short_edge=asked.short_edge or 0)
+    if _is_read_only(split.features) and _lacks_nothing(asked, wanted):
+        print(f"extract {split.name}: all {len(asked.jobs)} videos are in {split.features} already")
+        return []
     with opened_writer(
         split.features,
         settings.cache.stage_to,
-        fingerprint=replace(wanted, short_edge=asked.short_edge or 0),
+        fingerprint=wanted,
         heads=detector.prediction_heads(),
         codec=chosen.codec,
         labels_json=asked.labels_json,
@@ -119,3 +127,14 @@ def _extract_split(
         outcome = fill(writer, asked, extractor, f"extract {split.name}")
         write_skipped(writer.path, outcome.skipped)
     return [f"{split.name}/{name}" for name in outcome.skipped]
+
+
+def _is_read_only(features: Path) -> bool:
+    return features.is_dir() and not os.access(features, os.W_OK)
+
+
+def _lacks_nothing(asked: SplitJobs, wanted: Fingerprint) -> bool:
+    """Whether a cache holds all videos and these labels. Raises FingerprintMismatch where it holds other features."""
+    store = FolderStore(path=asked.split.features)
+    complete = check_continuation(store, wanted, video_sources(asked.labels_json))
+    return store.read_file(ANNOTATIONS) == asked.labels_json and complete >= {job.name for job in asked.jobs}

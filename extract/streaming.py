@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache.background import BackgroundWriter
-from cache.errors import FeatureError, FrameError, VideoBusy, VitaCacheError
+from cache.errors import CacheError, FeatureError, FrameError, VideoBusy, VitaCacheError
 from cache.writer import CacheWriter
 from extract.batches import BatchRunner
 from extract.frames import FrameFile, decoded_batches
@@ -85,8 +85,13 @@ def extract_readable_videos(
             try:
                 outcome.busy |= extract_videos(runner, writer, [job], advance)
             except UNREADABLE as error:
-                outcome.skipped[job.name] = error
-                writer.discard(job.name)
+                try:
+                    writer.discard(job.name)
+                    outcome.skipped[job.name] = error
+                except VideoBusy as busy:  # Another extractor has taken it up meanwhile ...
+                    outcome.busy[job.name] = busy
+                except CacheError:  # ... and could even read it.
+                    pass
                 break
         jobs = _missing(writer, jobs, outcome)
     return outcome

@@ -35,7 +35,7 @@ from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import configured_detector
 from extract.detector.frozen import FrameDetector
 from extract.jobs import attributes_of
-from extract.room import BYTES_OF_FLOAT16, frame_cost, require_bytes, stored_bytes
+from extract.room import BYTES_OF_FLOAT16, frame_cost, require_features_fit, stored_bytes
 from extract.stage import fingerprint
 
 FOLDER = "video"
@@ -122,7 +122,7 @@ def _recorded(
             cost = frame_cost(detector, videos[0].image_hw)
             needed = stored_bytes(videos, cost.channels * BYTES_OF_FLOAT16, cost)
             total = sum(video.num_frames for video in videos)
-            require_bytes(needed, writer.path, total, hint="take fewer frames (--stride), another cache.path")
+            require_features_fit(needed, writer.path, total, hint="take fewer frames (--stride), another cache.path")
         write_record(writer.path, everything)
         write_cache_card(writer.path, settings, FOLDER, f"{len(everything)} videos of your own (footage.json)")
     return work

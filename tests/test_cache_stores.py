@@ -346,7 +346,7 @@ def test_a_cache_is_not_staged_into_itself_nor_onto_a_full_disk(
     with pytest.raises(CacheError, match="into itself"):
         stage(plain, plain)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(CacheError, match=r"does not fit on the disk .expected 0\.0\d GB, got 0\.00 GB free"):
+    with pytest.raises(CacheError, match=r"does not fit on the disk .expected 0\.0\d MB, got 0\.00 MB free"):
         stage(plain, tmp_path / "ssd")
     assert not (tmp_path / "ssd/zarr.json").exists()
 

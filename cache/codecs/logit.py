@@ -89,7 +89,7 @@ class Logit:
         try:
             codec = cls(projection_KC=found["projection"], basis_CK=found["basis"], mean_C=found["mean"], **parameters)
         except TypeError as error:
-            raise CorruptData("codec logit: wrong parameters", got=[*parameters]) from error
+            raise CorruptData("codec logit: wrong parameters", got=repr(parameters)) from error
         if type(codec.num_wide) is not int or not 0 <= codec.num_wide <= len(codec.projection_KC):
             raise CorruptData("codec logit: impossible num_wide", got=repr(codec.num_wide))
         return codec

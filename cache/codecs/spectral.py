@@ -101,7 +101,7 @@ class Spectral:
                 **parameters,
             )
         except TypeError as error:
-            raise CorruptData("codec spectral: wrong parameters", got=[*parameters]) from error
+            raise CorruptData("codec spectral: wrong parameters", got=repr(parameters)) from error
         if type(codec.num_wide) is not int or not 0 <= codec.num_wide <= len(codec.plane_N):
             raise CorruptData("codec spectral: impossible num_wide", got=repr(codec.num_wide))
         most = len(codec.projection_KC) * FREQUENCIES

@@ -60,7 +60,10 @@ class ZarrFrames:
     @classmethod
     def of(cls, folder: Path, metadata: dict[str, Any]) -> ZarrFrames:
         """The array in `folder`; it is opened anew by every read, so that it may travel between processes."""
-        return cls(folder=folder, shape=tuple(metadata["shape"]), dtype=np.dtype(metadata["data_type"]))
+        shape = tuple(metadata["shape"])
+        if any(type(size) is not int or size < 1 for size in shape):
+            raise ValueError(f"impossible shape {shape}")
+        return cls(folder=folder, shape=shape, dtype=np.dtype(metadata["data_type"]))
 
     def read(self, frames: Sequence[int], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """See FrameArray. One basic-indexing read a frame: fancy indexing of shards is far slower still."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CorruptData
-from cache.layout import VIDEOS
+from cache.layout import VIDEOS, fill_value, is_video_name
 from cache.storage.shards import checked_output
 from cache.storage.stores import committed, require_finite
 
 ATTRIBUTES = "attributes.json"
 PACKING = {"compression": "gzip", "compression_opts": 1, "shuffle": True}
 """Of maps whose codec compresses."""
+LIBRARY = ("v110", "v110")
+"""HDF5 1.10's file format: all that describes the data has checksums too, not the data alone."""
 EXPORT_HINT = "export the file again from its cache: `python -m cache export`"
+_DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)  # what h5py makes of it
+
+
+@contextmanager
+def _readable(what: str, where: object) -> Iterator[None]:
+    """Raise CorruptData for whatever a damaged file leads to in the block."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except _DAMAGE as error:
+        raise CorruptData(f"{what}: {error}", where=where, hint=EXPORT_HINT) from error
 
 
 class Hdf5Store:
@@ -66,17 +81,16 @@ class Hdf5Store:
 
     def arrays(self, group: str) -> dict[str, NDArray[Any]]:
         """See Store."""
-        names = [name for name in self.file.get(group, {}) if name != ATTRIBUTES]
-        try:
-            return {name: require_finite(self.file[group][name][...], f"{self.path}: {group}/{name}") for name in names}
-        except (OSError, KeyError, RuntimeError) as error:
-            raise CorruptData(f"unreadable: {error}", where=f"{self.path}: {group}") from error
+        with _readable("unreadable", f"{self.path}: {group}"):
+            datasets = {name: item for name, item in self.file.get(group, {}).items() if name != ATTRIBUTES}
+            return {name: require_finite(item[...], f"{self.path}: {group}/{name}") for name, item in datasets.items()}
 
     def videos(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """See Store."""
-        for name in sorted(self.file.get(VIDEOS, {})):
-            if name != ATTRIBUTES:
-                yield name, committed(self, name)
+        with _readable("unreadable", f"{self.path}: {VIDEOS}"):
+            names = sorted(name for name in self.file.get(VIDEOS, {}) if name != ATTRIBUTES and is_video_name(name))
+        for name in names:
+            yield name, committed(self, name)
 
     def read_file(self, name: str) -> bytes | None:
         """See Store."""
@@ -84,18 +98,18 @@ class Hdf5Store:
 
     def files(self) -> list[str]:
         """See Store."""
-        return sorted(name for name, item in self.file.items() if isinstance(item, h5py.Dataset) and name != ATTRIBUTES)
+        with _readable("unreadable", self.path):
+            items = self.file.items()
+            return sorted(name for name, item in items if isinstance(item, h5py.Dataset) and name != ATTRIBUTES)
 
     def frames(self, video: str, field: str) -> Hdf5Frames:
         """See Store."""
         where = f"{self.path}: video {video!r}, {field}"
-        try:
+        with _readable("unreadable array", where):
             dataset = self.file[f"{VIDEOS}/{video}/{field}"]
             frames = Hdf5Frames(store=self, video=video, field=field, shape=dataset.shape, dtype=dataset.dtype)
-            # HDF5 reads what was never written as zeros.
+            # HDF5 reads what was never written as fill values.
             written = dataset.id.get_num_chunks() if dataset.chunks == (1, *dataset.shape[1:]) else -1
-        except (KeyError, OSError, AttributeError, RuntimeError) as error:
-            raise CorruptData(f"unreadable array: {error}", where=where, hint=EXPORT_HINT) from error
         if written != dataset.shape[0]:
             what = (
                 "array is not chunked by frame" if written < 0 else f"{written} of {dataset.shape[0]} frames are there"
@@ -105,14 +119,13 @@ class Hdf5Store:
 
     def size(self, video: str, field: str) -> int:
         """See Store."""
-        return int(self.file[f"{VIDEOS}/{video}/{field}"].id.get_storage_size())
+        with _readable("unreadable array", f"{self.path}: video {video!r}, {field}"):
+            return int(self.file[f"{VIDEOS}/{video}/{field}"].id.get_storage_size())
 
     def _bytes(self, name: str) -> bytes | None:
-        try:
+        with _readable("unreadable", f"{self.path}: {name}"):
             dataset = self.file.get(name)
             return None if dataset is None else bytes(dataset[...].tobytes())
-        except (OSError, RuntimeError) as error:
-            raise CorruptData(f"unreadable: {error}", where=f"{self.path}: {name}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +141,19 @@ class Hdf5Frames:
     def read(self, frames: Sequence[int], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """See FrameArray. HDF5 verifies the checksums."""
         out = checked_output(self.shape, self.dtype, frames, out)
-        dataset = self.store.file[f"{VIDEOS}/{self.video}/{self.field}"]
+        fill = np.array(fill_value(self.dtype), self.dtype)
         for row, frame in enumerate(frames):
-            try:
+            where = f"{self.store.path}: video {self.video!r}, frame {frame}"
+            with _readable(f"{self.field} unreadable", where):
+                dataset = self.store.file[f"{VIDEOS}/{self.video}/{self.field}"]
                 dataset.read_direct(out, np.s_[frame], np.s_[row])
-            except (OSError, RuntimeError) as error:
-                where = f"{self.store.path}: video {self.video!r}, frame {frame}"
-                raise CorruptData(f"{self.field} unreadable: {error}", where=where, hint=EXPORT_HINT) from error
+            if _is_all(out[row], fill):
+                raise CorruptData(f"{self.field}: frame was never written", where=where, hint=EXPORT_HINT)
         return out
+
+
+def _is_all(values: NDArray[Any], fill: NDArray[Any]) -> bool:
+    """Whether the fill value is all there is, as no frame of data can be (see `fill_value`)."""
+    if not np.array_equal(values.flat[0], fill, equal_nan=True):
+        return False
+    return bool(np.isnan(values).all() if values.dtype.kind == "f" else (values == fill).all())

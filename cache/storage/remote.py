@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.errors import CorruptData, first_line
-from cache.layout import METADATA, VIDEOS, parse_group_attributes
+from cache.layout import METADATA, VIDEOS, is_video_name, parse_group_attributes
 from cache.storage.compression import decompress
 from cache.storage.connection import in_words, lacks_bucket, object_store, reason, require_connecting_process
 from cache.storage.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
@@ -83,7 +83,7 @@ class RemoteStore:
 
     def videos(self) -> Iterator[tuple[str, dict[str, Any] | None]]:
         """See Store."""
-        names = self.names(VIDEOS)
+        names = [name for name in self.names(VIDEOS) if is_video_name(name)]
         with ThreadPoolExecutor(max_workers=REQUESTS) as pool:
             yield from zip(names, pool.map(partial(committed, self), names), strict=True)
 

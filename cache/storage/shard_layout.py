@@ -31,6 +31,13 @@ def joint_checksum(frame_checksum: int, before: int) -> int:
     return crc32c(frame_checksum.to_bytes(CRC_BYTES, "little"), before)
 
 
+def content_checksum(frames: NDArray[Any], before: int = 0) -> int:
+    """The checksum of a field up to and with these frames."""
+    for frame in frames:
+        before = joint_checksum(crc32c(frame.reshape(-1).view(np.uint8).data), before)
+    return before
+
+
 def index_bytes(frames_per_shard: int) -> int:
     """Size of a shard's index with its checksum."""
     return ENTRY_BYTES * frames_per_shard + CRC_BYTES

@@ -114,7 +114,7 @@ class ShardedFrames:
         offset, size = shard.index[frame % self.frames_per_shard]
         verified = not self.compressed and frame in shard.verified
         if not verified:
-            self._check_place(frame, offset, size)
+            self._check_place(frame, offset, size, shard.file_state[1])
         chunk = memoryview(bytearray(size - CRC_BYTES)) if self.compressed else row
         checksum = 0
         # What is to be verified is read in blocks that stay in the processor's cache until they are summed up.
@@ -131,12 +131,14 @@ class ShardedFrames:
         if self.compressed and not decompress(chunk, row):
             raise self._corrupt("chunk does not unpack to a frame", frame)
 
-    def _check_place(self, frame: int, offset: int, size: int) -> None:
+    def _check_place(self, frame: int, offset: int, size: int, file_bytes: int) -> None:
         chunk_bytes = self.frame_bytes + CRC_BYTES
         if offset == ABSENT and size == ABSENT:
             raise self._corrupt("frame was never written", frame)
         if not CRC_BYTES < size <= max_bytes(chunk_bytes) if self.compressed else size != chunk_bytes:
             raise self._corrupt(f"chunk of {size} bytes instead of {chunk_bytes}", frame)
+        if offset + size > file_bytes:
+            raise self._corrupt("shard ends too early", frame)
 
     def _known(self, descriptor: int, number: int) -> _Shard:
         """The shard, its index read anew if the file is not the one known."""

@@ -20,7 +20,7 @@ import zarr
 from numpy.typing import NDArray
 
 from cache.errors import CorruptData
-from cache.layout import METADATA, VIDEOS, read_group_attributes
+from cache.layout import METADATA, VIDEOS, is_video_name, read_group_attributes, sync_to_disk
 from cache.storage.frames import FrameArray, open_frames
 
 HDF5_SUFFIX = ".h5"
@@ -124,7 +124,7 @@ class FolderStore:
         folder = self.path / VIDEOS
         if folder.is_dir():
             with os.scandir(folder) as entries:
-                names = sorted(entry.name for entry in entries if entry.is_dir())
+                names = sorted(entry.name for entry in entries if entry.is_dir() and is_video_name(entry.name))
             for name in names:
                 yield name, committed(self, name)
 
@@ -144,7 +144,7 @@ class FolderStore:
     def listing(self, prefix: str) -> dict[str, int]:
         """Names and bytes of all files in a folder, given as `videos/`, or of all of the cache for ""."""
         found = {}
-        for folder, _, names in os.walk(self.path / prefix):
+        for folder, _, names in os.walk(self.path / prefix, followlinks=True):
             for name in names:
                 file = Path(folder, name)
                 with suppress(FileNotFoundError):  # Another process has removed it.
@@ -154,6 +154,16 @@ class FolderStore:
     def files(self) -> list[str]:
         """See Store."""
         return sorted(entry.name for entry in self.path.iterdir() if entry.is_file() and is_record(entry.name))
+
+    def delete_video(self, name: str) -> None:
+        """Delete all of a video, the commit marker first: where it is stopped it leaves an unfinished video."""
+        folder = self.path / VIDEOS / name
+        if folder.is_symlink():
+            folder.unlink()
+        elif folder.exists():
+            (folder / METADATA).unlink(missing_ok=True)
+            sync_to_disk(folder)
+            shutil.rmtree(folder)
 
     def fetch(self, name: str, target: Path) -> None:
         """Copy a file's bytes to the file `target`."""

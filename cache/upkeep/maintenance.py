@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -93,7 +92,7 @@ def prune(found: list[Prunable]) -> list[VideoBusy]:
 def _prune_folder(store: FolderStore, entry: Prunable) -> None:
     with VideoLocks(store.path).held(entry.name):
         if entry.reason == ORPHANED or not committed(store, entry.name):
-            shutil.rmtree(store.path / VIDEOS / entry.name)
+            store.delete_video(entry.name)
 
 
 def _prune_objects(store: RemoteStore, entry: Prunable) -> None:
@@ -135,6 +134,9 @@ def differences(first: FeatureCache, second: FeatureCache) -> Iterator[str]:
         if unreadable := [name for name in both if videos[name] is None]:
             yield f"videos: {len(unreadable)} cannot be read {here}: {some(unreadable)}"
     other_frames = [name for name in both if None not in (pair := [s[name] for s in shown]) and pair[0] != pair[1]]
+    others = [name for name in both if name not in other_frames and _hold_other_numbers(first, second, name)]
+    if others:
+        yield f"videos: {len(others)} hold other numbers, such as {some(others)}"
     if other_frames:
         yield f"videos: {len(other_frames)} show other frames, such as {some(other_frames)}"
     if first.store.read_file(ANNOTATIONS) != second.store.read_file(ANNOTATIONS):
@@ -165,6 +167,15 @@ def _shown(feature_cache: FeatureCache, name: str) -> tuple[object, ...] | None:
     except VitaCacheError:
         return None
     return video.source, video.attributes
+
+
+def _hold_other_numbers(first: FeatureCache, second: FeatureCache, name: str) -> bool:
+    """Whether the checksums of a video's contents differ; caches of earlier versions have none."""
+    try:
+        checksums = [feature_cache.video(name).checksums for feature_cache in (first, second)]
+    except VitaCacheError:
+        return False
+    return None not in checksums and checksums[0] != checksums[1]
 
 
 def _origins(first: tuple[dict[str, Any], ...], second: tuple[dict[str, Any], ...]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from cache.errors import CacheError
 from cache.layout import CODEC, DETECTOR, METADATA, VIDEOS, sync_to_disk
 from cache.progress import with_progress
 from cache.reader import FeatureCache
+from cache.room import require_room
 from cache.storage.connection import remote_url
 from cache.storage.hdf5 import Hdf5Store
 from cache.storage.locks import locked
@@ -18,6 +19,7 @@ from cache.storage.remote import REQUESTS, RemoteStore
 from cache.storage.stores import FolderStore
 from cache.writer import sync_tree
 
+_NO_ROOM = "stage to another disk, or train without cache.stage_to: from where the cache lies"
 FileStore = FolderStore | RemoteStore
 """What holds a cache as files."""
 
@@ -39,13 +41,13 @@ def stage(address: Path | str, folder: Path) -> Path:
         raise CacheError("a cache cannot be staged into itself", where=address, hint="choose another folder")
     with locked(folder):
         if (folder / METADATA).exists():
-            there = FeatureCache.open(folder).fingerprint
             hint = "stage into another folder, or delete this one"
-            there.require(feature_cache.fingerprint, where=folder, hint=hint)
-        files = stale(source, FolderStore(path=folder))
-        _require_room(sum(sum(sizes.values()) for sizes in files.values()), folder)
+            FeatureCache.open(folder).fingerprint.require(feature_cache.fingerprint, where=folder, hint=hint)
+        there = FolderStore(path=folder)
+        files = stale(source, there)
+        require_room(sum(sum(sizes.values()) for sizes in files.values()), folder, "the cache does", hint=_NO_ROOM)
         for name in files:  # All before the new labels come: old features must never be read by them.
-            shutil.rmtree(folder / VIDEOS / name, ignore_errors=True)
+            there.delete_video(name)
         fetch_all_but_videos(source, folder)
         for name in with_progress(files, f"stage to {folder}", unit="video"):
             _fetch_video(source, f"{VIDEOS}/{name}", files[name], folder)
@@ -79,7 +81,7 @@ def stale(source: FileStore, target: FileStore) -> dict[str, dict[str, int]]:
     return {
         name: wanted[name]
         for name in attributes
-        if there.get(name) != attributes[name] or present[name] != wanted[name]
+        if name in wanted and (there.get(name) != attributes[name] or present.get(name) != wanted[name])
     }
 
 
@@ -90,25 +92,13 @@ def _by_video(listing: dict[str, int]) -> dict[str, dict[str, int]]:
     return files
 
 
-def _require_room(needed: int, folder: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise CacheError(
-            "the cache does not fit on the disk",
-            where=folder,
-            expected=f"{needed / 1e9:.2f} GB",
-            got=f"{free / 1e9:.2f} GB free",
-            hint="stage to another disk, or train without cache.stage_to: from where the cache lies",
-        )
-
-
 def _stage_file(file: Path, copy: Path) -> Path:
     """Copy a file unless size and time of modification are those of the copy."""
     copy.parent.mkdir(parents=True, exist_ok=True)
     with locked(copy.parent):
         status, known = file.stat(), copy.stat() if copy.exists() else None
         if known is None or (known.st_size, known.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-            _require_room(status.st_size, copy.parent)
+            require_room(status.st_size, copy.parent, "the cache does", hint=_NO_ROOM)
             temporary = copy.with_name(f".{copy.name}.tmp")
             shutil.copy2(file, temporary)
             temporary.replace(copy)

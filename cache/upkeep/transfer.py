@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from cache.errors import CacheError
+from cache.errors import CacheError, CorruptData
 from cache.layout import (
     AXES,
     CODEC,
@@ -21,6 +22,7 @@ from cache.layout import (
     MASK_FEATURES,
     METADATA,
     VIDEOS,
+    fill_value,
     group_metadata,
     shard_ranges,
     sync_to_disk,
@@ -28,11 +30,16 @@ from cache.layout import (
 )
 from cache.progress import with_progress
 from cache.reader import CachedVideo, FeatureCache
-from cache.storage.hdf5 import ATTRIBUTES, PACKING, Hdf5Store
+from cache.room import require_room
+from cache.storage.hdf5 import ATTRIBUTES, LIBRARY, PACKING, Hdf5Store
 from cache.storage.locks import locked
+from cache.storage.shard_layout import content_checksum
 from cache.storage.shard_writer import ShardWriter, write_array
 from cache.storage.stores import HDF5_SUFFIX, Store
 from cache.writer import sync_tree
+
+_MARGIN = 1 << 20  # bytes, for what describes the frames
+_NO_ROOM = "choose a place on another disk"
 
 
 def export_hdf5(feature_cache: FeatureCache, file: Path) -> None:
@@ -44,13 +51,16 @@ def export_hdf5(feature_cache: FeatureCache, file: Path) -> None:
         raise CacheError("only files that end in .h5 are read as HDF5", where=file, hint=f"export to {file.stem}.h5")
     if file.exists():
         raise CacheError("the file exists already", where=file, hint="delete it, or choose another name")
+    _require_room(feature_cache, file.parent)
     temporary = file.with_name(f".{file.name}.tmp")
     with ExitStack() as cleanup:
         cleanup.callback(temporary.unlink, missing_ok=True)
-        with h5py.File(temporary, "w") as target:
+        with h5py.File(temporary, "w", libver=LIBRARY) as target:
             _export_rest(feature_cache.store, target)
             for name in with_progress(feature_cache.video_names(), "export", unit="video"):
-                _export_video(feature_cache.video(name), feature_cache, target)
+                video = feature_cache.video(name)
+                require_room(_MARGIN + _unpacked_bytes(video), file.parent, f"video {name!r} does", hint=_NO_ROOM)
+                _export_video(video, feature_cache, target)
         sync_to_disk(temporary)
         temporary.replace(file)
     sync_to_disk(file.parent)
@@ -70,11 +80,40 @@ def _export_video(video: CachedVideo, feature_cache: FeatureCache, target: h5py.
     _put_attributes(target, group, feature_cache.store.attributes(group) or {})
     for field, array in ((FRAME_QUERIES, video.queries), (MASK_FEATURES, video.maps)):
         packing: Mapping[str, Any] = PACKING if field == MASK_FEATURES and feature_cache.codec.compressed else {}
-        dataset = target.create_dataset(
-            f"{group}/{field}", array.shape, array.dtype, chunks=(1, *array.shape[1:]), fletcher32=True, **packing
+        packing = {"fletcher32": True, "fillvalue": fill_value(array.dtype), **packing}
+        shape = array.shape
+        dataset = target.create_dataset(f"{group}/{field}", shape, array.dtype, chunks=(1, *shape[1:]), **packing)
+        checksum = 0
+        for frames in shard_ranges(shape[0]):
+            content = array.read(frames)
+            checksum = content_checksum(content, checksum)
+            dataset[frames.start : frames.stop] = content
+        _require_content(video, field, checksum)
+
+
+def _require_content(video: CachedVideo, field: str, checksum: int) -> None:
+    """Raise CorruptData where these are not the elements that were extracted."""
+    stated = video.checksums.get(field, checksum) if isinstance(video.checksums, dict) else checksum
+    if stated != checksum:
+        where = f"{video.store.path}: video {video.name!r}"
+        raise CorruptData(
+            f"{field} is not what was extracted",
+            where=where,
+            hint="`python -m cache verify` says more",
+            expected=stated,
+            got=checksum,
         )
-        for frames in shard_ranges(array.shape[0]):
-            dataset[frames.start : frames.stop] = array.read(frames)
+
+
+def _unpacked_bytes(video: CachedVideo) -> int:
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in (video.queries, video.maps))
+
+
+def _require_room(feature_cache: FeatureCache, folder: Path) -> None:
+    """Before anything is written: HDF5 cannot even close a file on a full disk."""
+    fields = [(name, field) for name in feature_cache.video_names() for field in AXES]
+    needed = _MARGIN + sum(feature_cache.store.size(name, field) for name, field in fields)
+    require_room(needed, folder, "the cache does", hint=_NO_ROOM)
 
 
 def _put_attributes(target: h5py.File, group: str, attributes: Mapping[str, Any]) -> None:
@@ -94,11 +133,13 @@ def import_hdf5(file: Path, path: Path) -> None:
     Raises CacheError where the folder is not empty or the file holds no cache, CorruptData for damaged frames.
     """
     if path.exists() and any(path.iterdir()):
-        raise CacheError("the folder is not empty", where=path, hint="import into a new folder")
+        hint = "import into a new folder, or delete this one if an import into it did not finish"
+        raise CacheError("the folder is not empty", where=path, hint=hint)
     feature_cache = FeatureCache.open(file)
     if not isinstance(feature_cache.store, Hdf5Store):
         raise CacheError("not an HDF5 file", where=file, expected="a file that ends in .h5")
     store = feature_cache.store
+    _require_room(feature_cache, path)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path):
         for name in store.files():
@@ -124,5 +165,6 @@ def _import_video(feature_cache: FeatureCache, name: str, folder: Path) -> None:
         for frames in shard_ranges(array.shape[0]):
             writer.append(array.read(frames))
         writer.finish()
+        _require_content(video, field, writer.checksum)
     content = group_metadata(feature_cache.store.attributes(f"{VIDEOS}/{name}") or {})
     write_file_atomically(folder / METADATA, content)

@@ -14,7 +14,7 @@ from cache.errors import CorruptData, VitaCacheError, shown, some
 from cache.labels.annotations import parse_labels
 from cache.layout import ANNOTATIONS, AXES, CHECKSUMS, FRAME_QUERIES, MASK_FEATURES, shard_ranges
 from cache.reader import CachedVideo, FeatureCache
-from cache.storage.shard_layout import crc32c, joint_checksum
+from cache.storage.shard_layout import content_checksum
 from cache.writer import video_sources
 
 
@@ -148,8 +148,7 @@ def _defect(feature_cache: FeatureCache, video: CachedVideo, field: str) -> str 
         finite = np.isfinite(block).all(axis=(1, 2, 3))
         if not finite.all():
             return f"frame {frames[int(np.argmin(finite))]} is not finite"
-        for frame in block:
-            checksum = joint_checksum(crc32c(frame.reshape(-1).view(np.uint8).data), checksum)
+        checksum = content_checksum(block, checksum)
     noted = video.checksums
     if noted is None or (isinstance(noted, Mapping) and noted.get(field) == checksum):
         return None

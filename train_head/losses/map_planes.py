@@ -35,7 +35,7 @@ class ChannelGroup:
         """The group of some channels, on the CPU."""
         channel_N, frequency_N = np.divmod(planes.number_N, FREQUENCIES)
         own = [np.flatnonzero(channel_N == channel) for channel in channels]
-        plane_Gn = np.full((len(own), max(map(len, own))), len(channel_N))
+        plane_Gn = np.full((len(own), max(1, *map(len, own))), len(channel_N))
         for row, found in zip(plane_Gn, own, strict=True):
             row[: len(found)] = found
         frequency_Gn = np.append(frequency_N, 0)[plane_Gn]
