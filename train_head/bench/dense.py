@@ -142,7 +142,7 @@ def _class_loss(classes_VK: Tensor, labels_N: Tensor, rows: Tensor, columns: Ten
     wanted_V = torch.full((V,), num_labels - 1)
     wanted_V[rows] = labels_N[columns]
     weight_K = torch.ones(num_labels, device=classes_VK.device)
-    weight_K[-1] = weights.no_object
+    weight_K[-1].fill_(weights.no_object)
     return F.cross_entropy(classes_VK, wanted_V.to(classes_VK.device), weight_K, reduction="sum")
 
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import ctypes
 import io
 import math
+import multiprocessing
 import os
 import pickle
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -74,8 +76,13 @@ def load_clips(
         multiprocessing_context="forkserver" if workers else None,
         worker_init_fn=_start_worker,
     )
-    for packed in loader:
-        yield slots.unpack(packed)
+    packed_clips = iter(loader)
+    try:
+        for packed in packed_clips:
+            yield slots.unpack(packed)
+    finally:
+        if workers:  # now, not when an exception that holds the iterator is let go: the process would wait for them
+            packed_clips._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def num_workers(chosen: int | None, device: torch.device) -> int:
@@ -98,6 +105,15 @@ def usual_workers(device: torch.device) -> int:
 def _start_worker(number: int) -> None:
     ignore_interrupts(number)
     keep_freed_memory()
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """End this worker with the trainer, however that ends: PyTorch watches the fork server, which stays."""
+    trainer = multiprocessing.parent_process()
+    if trainer is not None:
+        trainer.join()
+        os._exit(1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,8 @@ def attend_heads(query_NHSD: Tensor, key_NHMD: Tensor, value_NHMD: Tensor) -> Te
     if query_NHSD.device.type == "cpu" and num_weights <= _PLAIN.get(query_NHSD.dtype, 0):
         weights_NHSM = torch.softmax(query_NHSD * D**-0.5 @ key_NHMD.transpose(2, 3), dim=-1)
         return weights_NHSM @ value_NHMD
-    if torch.get_num_threads() <= _FEW_THREADS and beats_matmul(query_NHSD[0, 0], key_NHMD[0, 0]):
+    # In this order: torch.compile cannot trace the number of threads.
+    if beats_matmul(query_NHSD[0, 0], key_NHMD[0, 0]) and torch.get_num_threads() <= _FEW_THREADS:
         # A head's tokens one after the other, as a product reads them: it would copy what lies otherwise each time.
         query_NHSD, key_NHMD, value_NHMD = (heads.contiguous() for heads in (query_NHSD, key_NHMD, value_NHMD))
         attended_NHSD: Tensor = _HeadByHead.apply(query_NHSD * D**-0.5, key_NHMD, value_NHMD)

@@ -169,6 +169,6 @@ class VitaCriterion:
             np.put_along_axis(wanted_DLBV[:, :, clip], match.query_DLM.numpy(), labels_DLM, axis=2)
         (wanted,) = send([wanted_DLBV], logits_DLBVK.device)
         class_weights = logits_DLBVK.new_ones(num_labels, dtype=torch.float32)
-        class_weights[-1] = self.weights.no_object
+        class_weights[-1].fill_(self.weights.no_object)  # assigned, it would be a copy from the host in torch 2.11
         losses = F.cross_entropy(logits_DLBVK.float().flatten(0, 3), wanted.flatten(), class_weights, reduction="none")
         return losses.view(D, -1).sum(dim=1)

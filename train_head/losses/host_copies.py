@@ -14,9 +14,9 @@ from torch import Tensor
 def send(arrays: Sequence[NDArray[Any]], device: torch.device) -> list[Tensor]:
     """Arrays of one number type as tensors on the device, sent together."""
     joined = torch.from_numpy(np.concatenate([array.reshape(-1) for array in arrays]))
-    if device.type == "cuda" and len(joined):
+    if device.type == "cuda":
         # From memory that is not page-locked, a copy would wait for all that runs on the device.
-        joined = joined.pin_memory().to(device, non_blocking=True)
+        joined = (joined.pin_memory() if len(joined) else joined).to(device, non_blocking=True)
     parts = torch.split(joined, [array.size for array in arrays])
     return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 

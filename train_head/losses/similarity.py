@@ -43,7 +43,7 @@ def frame_queries_of(target: ClipTargets, clip: int) -> Tensor:
     if target.frame_queries_LTN is None:
         raise AnnotationError(
             f"clip {clip} has no frame matches, which the similarity loss needs",
-            hint="compute them with train_head.losses.frame_matches, or set head.use_sim=false",
+            hint="compute them with train_head.losses.frame_matches, or set loss.sim_weight=0",
         )
     return target.frame_queries_LTN
 
