@@ -162,7 +162,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_full_disk_is_refused_before_anything_is_written(tiny_data: Path, small_disk: Path) -> None:
     settings = tiny_settings(tiny_data, small_disk / "features", small_disk)
-    with pytest.raises(CacheError, match=r"42 frames do not fit.*expected 4.82 MB, got 1.05 MB free[\s\S]*ignore_space"):
+    with pytest.raises(
+        CacheError, match=r"42 frames do not fit.*expected 4.82 MB, got 1.05 MB free[\s\S]*ignore_space"
+    ):
         extract(settings)
     assert list(small_disk.iterdir()) == []
     settings.cache.ignore_space = True

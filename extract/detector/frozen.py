@@ -114,7 +114,7 @@ class TransformersDetector:
         images_BCHW: (B, 3, H, W) RGB, uint8 or float, values 0..255, any device.
         Raises FrameError on another shape.
         """
-        images_BCHW = require_frame_batch(images_BCHW).to(self.device, torch.float32)
+        images_BCHW = require_frame_batch(images_BCHW).to(self.device).float()  # in this order: a quarter of the bytes
         return self.features_of_canvas(normalise_and_pad(images_BCHW))
 
     @torch.no_grad()

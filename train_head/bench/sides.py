@@ -6,6 +6,8 @@ All take the same step: clips of the same cache, the same head, the same optimis
 from __future__ import annotations
 
 import math
+import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -204,6 +206,20 @@ def build(name: SideName, problem: Problem, folder: Path) -> Ours:
 
 def serve(name: SideName, problem: Problem, folder: Path, parent: Connection) -> None:
     """Take as many steps as is received and send the seconds of one; on 0 send the report and end."""
+    try:
+        _serve(name, problem, folder, parent)
+    except EOFError:  # another side has failed, and its process says why
+        sys.exit(1)
+    except Exception as error:
+        traceback.print_exc()
+        cause: BaseException | None = error
+        while cause is not None:  # what the frames hold ends with them, loaders and their workers too
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        sys.exit(1)
+
+
+def _serve(name: SideName, problem: Problem, folder: Path, parent: Connection) -> None:
     torch.set_num_threads(1)
     side = build(name, problem, folder)
     device = side.trainer.device

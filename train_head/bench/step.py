@@ -70,12 +70,14 @@ def bench(output: Path | None, device: Device, *, quick: bool, small: bool) -> i
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
     if not has_bfloat16(torch.device(name)):
         print("this processor has no bfloat16: the sides in it are left out")
-    found = [compare(problem, turns) for problem in problems]
-    for comparison in found:
-        print(table(comparison))
+    found: list[Comparison] = []
+    for problem in problems:  # what is known so far is told at once: a machine may be lent for minutes only
+        found.append(compare(problem, turns))
+        print(table(found[-1]), flush=True)
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps({"machine": facts, "steps": [asdict(one) for one in found]}, indent=2))
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"machine": facts, "steps": [asdict(one) for one in found]}, indent=2))
         print(f"written: {output}")
     return int(max(comparison.largest_difference() for comparison in found) > 1e-4)
 

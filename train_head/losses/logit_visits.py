@@ -42,7 +42,9 @@ def fused_visit(device_type: str, logit_type: torch.dtype) -> Visit:
     """
     compiled: Any = torch.compile(visit_logits, dynamic=True)
     try:
-        compiled(torch.zeros(2, 3, 5, dtype=logit_type, device=device_type))
+        # On CUDA of real size: the first call decides how much of a row a kernel takes at once.
+        size = (4, 896, 12544) if device_type == "cuda" else (2, 3, 5)
+        compiled(torch.zeros(size, dtype=logit_type, device=device_type))
     except Exception as error:  # a missing Triton, C compiler, driver ...: each has errors of its own
         say(f"train: matching is not compiled, so a step takes some ms more on a GPU: {first_line(error)}")
         return visit_logits
