@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -171,3 +176,28 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         found.append(usual_workers(torch.device("cuda")))
     assert found == [4, 3, 1, 1] and usual_workers(CPU) == 2
+
+
+def test_a_killed_trainer_leaves_no_workers(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    words = ["train.workers=1", "train.iterations=100000", "head.enc_layers=2", "head.dec_layers=2", "device=cpu"]
+    words += [f"data.root={tiny_data}", f"cache.path={tiny_cache}", f"runs={tmp_path}", "cache.codec=float16"]
+    command = [sys.executable, "-m", "train_head", "train", "demo", *words, "loss.num_points=64", "train.log_every=1"]
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, process_group=0)
+    log = tmp_path / "demo" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and log.stat().st_size > 0)
+    trainer.kill()
+    assert trainer.stdout is not None
+    reading = threading.Thread(target=trainer.stdout.read)  # ends when nobody holds the other end any more
+    reading.start()
+    reading.join(timeout=30)
+    alive = reading.is_alive()
+    if alive:
+        os.killpg(trainer.pid, signal.SIGKILL)
+    assert not alive
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.1)

@@ -148,7 +148,7 @@ def test_missing_frame_matches_and_mixed_clips_are_refused() -> None:
         [torch.rand(2, 64, 6, 6)],
         [replace(target, frame_queries_LTN=None)],
     )
-    with pytest.raises(AnnotationError, match="loss.sim_weight=0"):
+    with pytest.raises(AnnotationError, match=r"loss\.sim_weight=0"):
         step(golden_head(), *inputs, points, VitaCriterion(weights=LossWeights()))
     with pytest.raises(AnnotationError, match="2 objects in 2 frames"):
         replace(target, labels_N=torch.zeros(3, dtype=torch.int64))

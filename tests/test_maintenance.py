@@ -13,11 +13,12 @@ import pytest
 from cache.__main__ import main
 from cache.codecs.float16 import Float16
 from cache.codecs.rate_distortion import read_calibration
-from cache.errors import FormatVersionError
+from cache.errors import CorruptData, FormatVersionError
 from cache.fingerprint import Provenance
 from cache.heads import DetectorHeads
 from cache.reader import FeatureCache
 from cache.upkeep.maintenance import differences, prunable, prune
+from cache.upkeep.staging import stage
 from cache.writer import CacheWriter
 from tests.cache_samples import (
     FINGERPRINT,
@@ -29,6 +30,7 @@ from tests.cache_samples import (
     random_heads,
     write_video,
 )
+from tests.train_until import interrupt
 
 FORMAT_1 = Path(__file__).parent / "golden" / "format1"
 
@@ -239,3 +241,67 @@ def test_a_later_version_names_the_command_that_helps(tmp_path: Path, capsys: py
     with pytest.raises(FormatVersionError, match=r"expected 1, got 0[\s\S]*make extract CONFIG"):
         FeatureCache.open(path)
     assert main(["upgrade", str(path)]) == 2
+
+
+# What other programs, interruptions and damage leave
+
+
+def test_an_interrupted_deletion_leaves_no_video_that_counts_as_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a"
+    write_video(open_writer(path, labels_of({1: 5})), "2", 5)
+    monkeypatch.setattr(shutil, "rmtree", lambda folder: interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        prune(prunable(FeatureCache.open(path)))
+    assert FeatureCache.open(path).video_names() == []
+    assert (path / "videos/2/mask_features").exists()
+
+
+def test_linked_videos_are_staged_and_pruned(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_video(open_writer(path, labels_of({1: 5})), "1", 5)
+    write_video(open_writer(path), "2", 5)
+    for name in ("1", "2"):
+        (path / "videos" / name).rename(tmp_path / name)
+        (path / "videos" / name).symlink_to(tmp_path / name)
+    stage(path, tmp_path / "ssd")
+    assert FeatureCache.open(tmp_path / "ssd").video("1").frame_queries().shape[0] == 5
+    prune(prunable(FeatureCache.open(path)))
+    assert FeatureCache.open(path).video_names() == ["1"] and (tmp_path / "2").exists()
+
+
+def test_diff_names_videos_of_other_numbers(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 1)):
+        write_video(open_writer(tmp_path / name), "1", 5, seed=seed)
+    lines = list(differences(*(FeatureCache.open(tmp_path / name) for name in ("a", "b"))))
+    assert "videos: 1 hold other numbers, such as 1" in [line.replace("'", "") for line in lines]
+
+
+def test_folders_of_other_tools_are_no_videos(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_video(open_writer(path), "1", 5)
+    (path / "videos/.ipynb_checkpoints").mkdir()
+    shutil.copytree(path / "videos/1", path / "videos/.1.bak")
+    assert main(["verify", str(path)]) == 0 and main(["inspect", str(path)]) == 0
+    assert prunable(FeatureCache.open(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("fingerprint", {"pixel_mean": "x"}),
+        ("codec", {"name": [], "parameters": {}}),
+        ("codec", {"name": "float16", "parameters": None}),
+        ("provenance", "x"),
+    ],
+)
+def test_root_attributes_of_other_types_are_corrupt_data(tmp_path: Path, key: str, value: object) -> None:
+    path = tmp_path / "a"
+    write_video(open_writer(path), "1", 5)
+    document = json.loads((path / "zarr.json").read_bytes())
+    old = document["attributes"][key]
+    document["attributes"][key] = {**old, **value} if isinstance(value, dict) and key == "fingerprint" else value
+    (path / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(CorruptData, match="unreadable"):
+        FeatureCache.open(path)
