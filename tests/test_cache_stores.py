@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from cache.__main__ import main
 from cache.codecs.rate_distortion import CALIBRATION, Calibration, write_calibration
-from cache.errors import CacheError, CorruptData, FingerprintMismatch, IncompleteVideo
+from cache.errors import CacheError, CorruptData, FingerprintMismatch, IncompleteVideo, VitaCacheError
 from cache.reader import ClipArrays, FeatureCache
 from cache.storage.connection import in_words, remote_url
 from cache.storage.remote import RemoteStore
@@ -215,6 +215,36 @@ def test_damage_in_the_file_is_found(original: Path, tmp_path: Path) -> None:
     assert video.mask_features([2, 4]).shape[0] == 2
     with pytest.raises(CorruptData, match=r"video '2', frame 3.*[\s\S]*python -m cache export"):
         video.mask_features([2, 3])
+
+
+def test_a_flipped_bit_anywhere_in_the_file_never_changes_what_is_read(plain: Path, tmp_path: Path) -> None:
+    file = tmp_path / "x.h5"
+    export_hdf5(FeatureCache.open(plain), file)
+    content, rng = file.read_bytes(), np.random.default_rng(0)
+    names = FeatureCache.open(file).video_names()
+    truth = [FeatureCache.open(plain).video(name).mask_features() for name in names]
+    described = range(min(len(content), 24_000))  # where what describes the data lies, for the most part
+    for position in rng.choice(described, 400, replace=False):
+        damaged = bytearray(content)
+        damaged[position] ^= 1 << rng.integers(8)
+        file.write_bytes(damaged)
+        try:
+            found = [FeatureCache.open(file).video(name).mask_features() for name in names]
+        except VitaCacheError:
+            continue
+        assert all(map(np.array_equal, found, truth)), position
+
+
+def test_without_room_nothing_is_exported_or_imported(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_hdf5(FeatureCache.open(plain), tmp_path / "x.h5")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(CacheError, match="does not fit on the disk"):
+        export_hdf5(FeatureCache.open(plain), tmp_path / "y.h5")
+    with pytest.raises(CacheError, match="does not fit on the disk"):
+        import_hdf5(tmp_path / "x.h5", tmp_path / "again")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.h5"]
 
 
 @pytest.mark.parametrize("name", ["annotations.json", "codec/basis", "detector/class_embed.bias", "attributes.json"])
