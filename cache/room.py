@@ -27,11 +27,11 @@ def in_units(size: int) -> str:
 
 
 def require_room(needed: int, folder: Path, what: str, *, hint: str) -> None:
-    """Raise CacheError where `what` ("the cache does", "9 frames do") needs more bytes than are free."""
+    """Raise CacheError saying `what` does not fit, where more bytes are needed than are free."""
     free = free_bytes(folder)
     if needed > free:
         raise CacheError(
-            f"{what} not fit on the disk",
+            what,
             where=folder,
             expected=in_units(needed),
             got=f"{in_units(free)} free",

@@ -94,5 +94,5 @@ def require_room_for(
 
 def require_features_fit(needed: int, folder: Path, num_frames: int, *, hint: str) -> None:
     """Raise CacheError where the features of so many frames need more than is free."""
-    what = f"the features of {num_frames} frames do"
+    what = f"the features of {num_frames} frames do not fit on the disk"
     require_room(needed, folder, what, hint=f"{hint}, or set cache.ignore_space=true")

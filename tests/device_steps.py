@@ -54,8 +54,8 @@ def assert_same_gradients(expected: Gradients, got: Gradients) -> None:
         assert difference <= 1e-3 * float(gradient.norm()) + 1e-5 * largest, name  # some are nothing but rounding
 
 
-def step_without_waiting(trainer: Trainer[Clip]) -> None:
-    """Take a step on CUDA; whatever makes the host wait raises, but for the matching's costs, which an event brings."""
+def step_without_waiting(trainer: Trainer[Clip]) -> Tensor:
+    """Loss terms of a step on CUDA. Raises where the host waits, but for the matching's costs, which come by event."""
     batches = trainer._batches()
     trainer.training_step(next(batches))  # compiles, and matches frames that are new
     clips = next(batches)
@@ -63,6 +63,6 @@ def step_without_waiting(trainer: Trainer[Clip]) -> None:
     normalisers = trainer.compute.normalisers(targets)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        trainer.compute._backward(trainer.head, clips, targets, normalisers)
+        return trainer.compute._backward(trainer.head, clips, targets, normalisers)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -20,6 +20,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from cache.errors import CorruptData
 from cache.reader import FeatureCache
 from cache.storage.frames import FrameArray, ZarrFrames, open_frames
+from cache.storage.shard_layout import decode_index, encode_index, index_bytes
 from cache.storage.shard_writer import ShardWriter
 from cache.storage.shards import ShardedFrames
 from tests.cache_samples import attributes_of, flip_bit, open_writer, random_features, write_video
@@ -187,6 +188,17 @@ def test_flipped_bit_in_the_data(damaged: Path, opener: Opener) -> None:
     assert array.read([2, 4]).shape[0] == 2
     with pytest.raises(CorruptData, match=r"video '7', frame 3\b"):
         array.read([2, 3, 4])
+
+
+def test_an_index_that_points_beyond_the_file(damaged: Path) -> None:
+    file, size = damaged / "c.0.0.0.0", frame_bytes(damaged) + 4
+    length = index_bytes(64)
+    content = file.read_bytes()
+    entries = decode_index(content[-length:])
+    assert entries is not None
+    file.write_bytes(content[:-length] + encode_index([entries[0], (1 << 63, size), *entries[2:]], 64))
+    with pytest.raises(CorruptData, match=r"frame 1: shard ends too early"):
+        open_frames(damaged).read([0, 1])
 
 
 @pytest.mark.parametrize("place", [0, 600_000, 1_199_999])

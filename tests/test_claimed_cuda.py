@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,24 @@ def test_a_step(stored: Settings) -> None:
 
 
 def test_the_host_waits_for_the_matching_alone(stored: Settings) -> None:
-    step_without_waiting(open_trainer(stored, "cuda"))
+    """Whatever else would make it wait raises, as the test of the device shows."""
+    terms = step_without_waiting(open_trainer(stored, "cuda"))
+    assert is_claimed(terms) and terms.isfinite().all()
+
+
+def test_a_batch_without_objects(stored: Settings) -> None:
+    trainer = open_trainer(stored, "cuda")
+    (clip, *_) = next(trainer._batches())
+    targets = clip.targets
+    nothing = replace(
+        targets,
+        labels_N=targets.labels_N[:0],
+        identities_N=targets.identities_N[:0],
+        present_NT=targets.present_NT[:0],
+        masks_NThw=targets.masks_NThw[:0],
+    )
+    losses = trainer.training_step([replace(clip, targets=nothing)] * stored.train.batch_clips)
+    assert losses.mask == losses.similarity == 0 and losses.class_loss > 0
 
 
 def test_an_interrupted_run_goes_on(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:

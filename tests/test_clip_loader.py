@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,6 +195,17 @@ def test_a_killed_trainer_leaves_no_workers(tiny_data: Path, tiny_cache: Path, t
     if alive:
         os.killpg(trainer.pid, signal.SIGKILL)
     assert not alive
+
+
+def test_an_error_in_a_worker_ends_the_trainer(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_cache / "train", tmp_path / "cache/train")
+    for shard in (tmp_path / "cache").glob("train/videos/*/mask_features/c.*"):
+        shard.unlink()
+    words = [f"data.root={tiny_data}", f"cache.path={tmp_path / 'cache'}", f"runs={tmp_path}", "cache.codec=float16"]
+    words += ["train.workers=1", "cache.preload=false", "device=cpu", "loss.num_points=64"]
+    command = [sys.executable, "-m", "train_head", "train", "demo", *words]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert ended.returncode != 0 and "shard cannot be opened" in ended.stderr
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -112,7 +112,8 @@ def test_losses_of_a_step_in_bfloat16(stored: Settings) -> None:
 
 def test_the_host_waits_for_the_matching_alone(stored: Settings) -> None:
     """Whatever else would make it wait raises here; the matching's costs come by an event, which does not."""
-    step_without_waiting(open_trainer(stored, "cuda", Precision.bfloat16))
+    terms = step_without_waiting(open_trainer(stored, "cuda", Precision.bfloat16))
+    assert terms.is_cuda and terms.isfinite().all()
 
 
 @pytest.mark.parametrize("logit_type", [torch.float32, torch.bfloat16])

@@ -173,6 +173,18 @@ def test_a_full_disk_is_refused_before_anything_is_written(tiny_data: Path, smal
     assert FeatureCache.open(small_disk / "features" / "train").video_names() == ["2"]
 
 
+def test_a_complete_cache_on_a_read_only_disk_needs_no_extraction(
+    tiny_data: Path, tiny_cache: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    shutil.copytree(tiny_cache / "valid", small_disk / "valid")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    extract(tiny_settings(tiny_data, small_disk, small_disk), only=["valid"])
+    assert "all 2 videos are in" in capsys.readouterr().out
+    with pytest.raises(OSError, match="Read-only"):
+        extract(tiny_settings(tiny_data, small_disk, small_disk), only=["train"])
+
+
 def leave_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
     """All disks have so many bytes left."""
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(total=10**12, used=10**12 - free, free=free))

@@ -85,6 +85,14 @@ def test_on_the_device_planes_expand_to_the_same(at_once: bool) -> None:
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("at_once", [False, True])
+def test_channels_without_planes_may_fill_a_group(at_once: bool) -> None:
+    planes = Planes(number_N=np.array([0, 64, 20 * FREQUENCIES]), num_wide=0, num_channels=40)
+    stored = np.random.default_rng(0).integers(-127, 128, (2, 3, 3, 4)).astype(np.int8)
+    found = MapPlanes.on(torch.device("cpu"), planes, at_once=at_once).expand(torch.from_numpy(stored), (21, 30))
+    np.testing.assert_allclose(found.numpy(), planes.expand(stored, (21, 30)), rtol=1e-5, atol=1e-5)
+
+
 # Fitting
 
 

@@ -141,11 +141,12 @@ class Hdf5Frames:
     def read(self, frames: Sequence[int], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """See FrameArray. HDF5 verifies the checksums."""
         out = checked_output(self.shape, self.dtype, frames, out)
-        fill = np.array(fill_value(self.dtype), self.dtype)
+        fill, place = np.array(fill_value(self.dtype), self.dtype), f"{self.store.path}: video {self.video!r}"
+        with _readable(f"{self.field} unreadable", place):
+            dataset = self.store.file[f"{VIDEOS}/{self.video}/{self.field}"]
         for row, frame in enumerate(frames):
-            where = f"{self.store.path}: video {self.video!r}, frame {frame}"
+            where = f"{place}, frame {frame}"
             with _readable(f"{self.field} unreadable", where):
-                dataset = self.store.file[f"{VIDEOS}/{self.video}/{self.field}"]
                 dataset.read_direct(out, np.s_[frame], np.s_[row])
             if _is_all(out[row], fill):
                 raise CorruptData(f"{self.field}: frame was never written", where=where, hint=EXPORT_HINT)

@@ -19,6 +19,7 @@ from cache.storage.remote import REQUESTS, RemoteStore
 from cache.storage.stores import FolderStore
 from cache.writer import sync_tree
 
+_TOO_LARGE = "the cache does not fit on the disk"
 _NO_ROOM = "stage to another disk, or train without cache.stage_to: from where the cache lies"
 FileStore = FolderStore | RemoteStore
 """What holds a cache as files."""
@@ -45,7 +46,7 @@ def stage(address: Path | str, folder: Path) -> Path:
             FeatureCache.open(folder).fingerprint.require(feature_cache.fingerprint, where=folder, hint=hint)
         there = FolderStore(path=folder)
         files = stale(source, there)
-        require_room(sum(sum(sizes.values()) for sizes in files.values()), folder, "the cache does", hint=_NO_ROOM)
+        require_room(sum(sum(sizes.values()) for sizes in files.values()), folder, _TOO_LARGE, hint=_NO_ROOM)
         for name in files:  # All before the new labels come: old features must never be read by them.
             there.delete_video(name)
         fetch_all_but_videos(source, folder)
@@ -98,7 +99,7 @@ def _stage_file(file: Path, copy: Path) -> Path:
     with locked(copy.parent):
         status, known = file.stat(), copy.stat() if copy.exists() else None
         if known is None or (known.st_size, known.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
-            require_room(status.st_size, copy.parent, "the cache does", hint=_NO_ROOM)
+            require_room(status.st_size, copy.parent, _TOO_LARGE, hint=_NO_ROOM)
             temporary = copy.with_name(f".{copy.name}.tmp")
             shutil.copy2(file, temporary)
             temporary.replace(copy)

@@ -59,7 +59,12 @@ def export_hdf5(feature_cache: FeatureCache, file: Path) -> None:
             _export_rest(feature_cache.store, target)
             for name in with_progress(feature_cache.video_names(), "export", unit="video"):
                 video = feature_cache.video(name)
-                require_room(_MARGIN + _unpacked_bytes(video), file.parent, f"video {name!r} does", hint=_NO_ROOM)
+                require_room(
+                    _MARGIN + _unpacked_bytes(video),
+                    file.parent,
+                    f"video {name!r} does not fit on the disk",
+                    hint=_NO_ROOM,
+                )
                 _export_video(video, feature_cache, target)
         sync_to_disk(temporary)
         temporary.replace(file)
@@ -113,7 +118,7 @@ def _require_room(feature_cache: FeatureCache, folder: Path) -> None:
     """Before anything is written: HDF5 cannot even close a file on a full disk."""
     fields = [(name, field) for name in feature_cache.video_names() for field in AXES]
     needed = _MARGIN + sum(feature_cache.store.size(name, field) for name, field in fields)
-    require_room(needed, folder, "the cache does", hint=_NO_ROOM)
+    require_room(needed, folder, "the cache does not fit on the disk", hint=_NO_ROOM)
 
 
 def _put_attributes(target: h5py.File, group: str, attributes: Mapping[str, Any]) -> None:
