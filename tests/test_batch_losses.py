@@ -154,6 +154,12 @@ def test_a_batch_without_objects() -> None:
     torch.testing.assert_close(results[0][0].total, results[1][0].total)
 
 
+def test_an_empty_clip_larger_than_all_masks_of_the_batch() -> None:
+    """Its points lie beyond the end of the others' labels."""
+    step = make_step([((8, 8), 1), ((64, 80), 0)], num_frames=1)
+    assert_alike(*(step.losses(VitaCriterion(batched=batched), random_points(2)) for batched in (True, False)))
+
+
 def test_clips_that_share_a_generator_draw_as_they_do_one_by_one() -> None:
     """As the frames of a clip do in the losses of a detector."""
     step = make_step(num_frames=1)

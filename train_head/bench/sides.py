@@ -51,7 +51,7 @@ class SideReport:
 
     peak_bytes: int  # of a step, above what is held between steps
     parts: dict[str, float]  # seconds, of `ours` only
-    pace: SustainedSteps | None  # of `ours` only
+    pace: SustainedSteps | None  # of `ours` and `cheap` only
     flops: float  # multiplications and additions of one step's matrix products, of `ours` only
     flops_per_second: float  # of one large product, now
     losses: dict[str, tuple[float, float]]  # dense and ours, from the same points, of `dense` only
@@ -239,7 +239,7 @@ def _serve(name: SideName, problem: Problem, folder: Path, parent: Connection) -
         SideReport(
             peak_bytes=peak_bytes,
             parts=_median_parts(side) if name is SideName.ours else {},
-            pace=sustain(side.trainer, side.batches) if name is SideName.ours else None,
+            pace=sustain(side.trainer, side.batches) if name in (SideName.ours, SideName.cheap) else None,
             flops=side.flops() if name is SideName.ours else 0.0,
             flops_per_second=product_rate(device),
             losses=losses,

@@ -25,6 +25,7 @@ from configs.command import device_name
 from configs.schema import Device
 from train_head.bench.problem import ITERATIONS, Problem, in_miniature, write_bench_cache
 from train_head.bench.sides import HALF, SideName, SideReport, serve
+from train_head.bench.sustained import SustainedSteps
 from train_head.products import has_bfloat16
 
 _TURN_SECONDS = {"cpu": 4.0, "cuda": 1.0}
@@ -138,8 +139,6 @@ _WORDS = {
 def table(found: Comparison) -> str:
     """Seconds, ratios ((b) in the precision of the row), memory; the parts of our step; the floor."""
     size, ours = found.problem, found.reports["ours"]
-    pace = ours.pace
-    assert pace is not None
     head = f"{size.enc_layers} + {size.dec_layers} layers, {size.clips} x {size.frames} frames, {size.points} points"
     lines = [f"\n{head:38}{'seconds':>9}{'(a)/x':>8}{'(b)/x':>8}{'peak MB':>10}{'(b)/x':>8}"]
     live = found.median(SideName.live)
@@ -160,8 +159,20 @@ def table(found: Comparison) -> str:
         f"floor of (c): {ours.flops / 1e9:.0f} GFLOP of products at {found.rate / 1e9:.0f} GFLOP/s are {floor:.3f} s; "
         f"the step takes {step / floor:.1f} times that",
         f"equal points: the loss terms of (b) and (c) differ by at most {found.largest_difference():.1e}",
-        f"steps one after the other: {pace.seconds:.3f} s each, {1 / pace.seconds:.2f} a second, "
-        f"{pace.seconds * ITERATIONS / 3600:.1f} hours for {ITERATIONS}; {pace.waiting:.1%} of that waits for data",
-        pace.largest,
+        *(_pace_line(_WORDS[name], found.reports[name.value]) for name in (SideName.ours, SideName.cheap)),
+        _pace(ours).largest,
     ]
     return "\n".join(lines)
+
+
+def _pace(report: SideReport) -> SustainedSteps:
+    assert report.pace is not None
+    return report.pace
+
+
+def _pace_line(words: str, report: SideReport) -> str:
+    pace = _pace(report)
+    return (
+        f"{words}, steps one after the other: {pace.seconds:.3f} s each, {1 / pace.seconds:.2f} a second, "
+        f"{pace.seconds * ITERATIONS / 3600:.1f} hours for {ITERATIONS}; {pace.waiting:.1%} of that waits for data"
+    )

@@ -30,7 +30,9 @@ from train_head.losses.similarity import frame_queries_of, pair_losses
 from train_head.losses.targets import ClipTargets
 
 _LOGITS_AT_ONCE = 1 << 27  # of the matching
-_GROUP_NUMBERS = 1 << 29  # logits and label values of the losses; more clips are taken one group after the other
+_GROUP_NUMBERS = (
+    1 << 30
+)  # channels, logits and label values of the losses; more clips are taken one group after the other
 
 
 def batch_losses(problem: LossProblem) -> LossSums:
@@ -87,14 +89,15 @@ class _Batch:
         matching = [source.matching_points(device) if target.num_objects else none for source, target in clips]
         num_points = max(len(points_P2) for points_P2 in matching)
         loss_points = [source.loss_points(T, device) for source, _ in clips]
+        weights_BQC = filled(problem.mask_weights.stacked()).permute(2, 0, 1, 3, 4).flatten(1, 3)
         return cls(
             problem=problem,
-            weights_BQC=filled(problem.mask_weights.stacked()).permute(2, 0, 1, 3, 4).flatten(1, 3),
+            weights_BQC=weights_BQC,
             matching_points=[points_P2.expand(num_points, -1) for points_P2 in matching],
             loss_points=loss_points,
             groups=[
                 ClipGroup.of(part, problem.maps, problem.targets, problem.padded_area)
-                for part in _parts(problem, loss_points[0].points_GS2.shape[1])
+                for part in _parts(problem, loss_points[0].points_GS2.shape[1], weights_BQC.shape[2])
             ],
         )
 
@@ -141,14 +144,15 @@ class _Batch:
         return tuple(ClipMatch(query_DLM=query, object_DLM=chosen) for query, chosen in solved)
 
 
-def _parts(problem: LossProblem, num_points: int) -> list[slice]:
+def _parts(problem: LossProblem, num_points: int, num_channels: int) -> list[slice]:
     """Runs of clips whose losses fit into memory at once; those without any object are left out."""
     D, L, _, V, _ = problem.outputs.class_logits_DLBVK.shape
+    points = len(problem.maps[0]) * num_points
     parts, start, largest = [], 0, 0
     counts = [target.num_objects for target in problem.targets]
     for clip, count in enumerate([*counts, None]):
         most = max(largest, count or 0)
-        numbers = (clip + 1 - start) * len(problem.maps[0]) * num_points * (D * L * min(V, most) + 8 * most)
+        numbers = (clip + 1 - start) * points * (num_channels + D * L * min(V, most) + 8 * most)
         if count is None or (clip > start and numbers > _GROUP_NUMBERS):
             if largest:
                 parts.append(slice(start, clip))

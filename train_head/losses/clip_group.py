@@ -9,6 +9,7 @@ multiple of 8, S pixels of a frame of all clips, P points.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -40,8 +41,8 @@ class ClipGroup:
     labels_BN: Tensor  # 0 where there is no such object
     table_SC: Tensor  # channels of every pixel of every frame, side by side; the coverage is 1
     first_pixel_BT: Tensor  # of each frame, in the table
-    masks: Tensor  # all label masks of all clips, flat
-    first_mask_BTN: Tensor  # where each begins, 0 where there is no such object
+    masks: Tensor  # all label masks of all clips, flat, and an empty one of the largest size
+    first_mask_BTN: Tensor  # where each begins, that of the empty one where there is no such object
     scales_2B112: Tensor  # of maps and of masks, as `neighbours_of` takes them
     sizes_2B112: Tensor
 
@@ -66,7 +67,7 @@ class ClipGroup:
             labels_BN=labels,
             table_SC=_pixel_table(maps),
             first_pixel_BT=pixels,
-            masks=torch.cat([target.masks_NThw.flatten() for target in targets]),
+            masks=_flat_masks(targets),
             first_mask_BTN=first_masks,
             scales_2B112=scales,
             sizes_2B112=sizes,
@@ -75,8 +76,7 @@ class ClipGroup:
     def at(self, points_BTP2: Tensor) -> tuple[Tensor, Tensor]:
         """Channels (B, T, P, C) and label values (B, T, N, P) at points of every frame.
 
-        (B, 1, P, 2) are points for all frames of a clip. Labels lie in [0, 1]; where there is no such object, they are
-        of no meaning.
+        (B, 1, P, 2) are points for all frames of a clip. Labels lie in [0, 1], and are 0 where there is no such object.
         """
         index_2BTP4, share_2BTP4 = neighbours_of(points_BTP2, self.scales_2B112, self.sizes_2B112)
         pixel_BTP4 = index_2BTP4[0] + self.first_pixel_BT[..., None, None]
@@ -92,10 +92,10 @@ class ClipGroup:
 
 
 def _padded_labels(targets: Sequence[ClipTargets]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Labels (B, N), and where the masks (B, T, N) begin in what `torch.cat` of all makes; 0 in the padding."""
+    """Labels (B, N), 0 in the padding, and where the masks (B, T, N) begin in `_flat_masks`."""
     T = targets[0].present_NT.shape[1]
     labels_BN = np.zeros((len(targets), max(target.num_objects for target in targets)), dtype=np.int64)
-    first_BTN = np.zeros((len(targets), T, labels_BN.shape[1]), dtype=np.int64)
+    first_BTN = np.full((len(targets), T, labels_BN.shape[1]), sum(target.masks_NThw.numel() for target in targets))
     start = 0
     for labels_N, first_TN, target in zip(labels_BN, first_BTN, targets, strict=True):
         N, size = target.num_objects, target.image_hw[0] * target.image_hw[1]
@@ -103,6 +103,12 @@ def _padded_labels(targets: Sequence[ClipTargets]) -> tuple[NDArray[np.int64], N
         first_TN[:, :N] = start + size * np.arange(N * T).reshape(N, T).T
         start += size * N * T
     return labels_BN, first_BTN
+
+
+def _flat_masks(targets: Sequence[ClipTargets]) -> Tensor:
+    """All label masks one after the other, and an empty one that is as large as any clip's frame."""
+    masks = [target.masks_NThw.flatten() for target in targets]
+    return torch.cat([*masks, masks[0].new_zeros(max(math.prod(target.image_hw) for target in targets))])
 
 
 def _pixel_table(maps: Sequence[Tensor]) -> Tensor:
