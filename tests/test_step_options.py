@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from cache.errors import ConfigError
 from configs.load import load_settings
@@ -21,13 +24,16 @@ from tests.conftest import tiny_settings
 from train_head import products
 from train_head.bench.problem import Problem, in_miniature, write_bench_cache
 from train_head.bench.sides import Dense, Ours
+from train_head.bench.step import compare
 from train_head.bench.sustained import sustain
 from train_head.build import point_config
 from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
 from train_head.heads import attention
+from train_head.heads.contract import HeadConfig
 from train_head.heads.layers import MultiheadAttention
+from train_head.heads.vita import VitaHead
 from train_head.losses.points import RandomPoints, choose_uncertain
 from train_head.products import product
 from train_head.trainer import Trainer
@@ -102,6 +108,15 @@ def test_a_traced_head_trains_alike(tiny_data: Path, tiny_cache: Path, tmp_path:
     assert loss == pytest.approx(expected, rel=1e-6)
     for ours, theirs in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_head_of_real_width_is_one_graph() -> None:
+    """Where sizes are worth a CPU's own products and attention, compilation must not meet them."""
+    head = VitaHead(HeadConfig(num_classes=4, enc_layers=1, dec_layers=1))
+    graphs = CompileCounter()
+    head.compile(backend=graphs, fullgraph=True)
+    head(torch.randn(1, 1, 5, 100, 256)).mask_embed_DLBVC.sum().backward()
+    assert graphs.frame_count == 1
 
 
 @pytest.mark.slow
@@ -197,3 +212,17 @@ def test_freed_memory_is_used_again_without_asking_the_system() -> None:
         for word in ("keep", "return")
     )
     assert kept < 1000 < returned
+
+
+@pytest.mark.slow
+def test_a_side_that_fails_ends_the_others(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of two points the cheap options take none: their side refuses after four others have begun to wait."""
+    before = set(active_children())
+    with pytest.raises(RuntimeError, match="'cheap'"):
+        compare(replace(in_miniature(Problem()), points=2), turns=1)
+    gc.collect()  # the pipes' ends, which the others read, go with the traceback
+    started = set(active_children()) - before
+    for process in started:
+        process.join(60)
+        assert process.exitcode == 1
+    assert "loss.num_points" in capfd.readouterr().err
