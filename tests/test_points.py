@@ -22,6 +22,7 @@ from train_head.losses.points import (
     sample_map,
     sample_masks,
 )
+from train_head.losses.selection import smallest
 
 
 def sample_logits(logits_GHW: Tensor, points_GP2: Tensor, area_hw: tuple[int, int]) -> Tensor:
@@ -144,3 +145,25 @@ def test_a_frame_of_none_or_one_on_several_threads(num_masks: int) -> None:
     sums_3G.sum().backward()
     for leaf in (weights.weights_R, weights.const):
         assert leaf.grad is not None and torch.isfinite(leaf.grad).all()
+
+
+SORTED = np.arange(40_000, dtype=np.float32)
+ROWS = {
+    "random": np.random.default_rng(0).exponential(size=40_000),
+    "ties": np.random.default_rng(1).integers(0, 5, 40_000),
+    "equal": np.ones(40_000),
+    "sorted": SORTED,
+    "a sample that misleads": np.where(SORTED % 39 == 0, 1e6 + SORTED, SORTED),
+    "NaN": np.where(SORTED % 2 == 0, np.nan, SORTED),
+}
+
+
+@pytest.mark.parametrize("count", [1, 7, 9_408, 20_000, 39_999, 40_000])
+@pytest.mark.parametrize("name", ROWS)
+def test_the_smallest_of_a_row(name: str, count: int) -> None:
+    values_GS = np.stack([ROWS[name], ROWS["random"]]).astype(np.float32)
+    chosen_GK = smallest(values_GS, count)
+    assert chosen_GK.shape == (2, count)
+    for values_S, chosen_K in zip(values_GS, chosen_GK, strict=True):
+        assert len(set(chosen_K.tolist())) == count
+        np.testing.assert_array_equal(np.sort(values_S[chosen_K]), np.sort(values_S)[:count])

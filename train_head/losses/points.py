@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from configs.schema import PaddedArea
 from train_head.draws import StepDraw
+from train_head.losses.selection import smallest
 
 STRIDE = 4  # input pixels per map pixel
 _MASK_PIXELS_AT_ONCE = 1 << 20
@@ -190,10 +191,7 @@ class RandomPoints:
 
 @torch.no_grad()
 def choose_uncertain(logits_GS: Tensor, num_candidates: int, keep: int) -> Tensor:
-    """Which of S points each mask takes: the `keep` most uncertain candidates, and all that follow: (..., G, P).
-
-    On CPU, NumPy's vectorised selection is 6 times faster than torch's.
-    """
+    """Which of S points each mask takes: the `keep` most uncertain candidates, and all that follow: (..., G, P)."""
     fresh_F = torch.arange(num_candidates, logits_GS.shape[-1], device=logits_GS.device)
     fresh_GF = fresh_F.expand(*logits_GS.shape[:-1], -1)
     if keep == 0:
@@ -202,5 +200,6 @@ def choose_uncertain(logits_GS: Tensor, num_candidates: int, keep: int) -> Tenso
     if distance_GS.is_cuda:
         kept_GK = distance_GS.topk(keep, largest=False, sorted=False).indices
     else:
-        kept_GK = torch.from_numpy(np.argpartition(distance_GS.numpy(), keep - 1, axis=-1)[..., :keep])
+        kept = smallest(distance_GS.flatten(0, -2).numpy(), keep)
+        kept_GK = torch.from_numpy(kept).view(*distance_GS.shape[:-1], keep)
     return torch.cat([kept_GK, fresh_GF], dim=-1)
