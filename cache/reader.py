@@ -32,8 +32,9 @@ from cache.layout import (
     VideoAttributes,
     checked_name,
 )
+from cache.storage.contract import Store
 from cache.storage.frames import FrameArray, HeldFrames
-from cache.storage.stores import Store, open_store
+from cache.storage.stores import open_store
 
 RESUME_HINT = "run `make extract` with the same settings: it continues and extracts only what is missing"
 

@@ -33,9 +33,10 @@ from cache.layout import (
 )
 from cache.reader import FeatureCache, Root
 from cache.sink import VideoSink
+from cache.storage.contract import Store, committed
+from cache.storage.folder import FolderStore
 from cache.storage.locks import LOCKS, ROOT_LOCK, VideoLocks, locked, sweep_locks
 from cache.storage.shard_writer import write_array
-from cache.storage.stores import FolderStore, Store, committed
 
 
 class CacheWriter:

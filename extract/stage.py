@@ -17,8 +17,8 @@ from cache.fingerprint import Fingerprint, Provenance
 from cache.layout import ANNOTATIONS
 from cache.reader import FeatureCache
 from cache.remote_writer import opened_writer
+from cache.storage.folder import FolderStore
 from cache.storage.locks import sweep_locks
-from cache.storage.stores import FolderStore
 from cache.writer import check_continuation, video_sources
 from configs.cards import write_cache_card
 from configs.schema import Settings

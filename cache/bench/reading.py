@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from cache.bench.readers import COMPARED, LIMIT, UNPACKED, Reader, Sample, standard_samples, store_fields
 from cache.layout import METADATA, VIDEOS, VideoAttributes, group_metadata, write_file_atomically
 from cache.reader import CachedVideo
+from cache.storage.folder import FolderStore
 from cache.storage.shard_writer import ShardWriter
-from cache.storage.stores import FolderStore
 
 CLIP_FRAMES = 6
 TURNS = 60

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from cache.errors import CorruptData
 from cache.layout import VIDEOS, fill_value, is_video_name
+from cache.storage.contract import committed, require_finite
 from cache.storage.shards import checked_output
-from cache.storage.stores import committed, require_finite
 
 ATTRIBUTES = "attributes.json"
 PACKING = {"compression": "gzip", "compression_opts": 1, "shuffle": True}

@@ -23,9 +23,9 @@ from cache.errors import CorruptData, first_line
 from cache.layout import METADATA, VIDEOS, is_video_name, parse_group_attributes
 from cache.storage.compression import decompress
 from cache.storage.connection import in_words, lacks_bucket, object_store, reason, require_connecting_process
+from cache.storage.contract import committed, is_record, require_finite
 from cache.storage.shard_layout import ABSENT, CRC_BYTES, crc32c, decode_index, index_bytes, shard_name
 from cache.storage.shards import ShardedFrames, checked_output
-from cache.storage.stores import committed, is_record, require_finite
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

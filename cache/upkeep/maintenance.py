@@ -14,9 +14,11 @@ from cache.errors import CacheError, CorruptData, VideoBusy, VitaCacheError, fir
 from cache.heads import HEAD_SHAPES
 from cache.layout import ANNOTATIONS, FORMAT_VERSION, METADATA, VIDEOS
 from cache.reader import FeatureCache, Root
+from cache.storage.contract import Store, committed
+from cache.storage.folder import FolderStore
 from cache.storage.locks import VideoLocks
 from cache.storage.remote import RemoteStore
-from cache.storage.stores import FolderStore, Store, committed, open_store
+from cache.storage.stores import open_store
 from cache.upkeep.staging import FileStore
 from cache.writer import video_sources
 

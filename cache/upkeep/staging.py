@@ -13,10 +13,10 @@ from cache.progress import with_progress
 from cache.reader import FeatureCache
 from cache.room import require_room
 from cache.storage.connection import remote_url
+from cache.storage.folder import FolderStore
 from cache.storage.hdf5 import Hdf5Store
 from cache.storage.locks import locked
 from cache.storage.remote import REQUESTS, RemoteStore
-from cache.storage.stores import FolderStore
 from cache.writer import sync_tree
 
 _TOO_LARGE = "the cache does not fit on the disk"

@@ -31,11 +31,12 @@ from cache.layout import (
 from cache.progress import with_progress
 from cache.reader import CachedVideo, FeatureCache
 from cache.room import require_room
+from cache.storage.contract import Store
 from cache.storage.hdf5 import ATTRIBUTES, LIBRARY, PACKING, Hdf5Store
 from cache.storage.locks import locked
 from cache.storage.shard_layout import content_checksum
 from cache.storage.shard_writer import ShardWriter, write_array
-from cache.storage.stores import HDF5_SUFFIX, Store
+from cache.storage.stores import HDF5_SUFFIX
 from cache.writer import sync_tree
 
 _MARGIN = 1 << 20  # bytes, for what describes the frames

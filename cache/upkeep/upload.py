@@ -10,9 +10,9 @@ from cache.layout import ANNOTATIONS, CODEC, DETECTOR, METADATA, VIDEOS
 from cache.progress import with_progress
 from cache.reader import FeatureCache
 from cache.storage.connection import remote_url
+from cache.storage.folder import FolderStore
 from cache.storage.hdf5 import Hdf5Store
 from cache.storage.remote import REQUESTS, RemoteStore
-from cache.storage.stores import FolderStore
 from cache.upkeep.staging import stale
 from cache.writer import check_continuation, video_sources
 
