@@ -27,6 +27,7 @@ from cache.layout import (
     FORMAT_VERSION,
     FRAME_QUERIES,
     MASK_FEATURES,
+    SKIPPED,
     VIDEOS,
     Size,
     VideoAttributes,
@@ -230,6 +231,19 @@ class FeatureCache:
     def video_names(self) -> list[str]:
         """Names of the complete videos (`<video id>[@<view>]`), sorted."""
         return [name for name, attributes in self.store.videos() if attributes]
+
+    def skipped(self) -> dict[str, str]:
+        """Names of the videos that extraction left out, and why; those that it could read later are not among them.
+
+        Raises AnnotationError, CorruptData where the record is damaged.
+        """
+        where = self.path / SKIPPED
+        content = self.store.read_file(SKIPPED)
+        reasons = {} if content is None else parse_json(content, str(where))
+        if not isinstance(reasons, dict):
+            raise CorruptData("unreadable record of skipped videos", where=where, expected="names and reasons")
+        complete = set(self.video_names()) if reasons else set()
+        return {name: str(reason) for name, reason in reasons.items() if name not in complete}
 
     def incomplete(self) -> list[str]:
         """Names of videos whose extraction has begun but not finished, sorted."""

@@ -21,6 +21,8 @@ class Evaluation:
     folder: Path
     split: str
     metrics: dict[str, VideoMetrics | None]
+    num_videos: int
+    num_skipped: int  # further videos of the split, which extraction could not read
 
 
 def evaluate(settings: Settings) -> Evaluation:
@@ -42,7 +44,13 @@ def evaluate(settings: Settings) -> Evaluation:
         metrics[method] = store_predictions(
             settings, videos, method, predictions, seconds=seconds, trained=method == HEAD
         )
-    return Evaluation(folder=run, split=videos.split, metrics=metrics)
+    return Evaluation(
+        folder=run,
+        split=videos.split,
+        metrics=metrics,
+        num_videos=len(videos.video_ids),
+        num_skipped=len(videos.skipped_ids),
+    )
 
 
 def score_head(settings: Settings) -> float | None:

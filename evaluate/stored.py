@@ -58,6 +58,7 @@ def store_predictions(
         **(dict.fromkeys(HEADLINE) if metrics is None else metrics.to_json()),
         "split": videos.split,
         "num_videos": len(videos.video_ids),
+        "skipped_ids": list(videos.skipped_ids),
         "labels_sha256": labels_digest(videos.labels),
         "trained": trained,
         "seconds": seconds,

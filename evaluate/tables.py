@@ -32,8 +32,14 @@ def evaluation_table(evaluation: Evaluation) -> str:
     rows = {method: m.to_json() for method, m in evaluation.metrics.items() if m is not None}
     results = evaluation.folder / "results.zip"
     if not rows:
-        return f"split {evaluation.split} has no labels: predictions to submit are in {results}"
-    return f"{metrics_table(rows)}\nsplit {evaluation.split}; predictions in {results}"
+        return f"split {evaluation.split} has no labels: predictions to submit are in {results}{_left_out(evaluation)}"
+    return f"{metrics_table(rows)}\nsplit {evaluation.split}; predictions in {results}{_left_out(evaluation)}"
+
+
+def _left_out(evaluation: Evaluation) -> str:
+    left_out, kept = evaluation.num_skipped, evaluation.num_videos
+    what = f"without {left_out} of {left_out + kept} videos, which extraction could not read"
+    return f"\n{what}: not comparable with results on all of them" if left_out else ""
 
 
 def metrics_table(rows: dict[str, dict[str, Any]]) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Protocol
 
-from cache.errors import ConfigError
+from cache.errors import ConfigError, shown
+from cache.layout import SKIPPED
 from cache.progress import StageProgress
 from cache.storage.connection import remote_url
 from cache.writer import CacheWriter
@@ -118,4 +119,11 @@ def _what_is_missing(
     text = f"{len(missing)} of {len(jobs)} videos ({frames} frames{room}) are not in the cache yet"
     for busy in list(outcome.busy.values())[:1]:
         text += f"; {len(outcome.busy)} of them are left to others: {busy}"
-    return text + "\n  the same command goes on from here"
+    if outcome.skipped:
+        place = shown(writer.path / SKIPPED)
+        text += (
+            f"\n  {len(outcome.skipped)} of them cannot be read: {place} says why; mended, the same command adds them"
+        )
+    if len(missing) > len(outcome.skipped):
+        text += "\n  the same command goes on from here"
+    return text

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from cache.layout import write_file_atomically
+from cache.layout import SKIPPED, write_file_atomically
 from cache.storage.locks import locked
 from cache.writer import CacheWriter
 
-EXTRACTION_RECORD, SKIPPED = "extraction.json", "skipped.json"
+EXTRACTION_RECORD = "extraction.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +33,17 @@ def add_to_record(writer: CacheWriter, seconds: float, frames: int) -> None:
         write_file_atomically(path, json.dumps(asdict(record)).encode())
 
 
-def write_skipped(path: Path, skipped: Mapping[str, Exception]) -> None:
-    """Name the videos that were left out, and why, in `skipped.json`; no such file where there are none."""
-    with locked(path):
-        if skipped:
-            reasons = {name: str(error) for name, error in sorted(skipped.items())}
-            write_file_atomically(path / SKIPPED, json.dumps(reasons, indent=1, ensure_ascii=False).encode())
+def write_skipped(writer: CacheWriter, skipped: Mapping[str, Exception]) -> None:
+    """Name the videos that were left out, and why, in `skipped.json`; no such file where there are none.
+
+    What other sessions have left out and nobody has extracted since stays in it.
+    """
+    path = writer.path / SKIPPED
+    with locked(writer.path):
+        reasons = json.loads(path.read_text()) if path.exists() else {}
+        reasons |= {name: str(error) for name, error in skipped.items()}
+        reasons = {name: reasons[name] for name in sorted(writer.pending(reasons))}
+        if reasons:
+            write_file_atomically(path, json.dumps(reasons, indent=1, ensure_ascii=False).encode())
         else:
-            (path / SKIPPED).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)

@@ -65,7 +65,7 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
                 sweep_locks(jobs.split.features, of_other_hosts=True)
             skipped += _extract_split(settings, detector, wanted, chosen, jobs, extractor)
     if skipped and not settings.extract.allow_skipped:
-        hint = "mend them and run the same command; extract.allow_skipped=true takes this for success"
+        hint = "training and evaluation do without them; extract.allow_skipped=true takes this for success"
         raise FrameError(f"{len(skipped)} videos were skipped, such as {skipped[0]}", hint=hint)
 
 
@@ -125,7 +125,7 @@ def _extract_split(
     ) as writer:
         write_cache_card(writer.path, settings, split.name, str(split.frames))
         outcome = fill(writer, asked, extractor, f"extract {split.name}")
-        write_skipped(writer.path, outcome.skipped)
+        write_skipped(writer, outcome.skipped)
     return [f"{split.name}/{name}" for name in outcome.skipped]
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 from cache.errors import AnnotationError, ConfigError
 from cache.labels.tracks import Labels
@@ -18,10 +19,27 @@ class Split:
     train_ids: tuple[int, ...]
     holdout_ids: tuple[int, ...]
     rule: str
+    skipped_ids: tuple[int, ...] = ()
+    """Of videos that are on neither side, since extraction could not read them."""
+
+    def without(self, skipped_ids: Collection[int]) -> Split:
+        """The same split, where these videos are on neither side."""
+        return replace(
+            self,
+            train_ids=tuple(each for each in self.train_ids if each not in skipped_ids),
+            holdout_ids=tuple(each for each in self.holdout_ids if each not in skipped_ids),
+            skipped_ids=tuple(skipped_ids),
+        )
 
     def to_json(self) -> dict[str, object]:
         """What is written down beside a run."""
-        return {"rule": self.rule, "train_ids": list(self.train_ids), "holdout_ids": list(self.holdout_ids)}
+        skipped = {"skipped_ids": list(self.skipped_ids)} if self.skipped_ids else {}
+        return {
+            "rule": self.rule,
+            "train_ids": list(self.train_ids),
+            "holdout_ids": list(self.holdout_ids),
+            **skipped,
+        }
 
 
 def holdout_split(labels: Labels, fraction: float, seed: int) -> Split:

@@ -21,7 +21,7 @@ from evaluate.results import TrackPrediction
 from evaluate.stored import HEAD, load_metrics, load_predictions, require_predictions, stored_methods
 from evaluate.tables import extraction_costs
 from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint
-from train_head.data.video_sets import chosen_videos, evaluation_split
+from train_head.data.video_sets import chosen_videos, evaluation_split, without_skipped
 from train_head.run_folder import CONFIG, PROVENANCE
 
 
@@ -67,18 +67,19 @@ class LabelFiles:
     """The labels of many runs, each file read once."""
 
     def __init__(self) -> None:
-        self._read: dict[Path, Labels] = {}
+        self._read: dict[Path, tuple[Labels, dict[str, str]]] = {}
 
     def of(self, settings: Settings) -> tuple[str, Labels]:
         """Name and labels of the split that a run is evaluated on; from its cache, or else the data set."""
         split, paths = evaluation_split(settings)
         if paths.features not in self._read:
             try:
-                labels = FeatureCache.open(paths.features).labels()
+                feature_cache = FeatureCache.open(paths.features)
+                self._read[paths.features] = (feature_cache.labels(), feature_cache.skipped())
             except CacheError:
-                labels = load_labels(paths.labels)
-            self._read[paths.features] = labels
-        return split, chosen_videos(settings, split, self._read[paths.features])[0]
+                self._read[paths.features] = (load_labels(paths.labels), {})
+        labels, skipped = self._read[paths.features]
+        return split, without_skipped(chosen_videos(settings, split, labels)[0], skipped)[0]
 
 
 def read_entries(run: Path, methods: Sequence[str] | None, label_files: LabelFiles) -> list[Entry]:

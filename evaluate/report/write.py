@@ -85,8 +85,10 @@ def _facts(settings: Settings, videos: VideoSet, run: Path) -> dict[str, str]:
     labels, held = videos.labels, videos.feature_cache.fingerprint
     checkpoint = load_checkpoint(run / CHECKPOINT)
     objects = f", {len(labels.tracks)} objects" if labels.has_tracks else ", labels not public"
+    skipped = f" ({len(videos.skipped_ids)} more could not be read)" if videos.skipped_ids else ""
     return {
-        "evaluated on": f"{videos.split}: {len(labels.videos)} videos{objects}, {len(labels.categories)} categories",
+        "evaluated on": f"{videos.split}: {len(labels.videos)} videos{skipped}{objects}, "
+        f"{len(labels.categories)} categories",
         "head": f"{num_parameters(checkpoint) / 1e6:.2f} M parameters, {checkpoint.step} steps "
         f"in {checkpoint.seconds:.0f} s, seed {settings.seed}",
         "detector": f"{'fine-tuned' if checkpoint.detector else 'frozen'}: {detector_in_words(held)}",

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from cache.codecs import Codec
-from cache.errors import AnnotationError, ConfigError, FingerprintMismatch
+from cache.command import is_main
+from cache.errors import AnnotationError, ConfigError, FingerprintMismatch, IncompleteVideo, shown, some
 from cache.labels.splits import Split, holdout_split
 from cache.labels.tracks import Labels
-from cache.layout import video_group_name
+from cache.layout import SKIPPED, video_group_name
 from cache.preload import require_memory
 from cache.reader import FeatureCache
 from cache.upkeep.staging import local_copy
@@ -32,7 +35,8 @@ class VideoSet:
     split: str
     feature_cache: FeatureCache
     labels: Labels  # of these videos only
-    holdout: Split | None  # how the train videos were divided, where they were
+    holdout: Split | None  # how the train videos were divided, where they were, and which are on neither side
+    skipped_ids: tuple[int, ...] = ()  # of videos of the split that extraction could not read: not among `labels`
     sources: tuple[ClipSource, ...] = ()  # what clips of the training set are drawn from; these videos come first
 
     @property
@@ -107,12 +111,44 @@ def chosen_videos(settings: Settings, split: str, labels: Labels) -> tuple[Label
     return labels.subset(holdout.train_ids if split == "train" else holdout.holdout_ids), holdout
 
 
+def without_skipped(labels: Labels, skipped: Collection[str]) -> tuple[Labels, tuple[int, ...]]:
+    """The labels but for the videos that extraction left out (names of FeatureCache.skipped), and the ids of these."""
+    names = {name.partition("@")[0] for name in skipped}
+    left_out = tuple(video.id for video in labels.videos if str(video.id) in names)
+    return (labels.subset(labels.video_by_id.keys() - set(left_out)) if left_out else labels), left_out
+
+
+def _extracted(feature_cache: FeatureCache, labels: Labels, split: str) -> tuple[Labels, tuple[int, ...]]:
+    """The same of a split of a cache; says what is left out. Raises IncompleteVideo where that is all."""
+    kept, left_out = without_skipped(labels, feature_cache.skipped())
+    if left_out:
+        what = f"extraction left out {len(left_out)} of {len(labels.videos)} videos ({some(left_out)})"
+        record = shown(feature_cache.path / SKIPPED)
+        if not kept.videos:
+            hint = f"{record} says why; mend them, then `make extract`"
+            raise IncompleteVideo(what, where=f"split {split}", hint=hint)
+        _warn(f"warning: split {split}: {what}; {record} says why")
+    return kept, left_out
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Once, however often a command opens its videos."""
+    if is_main():
+        print(text)
+
+
 def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
     feature_cache = FeatureCache.open(
         local_copy(paths.features, settings.cache.stage_to), preload=settings.cache.preload
     )
     _require_settings(feature_cache, settings)
-    labels, holdout = chosen_videos(settings, split, feature_cache.labels())
+    every = feature_cache.labels()
+    labels, holdout = chosen_videos(settings, split, every)
+    labels, skipped_ids = _extracted(feature_cache, labels, split)
+    if left_out := without_skipped(every, feature_cache.skipped())[1]:
+        undivided = Split(train_ids=tuple(every.video_by_id), holdout_ids=(), rule="none held out")
+        holdout = (holdout or undivided).without(left_out)
     if split == "train" and not labels.has_tracks:
         raise AnnotationError("the train split has no annotations", where=feature_cache.path)
     for video in labels.videos:
@@ -123,7 +159,7 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
         device = torch.device(device_name(settings.device))
         workers = max(1, num_workers(settings.train.workers, device)) if split == "train" else 1
         require_memory(feature_cache, names, workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return VideoSet(split=split, feature_cache=feature_cache, labels=labels, holdout=holdout)
+    return VideoSet(split=split, feature_cache=feature_cache, labels=labels, holdout=holdout, skipped_ids=skipped_ids)
 
 
 def _open_mixed(settings: Settings, videos: VideoSet, path: Path, ratio: float) -> ClipSource:
@@ -135,7 +171,7 @@ def _open_mixed(settings: Settings, videos: VideoSet, path: Path, ratio: float) 
         f"detector.* of this config and cache.codec_from={videos.feature_cache.path}"
     )
     other.fingerprint.require(wanted, where=path, hint=hint)
-    labels = other.labels()
+    labels, _ = _extracted(other, other.labels(), f"mixed in from {shown(path)}")
     here, there = ({(c.id, c.name) for c in held.categories} for held in (videos.labels, labels))
     if here != there:
         raise AnnotationError(
