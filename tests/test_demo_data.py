@@ -46,19 +46,40 @@ def test_the_json_comes_last(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("foreign", ["train/JPEGImages/0a1b/00000.jpg", "valid/clip/00000.jpg", "stills/00001.jpg"])
+@pytest.mark.parametrize(
+    "foreign",
+    [
+        "train/JPEGImages/0a1b/00000.jpg",
+        "valid/clip/00000.jpg",
+        "stills/00001.jpg",
+        "frames/0a1b/00000.jpg",
+        "labels.json",
+        "train.json",
+    ],
+)
 def test_what_the_generator_did_not_write_stays(tmp_path: Path, foreign: str) -> None:
     """`make extract data.root=/my/data` with CONFIG forgotten generates the demo's data there first."""
     mine = tmp_path / foreign
-    mine.parent.mkdir(parents=True)
+    mine.parent.mkdir(parents=True, exist_ok=True)
     mine.write_bytes(b"mine")
     with pytest.raises(ConfigError, match=r"CONFIG="):
         write_demo_data(tmp_path, num_train=1, num_valid=1, num_stills=1)
     assert mine.read_bytes() == b"mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
     for name in ("train", "valid"):
         (tmp_path / f"{name}.json").touch()
     (tmp_path / "stills.json").touch()
     write_demo_data(tmp_path, num_train=1, num_valid=1, num_stills=1)  # All is there: nothing to do, nothing to say.
+
+
+def test_the_demos_own_data_is_added_to(tmp_path: Path) -> None:
+    write_demo_data(tmp_path, num_train=1, num_valid=0)
+    (tmp_path / ".DS_Store").touch()
+    write_demo_data(tmp_path, num_train=1, num_valid=1, num_stills=1)
+    assert {path.name for path in tmp_path.glob("*.json")} == {"train.json", "valid.json", "stills.json"}
+    (tmp_path / "valid.json").unlink()  # The generator no longer knows whether all of it is there.
+    with pytest.raises(ConfigError, match="there already, without its labels"):
+        write_demo_data(tmp_path, num_train=1, num_valid=1)
 
 
 def test_a_killed_generation_starts_anew(tmp_path: Path) -> None:

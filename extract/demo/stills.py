@@ -29,7 +29,10 @@ from extract.demo.shapes import (
 
 LABELLED_CATEGORIES = (*VIDEO_CATEGORIES, "heart", "ell")  # as COCO does, they know more than the videos show
 LABELLED_SIZE = (120, 160)  # height, width
-NOT_OURS = "name your data's config (CONFIG=...), or an empty data.root; delete what an old demo has left"
+NOT_OURS = (
+    "name your data's config (any YTVIS JSON: CONFIG=ytvis2019_r50), or an empty data.root for the demo, the default; "
+    "delete what an old demo has left"
+)
 _DETECTORS, _LABELLED = 7, 8  # streams of random numbers: no image is in both
 
 

@@ -30,6 +30,8 @@ MIN_VISIBLE_AREA = 8  # pixels; a sliver smaller than this is "absent", as an an
 LONG_FRAMES = 300
 NUM_STILLS = 300
 _SPLIT_SEEDS = {"train": 1, "valid": 2, "long": 3}
+_INFO = {"description": "vita-cache moving shapes, generated", "version": "1"}
+_FIRST_BYTES = json.dumps({"info": _INFO})[:-1].encode()  # of a label file of ours: others may be of gigabytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +168,7 @@ def write_split(root: Path, split: str, num_videos: int, num_frames: int | None 
         entries = [job.result() for job in with_progress(jobs, f"demo data, {split}", unit="video")]
     annotations = [annotation for entry in entries for annotation in entry["annotations"]]
     labels = {
-        "info": {"description": "vita-cache moving shapes, generated", "version": "1"},
+        "info": _INFO,
         "videos": [entry["video"] for entry in entries],
         "categories": [{"id": i, "name": name} for i, name in enumerate(VIDEO_CATEGORIES, start=1)],
         "annotations": [{"id": i, **annotation} for i, annotation in enumerate(annotations, start=1)],
@@ -183,17 +185,32 @@ def write_demo_data(
     """
     splits = (("train", num_train, None), ("valid", num_valid, None), ("long", num_long, LONG_FRAMES))
     missing = [entry for entry in splits if entry[1] and not (root / f"{entry[0]}.json").exists()]
-    if missing:
+    lacks_stills = num_stills > 0 and not (root / "stills.json").exists()
+    if missing or lacks_stills:
         _require_own(root)
-    if num_stills and not (root / "stills.json").exists():
+    if lacks_stills:
         write_stills(root, num_stills)
     for split, count, length in missing:
         write_split(root, split, count, length)
 
 
 def _require_own(root: Path) -> None:
-    for split in _SPLIT_SEEDS:
-        for folder, own in ((root / split, "JPEGImages"), (root / split / "JPEGImages", f"shapes_{split}_")):
-            foreign = next((entry for entry in folder.glob("*") if not entry.name.startswith(own)), None)
-            if foreign is not None:
-                raise ConfigError("this is not the demo's data", where=foreign, hint=NOT_OURS)
+    for entry in _entries(root):
+        name = entry.name.partition(".")[0]  # of a folder, of labels, of what an interrupted run has left
+        if name not in (*_SPLIT_SEEDS, "stills") or (name != "stills" and not _is_own(entry, name)):
+            raise ConfigError("not the demo's data, which goes into an empty folder", where=entry, hint=NOT_OURS)
+
+
+def _is_own(entry: Path, split: str) -> bool:
+    """Whether a folder or the labels of a split are what `write_split` writes."""
+    if entry.is_file():
+        with entry.open("rb") as file:
+            return file.read(len(_FIRST_BYTES)) == _FIRST_BYTES
+    frames = [folder for folder in _entries(entry) if folder.name.startswith("JPEGImages")]
+    videos = [video for folder in frames for video in _entries(folder)]
+    return frames == _entries(entry) and all(video.name.startswith(f"shapes_{split}_") for video in videos)
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Of a folder that need not be there; hidden ones are file managers' and editors'."""
+    return sorted(entry for entry in folder.glob("*") if not entry.name.startswith("."))
