@@ -154,7 +154,7 @@ class CacheSettings:
     logit_step: float = 1 / 128  # of codec=spectral and logit: share of the logits' standard deviation; auto chooses it
     identity_share: float = 0.1  # λ of these two: how much they care for what the detector does not look at
     codec_from: str | None = None  # a cache, as caches/coco/train, whose fit is taken: so train.mix can mix them
-    calibration_frames: int = 96  # that codecs are fitted to and, every third one, judged on
+    calibration_frames: int = 96  # two thirds that codecs are fitted to, a third, of other videos, to judge them on
     preload: bool = False  # every data worker keeps the videos it has read in memory: for sets that fit so often
     stage_to: str | None = None  # a local folder: training copies to it, extraction to an address writes there first
     ignore_space: bool = False  # extract even if the features do not seem to fit on the disk

@@ -60,6 +60,23 @@ class ChosenCodec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationFrames:
+    """Frames (a video, and an index into it) that codecs are fitted to, and those that they are judged on."""
+
+    fitted: list[tuple[Video, int]]
+    held_out: list[tuple[Video, int]]
+
+    def in_words(self) -> str:
+        """How many frames of how many videos each side has."""
+        fitted, judged = ({video.id for video, _ in side} for side in (self.fitted, self.held_out))
+        if self.fitted == self.held_out:
+            return "warning: codecs are judged on the frame that they are fitted to: there is no other"
+        others = f"frames of {len(judged)} others" if fitted.isdisjoint(judged) else "later frames of the same"
+        text = f"codecs are fitted to {len(self.fitted)} frames of {len(fitted)} videos"
+        return f"{text}, and judged on {len(self.held_out)} {others}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleFrame:
     """A frame of the sample as the detector gives it: queries (L, Q, C), cropped map (C, H, W)."""
 
@@ -116,31 +133,27 @@ def held_codec(settings: Settings) -> ChosenCodec | None:
 
 
 def calibrate(settings: Settings, detector: FrameDetector) -> tuple[Codec, Calibration]:
-    """Fit the codecs to two thirds of the calibration frames and measure them on the others.
+    """Fit the codecs to two thirds of the calibration frames and measure them on the others, of other videos.
 
     Raises AnnotationError where there are no videos, FrameError for unreadable frames (where errors are to be skipped:
     if there is no other).
     """
     split, heads = train_split(settings), detector.prediction_heads()
     sample = draw_frames(load_labels(split.labels).videos, settings.cache.calibration_frames)
-    held_out, fitted = sample[::3], [frame for index, frame in enumerate(sample) if index % 3]
+    print(sample.in_words())
     accumulator = StatisticsAccumulator(heads.feature_dim)
     fitted_frames = 0
-    for frame in _run(settings, detector, split.frames, fitted, "fit codecs"):
+    for frame in _run(settings, detector, split.frames, sample.fitted, "fit codecs"):
         accumulator.add(frame.map_CHW[None], predict_queries(heads, frame.frame_queries_LQC).embeddings_QF)
         fitted_frames += 1
+    _require_some(fitted_frames, "fitted to", split.frames)
     statistics = accumulator.statistics()
     meters = _candidates(settings.cache, statistics)
-    for frame in _run(settings, detector, split.frames, held_out, "judge codecs"):
+    for frame in _run(settings, detector, split.frames, sample.held_out, "judge codecs"):
         judged = JudgedFrame.of(heads, frame.frame_queries_LQC, frame.map_CHW, frame.image_hw)
         for meter in meters:
             meter.add(judged)
-    if not meters[0].num_frames:
-        raise FrameError(
-            "none of the frames that codecs are to be judged on can be read",
-            where=split.frames,
-            hint="mend them, take more (cache.calibration_frames), or set cache.codec=float16",
-        )
+    _require_some(meters[0].num_frames, "judged on", split.frames)
     if not meters[0].num_masks:
         print("warning: the detector sees nothing in the frames that codecs are judged on (cache.calibration_frames)")
     results = [(meter.codec, meter.result()) for meter in meters]
@@ -156,19 +169,33 @@ def calibrate(settings: Settings, detector: FrameDetector) -> tuple[Codec, Calib
     return results[chosen][0], calibration
 
 
-def draw_frames(videos: Sequence[Video], num_frames: int) -> list[tuple[Video, int]]:
-    """Draw frames from as many videos as possible: each video once in random order, then all of them again.
+def _require_some(num_frames: int, what: str, folder: Path) -> None:
+    if not num_frames:
+        hint = "mend them, take more (cache.calibration_frames), or set cache.codec=float16"
+        raise FrameError(f"none of the frames that codecs are to be {what} can be read", where=folder, hint=hint)
 
-    Taking every third one holds out whole videos, where there are as many as frames. Raises AnnotationError where there
-    are none.
+
+def draw_frames(videos: Sequence[Video], num_frames: int) -> CalibrationFrames:
+    """Draw frames to judge codecs on, a third, and of other videos those to fit them to; no frame twice.
+
+    Each side takes a frame of each of its videos in random order, then of all of them again. Of a single video the last
+    third is judged, of a single frame that frame. Raises AnnotationError where there are no videos.
     """
     if not videos:
         raise AnnotationError("the label file has no videos to draw calibration frames from")
     rng = np.random.default_rng(SEED)
-    drawn: list[tuple[Video, int]] = []
-    while len(drawn) < num_frames:
-        order = rng.permutation(len(videos))[: num_frames - len(drawn)]
-        drawn += [(videos[index], int(rng.integers(videos[index].length))) for index in order.tolist()]
+    shuffled = [videos[index] for index in rng.permutation(len(videos))[:num_frames].tolist()]
+    undrawn = [list(range(video.length)) for video in shuffled]
+    if len(shuffled) == 1:
+        length = shuffled[0].length
+        cut = length - max(1, length // 3)
+        shuffled, undrawn = shuffled * 2, [list(range(cut, length)), list(range(max(1, cut)))]
+    drawn, num_held_out = CalibrationFrames(fitted=[], held_out=[]), -(-num_frames // 3)
+    for _ in range(min(num_frames, max(map(len, undrawn)))):
+        for index, (video, left) in enumerate(zip(shuffled, undrawn, strict=True)):
+            side, wanted = (drawn.fitted, num_frames - num_held_out) if index % 3 else (drawn.held_out, num_held_out)
+            if left and len(side) < wanted:
+                side.append((video, left.pop(int(rng.integers(len(left))))))
     return drawn
 
 

@@ -23,8 +23,9 @@ from cache.codecs.rate_distortion import (
 )
 from cache.errors import AnnotationError, ConfigError, CorruptData, FrameError
 from cache.labels.annotations import load_labels
+from cache.labels.tracks import Video
 from configs.load import load_settings
-from extract.calibration import draw_frames
+from extract.calibration import CalibrationFrames, draw_frames
 from extract.detector_masks import QueryPredictions
 from extract.distortion import DistortionMeter, JudgedFrame
 from extract.stage import extract
@@ -35,20 +36,55 @@ def test_frames_are_spread_over_the_videos(tiny_data: Path) -> None:
     videos = load_labels(tiny_data / "train.json").videos
     drawn = draw_frames(videos, 12)
     assert drawn == draw_frames(videos, 12)
-    counts = [sum(video.id == chosen.id for chosen, _ in drawn) for video in videos]
-    assert sorted(counts) == [2, 2, 2, 3, 3]
-    assert all(0 <= frame < video.length for video, frame in drawn)
-    assert len({frame for _, frame in drawn}) > 1
+    counts = [[sum(video.id == chosen.id for chosen, _ in side) for video in videos] for side in sides(drawn)]
+    assert [sorted(count) for count in counts] == [[0, 0, 2, 3, 3], [0, 0, 0, 2, 2]]
+    assert all(0 <= frame < video.length for side in sides(drawn) for video, frame in side)
+    assert drawn.in_words().startswith("codecs are fitted to 8 frames of 3 videos, and judged on 4 frames of 2 others")
+
+
+def sides(drawn: CalibrationFrames) -> tuple[list[tuple[Video, int]], list[tuple[Video, int]]]:
+    return drawn.fitted, drawn.held_out
+
+
+def videos_of(*lengths: int) -> list[Video]:
+    return [
+        Video(id=index, width=8, height=8, length=length, file_names=tuple(f"{index}/{t}.jpg" for t in range(length)))
+        for index, length in enumerate(lengths)
+    ]
+
+
+def drawn_of(lengths: tuple[int, ...], num_frames: int) -> tuple[list[tuple[int, int]], ...]:
+    return tuple(sorted((v.id, t) for v, t in side) for side in sides(draw_frames(videos_of(*lengths), num_frames)))
+
+
+def test_frames_to_judge_on_are_of_other_videos_and_none_is_drawn_twice() -> None:
+    # NumPy's permutation of 3 from seed 0 is 2, 0, 1: every third one, number 2, is held out.
+    assert drawn_of((2, 1, 3), 96) == ([(0, 0), (0, 1), (1, 0)], [(2, 0), (2, 1), (2, 2)])
+    fitted, held_out = drawn_of((9, 9, 9), 6)
+    assert ([video for video, _ in fitted], [video for video, _ in held_out]) == ([0, 0, 1, 1], [2, 2])
+    fitted, held_out = drawn_of((1,) * 300, 96)
+    assert (len(fitted), len(held_out), len({*fitted, *held_out})) == (64, 32, 96)
+
+
+def test_a_single_video_is_judged_on_its_last_third() -> None:
+    assert drawn_of((6,), 96) == ([(0, 0), (0, 1), (0, 2), (0, 3)], [(0, 4), (0, 5)])
+    assert drawn_of((2,), 96) == ([(0, 0)], [(0, 1)])
+    assert drawn_of((1,), 96) == ([(0, 0)], [(0, 0)])
+    words = [draw_frames(videos_of(length), 96).in_words() for length in (6, 1)]
+    assert words[0].endswith("fitted to 4 frames of 1 videos, and judged on 2 later frames of the same")
+    assert words[1].startswith("warning: codecs are judged on the frame that they are fitted to")
 
 
 def test_frames_to_judge_codecs_on_that_cannot_be_read(tiny_data: Path, tmp_path: Path) -> None:
     root = shutil.copytree(tiny_data, tmp_path / "data")
-    video, _ = draw_frames(load_labels(root / "train.json").videos, 2)[0]
-    for name in video.file_names:
-        (root / "train/JPEGImages" / name).write_bytes(b"broken")
+    drawn = draw_frames(load_labels(root / "train.json").videos, 2)
     words = ("cache.codec=auto", "cache.calibration_frames=2", "extract.skip_errors=true")
-    with pytest.raises(FrameError, match=r"judged on can be read[\s\S]*cache.codec=float16"):
-        extract(tiny_settings(root, tmp_path / "features", tmp_path, *words))
+    for side, what in ((drawn.fitted, "fitted to"), (drawn.held_out, "judged on")):
+        shutil.copytree(tiny_data, root, dirs_exist_ok=True)
+        for name in side[0][0].file_names:
+            (root / "train/JPEGImages" / name).write_bytes(b"broken")
+        with pytest.raises(FrameError, match=rf"{what} can be read[\s\S]*cache.codec=float16"):
+            extract(tiny_settings(root, tmp_path / "features", tmp_path, *words))
     words = ("cache.codec=int8", "cache.calibration_frames=4", "extract.skip_errors=true", "extract.allow_skipped=true")
     extract(tiny_settings(root, tmp_path / "features", tmp_path, *words), only=["train"])
     calibration = read_calibration(tmp_path / "features/train")
@@ -110,7 +146,13 @@ def test_the_smallest_faithful_codec_is_chosen(threshold: float, expected: int) 
     [
         (1, 0.99, True, r"^codec: b, the smallest that keeps 0.99 \(mean mask IoU 0.9910 on 4 held-out frames"),
         (3, 1.0, True, r"^warning: NO CODEC keeps cache.min_mask_iou=1; the most faithful one is taken: d \(.*0.9990"),
-        (0, 0.99, False, r"^codec: a, as cache.codec says \(.*0.9500"),
+        (
+            0,
+            0.99,
+            False,
+            r"^codec: a, as cache.codec says \(.*0.9500.*\nwarning: .*min_mask_iou=0.99; .*auto takes b \(0.9910",
+        ),
+        (1, 0.99, False, r"^codec: b, as cache.codec says \([^\n]*$"),
     ],
 )
 def test_the_choice_is_told_in_words(chosen: int, threshold: float, automatic: bool, words: str) -> None:

@@ -89,7 +89,16 @@ def choice_in_words(calibration: Calibration, automatic: bool) -> str:
     measured = f"mean mask IoU {row.mask_iou:.4f} on {calibration.held_out_frames} held-out frames"
     cost = f"({measured}, {row.bytes_per_frame / 1e6:.3f} MB a frame)"
     if not automatic:
-        return f"codec: {row.label}, as cache.codec says {cost}"
+        text = f"codec: {row.label}, as cache.codec says {cost}"
+        if row.mask_iou >= wanted:
+            return text
+        other = calibration.rows[smallest_faithful(calibration.rows, wanted)]
+        alternative = (
+            f"cache.codec=auto takes {other.label} ({other.mask_iou:.4f}, {other.bytes_per_frame / 1e6:.3f} MB)"
+        )
+        return (
+            f"{text}\nwarning: it keeps less of the detector's masks than cache.min_mask_iou={wanted:g}; {alternative}"
+        )
     if row.mask_iou >= wanted:
         return f"codec: {row.label}, the smallest that keeps {wanted:g} {cost}"
     return f"warning: NO CODEC keeps cache.min_mask_iou={wanted:g}; the most faithful one is taken: {row.label} {cost}"
