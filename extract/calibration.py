@@ -18,6 +18,7 @@ from cache.codecs.rate_distortion import (
     Calibration,
     Distortion,
     choice_in_words,
+    format_table,
     read_calibration,
     smallest_faithful,
 )
@@ -94,6 +95,7 @@ def choose_codec(settings: Settings, detector: FrameDetector) -> ChosenCodec:
     if wanted is CodecName.float16:
         return ChosenCodec(codec=Float16(), calibration=None, reason="codec: float16, as cache.codec says")
     codec, calibration = calibrate(settings, detector)
+    print(format_table(calibration))
     reason = choice_in_words(calibration, wanted is CodecName.auto)
     return ChosenCodec(codec=codec, calibration=calibration, reason=reason)
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import cycle, islice
 
-from cache.codecs.rate_distortion import Calibration, Distortion, format_table
+from cache.codecs.rate_distortion import Calibration, Distortion, format_table, smallest_faithful
 from cache.layout import VideoAttributes
 from cache.room import free_bytes
 from cache.storage.stores import extraction_store
@@ -38,7 +38,7 @@ def print_estimate(settings: Settings) -> None:
         return
     detector = configured_detector(settings)
     print(detector.report)
-    sample = replace(settings.cache, codec=CodecName.auto, calibration_frames=TIMED_FRAMES)
+    sample = replace(settings.cache, calibration_frames=TIMED_FRAMES)
     _, calibration = calibrate(replace(settings, cache=sample), detector)
     print(format_table(calibration))
     cost = frame_cost(detector, jobs[0].attributes.image_hw)
@@ -48,9 +48,9 @@ def print_estimate(settings: Settings) -> None:
         videos = [job.attributes for job in load.jobs]
         begun = " (continued)" if extraction_store(load.split.features).attributes("") is not None else ""
         print(f"{load.split.name}{begun}: {len(videos)} videos, {load.frames} frames, {_duration(videos, pace)}")
-        for label, row in _compared(settings, calibration):
+        for label, row, mark in _compared(settings, calibration):
             size = stored_bytes(videos, row.bytes_per_location, cost)
-            print(f"  {label:<18} {size / 1e9:9.3f} GB, {size / max(load.frames, 1) / 1e6:.3f} MB a frame")
+            print(f"{mark} {label:<18} {size / 1e9:9.3f} GB, {size / max(load.frames, 1) / 1e6:.3f} MB a frame")
     folder = local_folder(settings)
     print(f"free: {free_bytes(folder) / 1e9:.1f} GB at {folder}")
 
@@ -77,9 +77,13 @@ def _duration(videos: Iterable[VideoAttributes], pace: float) -> str:
     return f"{seconds:.1f} seconds"
 
 
-def _compared(settings: Settings, calibration: Calibration) -> list[tuple[str, Distortion]]:
-    """The codecs that cache.codec can name, and what each of them is."""
+def _compared(settings: Settings, calibration: Calibration) -> list[tuple[str, Distortion, str]]:
+    """The codecs that cache.codec can name, what each of them is, and a mark at the one that it names."""
     default_step = f"1/{1 / settings.cache.logit_step:g}"
-    by_name = [(row.label, row) for row in calibration.rows if row.setting in ("", default_step)]
-    automatic = calibration.rows[calibration.chosen]
-    return [*reversed(by_name), (f"auto: {automatic.label}", automatic)]
+    wanted, automatic = (
+        settings.cache.codec,
+        calibration.rows[smallest_faithful(calibration.rows, calibration.min_mask_iou)],
+    )
+    named = [(row.codec, row.label, row) for row in calibration.rows if row.setting in ("", default_step)]
+    named = [*reversed(named), (CodecName.auto.value, f"auto: {automatic.label}", automatic)]
+    return [(label, row, "*" if name == wanted.value else " ") for name, label, row in named]

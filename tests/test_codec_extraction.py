@@ -250,5 +250,6 @@ def test_an_extraction_says_which_codec_it_takes_and_why(
     extract(tiny_settings(tiny_data, tmp_path / "impossible", tmp_path, *impossible), only=["valid"])
     said = capsys.readouterr().out
     assert "warning: NO CODEC keeps cache.min_mask_iou=1; the most faithful one is taken: " in said
+    assert "encode ms" in said and "* float16" in said  # the table, without being asked
     extract(tiny_settings(tiny_data, caches["int8"], tmp_path, "cache.codec=int8"))
     assert re.search(r"codec: int8, with which .*train was begun", capsys.readouterr().out)

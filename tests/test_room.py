@@ -102,7 +102,7 @@ def test_the_estimate_is_what_is_written(
     assert extract_main() == 0
     printed = capsys.readouterr().out
     assert not (tmp_path / "none").exists()
-    blocks = re.findall(r"^(\w+): (\d+) videos, (\d+) frames, [\d.]*[1-9][\d.]* \w+\n((?:  .*\n)+)", printed, re.M)
+    blocks = re.findall(r"^(\w+): (\d+) videos, (\d+) frames, [\d.]*[1-9][\d.]* \w+\n((?:[* ] .*\n)+)", printed, re.M)
     assert [(name, videos, frames) for name, videos, frames, _ in blocks] == [
         ("train", "5", "30"),
         ("valid", "2", "12"),
@@ -110,10 +110,12 @@ def test_the_estimate_is_what_is_written(
     words = ["cache.codec=spectral", "cache.calibration_frames=12"]
     extract(tiny_settings(tiny_data, tmp_path / "spectral", tmp_path, *words), only=["train"])
     said = {
-        row: float(size) for row, size in re.findall(r"^  (.*?)  +[\d.]+ GB, ([\d.]+) MB a frame", blocks[0][3], re.M)
+        row: float(size)
+        for row, size in re.findall(r"^[* ] (.*?)  +[\d.]+ GB, ([\d.]+) MB a frame", blocks[0][3], re.M)
     }
     assert list(said)[:4] == ["float16", "int8", "logit 1/128", "spectral 1/128"]
     assert list(said)[4].startswith("auto: ")
+    assert re.findall(r"^\* (\w+ [\d/]+) ", printed, re.M) == ["spectral 1/128"] * 3  # of the table, and of each split
     assert said["float16"] == pytest.approx(feature_bytes(tiny_cache / "train") / 30e6, rel=0.02)
     assert said["spectral 1/128"] == pytest.approx(feature_bytes(tmp_path / "spectral" / "train") / 30e6, rel=0.1)
     assert re.search(r"^free: [\d.]+ GB at ", printed, re.M)
