@@ -11,9 +11,10 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from cache.errors import VitaCacheError, first_line
+from cache.errors import VideoBusy, VitaCacheError, first_line
 
 INTERRUPTED = 130
+BUSY = 75  # EX_TEMPFAIL of sysexits.h
 _TYPED = "MAKE_TYPED"  # environment variable: the words of the `make` command that started this one (Makefile)
 
 
@@ -25,6 +26,8 @@ def add_verbose(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
 
 def run_command(command: Callable[[], int], *, verbose: bool = False) -> int:
     """Run a command and return its exit status: 2 for what users can mend, 1 for a bug, 130 where it was stopped.
+
+    75 is not an error of this process: others write what it wants, so that it is to be run again when they have ended.
 
     Errors are one line and a hint; `verbose` adds the traceback, and what is logged below the level of a warning.
     """
@@ -41,6 +44,8 @@ def run_command(command: Callable[[], int], *, verbose: bool = False) -> int:
         if verbose:
             traceback.print_exc()
         print(f"{_red('error:')} {_in_words(error)}", file=sys.stderr)
+        if isinstance(error, VideoBusy):
+            return BUSY
         return 2 if isinstance(error, VitaCacheError | OSError) else 1
 
 

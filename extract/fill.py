@@ -118,12 +118,12 @@ def _what_is_missing(
     room = f", about {size / 1e9:.3f} GB" if size else ""
     text = f"{len(missing)} of {len(jobs)} videos ({frames} frames{room}) are not in the cache yet"
     for busy in list(outcome.busy.values())[:1]:
-        text += f"; {len(outcome.busy)} of them are left to others: {busy}"
+        text += f"; {len(outcome.busy)} of them are being extracted by others: {busy}"
     if outcome.skipped:
         place = shown(writer.path / SKIPPED)
         text += (
             f"\n  {len(outcome.skipped)} of them cannot be read: {place} says why; mended, the same command adds them"
         )
-    if len(missing) > len(outcome.skipped):
+    if len(missing) > len(outcome.skipped) + len(outcome.busy):
         text += "\n  the same command goes on from here"
     return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 
 from cache.codecs import Codec, codec_identity
 from cache.codecs.rate_distortion import format_table
-from cache.errors import FrameError
+from cache.errors import FrameError, VideoBusy
 from cache.fingerprint import Fingerprint, Provenance
 from cache.layout import ANNOTATIONS
 from cache.reader import FeatureCache
@@ -30,6 +29,7 @@ from extract.fill import Extractor, fill, opened_extractor, require_workers
 from extract.jobs import SplitJobs, open_jobs
 from extract.record import write_skipped
 from extract.room import Workload, require_room_for
+from extract.streaming import Outcome
 
 
 def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: bool = False) -> None:
@@ -37,7 +37,7 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
 
     A remote cache (`cache.path=s3://...`) is uploaded video by video (cache.remote_writer). `clear_dead_locks`: take
     over videos whose writers on other machines are dead. Raises VitaCacheError for unreadable labels, frames, weights,
-    a cache of other content, or a disk without room.
+    a cache of other content, or a disk without room; in the end, for videos that were skipped or are left to others.
     """
     require_workers(settings)
     if settings.extract.threads is not None:
@@ -45,8 +45,6 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
     asked = open_jobs(settings, only)
     detector = _open_detector(settings)
     chosen = choose_codec(settings, detector)
-    if chosen.calibration is not None:
-        logging.getLogger(__name__).info(format_table(chosen.calibration))  # the report has it too
     print(chosen.reason)
     require_room_for(settings, detector, [Workload.of(jobs) for jobs in asked], chosen)
     digest = weights_sha256(Path(settings.detector.weights))
@@ -58,15 +56,33 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
         lender.fingerprint.require(
             replace(wanted, short_edge=lender.fingerprint.short_edge), where=settings.cache.codec_from, hint=hint
         )
-    skipped = []
+    outcomes = []
     with opened_extractor(settings, detector) as extractor:
         for jobs in asked:
             if clear_dead_locks:
                 sweep_locks(jobs.split.features, of_other_hosts=True)
-            skipped += _extract_split(settings, detector, wanted, chosen, jobs, extractor)
+            outcomes.append(_extract_split(settings, detector, wanted, chosen, jobs, extractor))
+    skipped = [
+        f"{jobs.split.name}/{name}" for jobs, outcome in zip(asked, outcomes, strict=True) for name in outcome.skipped
+    ]
     if skipped and not settings.extract.allow_skipped:
         hint = "training and evaluation do without them; extract.allow_skipped=true takes this for success"
         raise FrameError(f"{len(skipped)} videos were skipped, such as {skipped[0]}", hint=hint)
+    _require_none_busy(settings, asked, outcomes)
+
+
+def _require_none_busy(settings: Settings, asked: Sequence[SplitJobs], outcomes: Sequence[Outcome]) -> None:
+    """Raise VideoBusy where others have not finished what was left to them: the cache is not to be trained on yet."""
+    unfinished = [
+        f"{jobs.split.name}/{job.name}"
+        for jobs, outcome in zip(asked, outcomes, strict=True)
+        for job in (Workload.of(jobs).jobs if outcome.busy else ())
+        if job.name in outcome.busy
+    ]
+    if unfinished:
+        what = f"{len(unfinished)} videos are being extracted by others, such as {unfinished[0]}"
+        hint = "train when they have finished: then the same command ends with status 0, and does what they left"
+        raise VideoBusy(what, where=settings.cache.path, hint=hint)
 
 
 def print_rate_distortion(settings: Settings) -> None:
@@ -104,13 +120,12 @@ def _extract_split(
     chosen: ChosenCodec,
     asked: SplitJobs,
     extractor: Extractor,
-) -> list[str]:
-    """Returns the names of the videos that were skipped."""
+) -> Outcome:
     split = asked.split
     wanted = replace(wanted, short_edge=asked.short_edge or 0)
     if _is_read_only(split.features) and _lacks_nothing(asked, wanted):
         print(f"extract {split.name}: all {len(asked.jobs)} videos are in {split.features} already")
-        return []
+        return Outcome()
     with opened_writer(
         split.features,
         settings.cache.stage_to,
@@ -126,7 +141,7 @@ def _extract_split(
         write_cache_card(writer.path, settings, split.name, str(split.frames))
         outcome = fill(writer, asked, extractor, f"extract {split.name}")
         write_skipped(writer, outcome.skipped)
-    return [f"{split.name}/{name}" for name in outcome.skipped]
+    return outcome
 
 
 def _is_read_only(features: Path) -> bool:

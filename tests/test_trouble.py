@@ -114,10 +114,13 @@ def test_an_extraction_leaves_to_others_what_they_write(
 ) -> None:
     features = tmp_path / "features"
     foreign_lock(features / "train", "2")
-    extract(tiny_settings(tiny_data, features, tmp_path))
+    with pytest.raises(VideoBusy, match="1 videos are being extracted by others, such as train/2"):
+        extract(tiny_settings(tiny_data, features, tmp_path))
     assert FeatureCache.open(features / "train").video_names() == ["1", "3", "4", "5"]
+    assert len(FeatureCache.open(features / "valid").video_names()) == 2
     said = capsys.readouterr().err
     assert "1 of 5 videos (6 frames" in said and said.count("process 4321 on node17") == 1
+    assert "goes on from here" not in said
     extract(tiny_settings(tiny_data, features, tmp_path), clear_dead_locks=True)
     assert stored_files(features) == stored_files(tiny_cache)
 
