@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import re
@@ -47,6 +48,13 @@ def run_command(command: Callable[[], int], *, verbose: bool = False) -> int:
         if isinstance(error, VideoBusy):
             return BUSY
         return 2 if isinstance(error, VitaCacheError | OSError) else 1
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Print a warning, however often a command comes upon its cause; of several processes the main one does."""
+    if is_main():
+        print(f"warning: {text}")
 
 
 def is_main() -> bool:

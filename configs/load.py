@@ -41,7 +41,8 @@ _NOT_NEGATIVE = (
 def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
     """Read a config by path or short name (`demo`, `ytvis2019_r50`) and apply `key=value` overrides.
 
-    Raises ConfigError for an unknown key (with the nearest match), a wrong type or an impossible value.
+    Raises ConfigError for an unknown key (with the nearest match), a wrong type, an impossible value, or a label file
+    that the overrides name and that is not there.
     """
     path = find_config(config)
     merged = OmegaConf.structured(Settings)
@@ -57,7 +58,9 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
             reason = str(error).splitlines()[0]
             raise ConfigError(reason, where=f"{where}, setting {error.full_key or '?'}") from error
     settings = cast(Settings, OmegaConf.to_object(merged))
-    _validate(settings, flat(merged), _Origin(str(path), frozenset(_all_keys(overridden))))
+    origin = _Origin(str(path), frozenset(_all_keys(overridden)))
+    _validate(settings, flat(merged), origin)
+    _require_named_labels(Path(settings.data.root), flat(merged), origin)
     return settings
 
 
@@ -128,6 +131,16 @@ def _validate(settings: Settings, values: Mapping[str, Any], origin: _Origin) ->
     signs += [(name, values[name] is None or values[name] >= 0, "0 or more") for name in _NOT_NEGATIVE]
     _refuse(signs, values, origin)  # Relations divide by some of them.
     _refuse([*_relations(settings), *_sources(settings)], values, origin)
+
+
+def _require_named_labels(root: Path, values: Mapping[str, Any], origin: _Origin) -> None:
+    """Files that a config names may be elsewhere, where a cache carries the labels; one that is typed is meant."""
+    for key in ("data.train_labels", "data.valid_labels"):
+        if origin.of(key) == COMMAND_LINE and values[key] is not None and not (root / values[key]).is_file():
+            hint = (
+                f"{key} is relative to data.root={root}; without it, stage two takes the labels that the cache carries"
+            )
+            raise ConfigError(f"no such label file: {root / values[key]}", where=f"{COMMAND_LINE}, {key}", hint=hint)
 
 
 def _refuse(rows: Sequence[Row], values: Mapping[str, Any], origin: _Origin) -> None:

@@ -62,6 +62,16 @@ def test_labels_mean_what_the_file_says() -> None:
     assert labels.has_tracks
 
 
+def test_annotations_without_a_mask_are_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        parse_labels(label_file(), "unseen.json")
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "warning: unseen.json: 1 annotations have no mask in any frame (id 3): nothing can be learnt"
+    )
+    assert said.count("\n") == 1
+
+
 @pytest.mark.parametrize("annotations", ["missing", "null"])
 def test_a_split_without_annotations_is_unlabelled(annotations: str) -> None:
     data: Json = {**label_file(), "annotations": None}

@@ -75,6 +75,17 @@ def test_what_cannot_be_meant_is_refused(override: str, words: str) -> None:
     assert str(refused.value).startswith("command line") or words == "both", "not blamed on the file"
 
 
+def test_a_label_file_that_is_typed_must_be_there(tmp_path: Path) -> None:
+    words = [f"data.root={tmp_path}", "data.train_labels=nope.json"]
+    with pytest.raises(ConfigError, match=rf"no such label file: {tmp_path}/nope.json(.|\n)*that the cache carries"):
+        load_settings("demo", words)
+    (tmp_path / "nope.json").touch()
+    assert load_settings("demo", words).data.train_labels == "nope.json"
+    path = tmp_path / "mine.yaml"  # of an experiment whose data set is elsewhere: the cache carries its labels
+    path.write_text("data: {root: /elsewhere, train_labels: labels.json}\n")
+    assert load_settings(str(path), ["seed=1"]).data.root == "/elsewhere"
+
+
 def test_a_yaml_file_is_checked_like_the_command_line(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("train: {iteratons: 5}\n")

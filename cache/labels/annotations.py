@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
+from cache.command import warn_once
 from cache.errors import AnnotationError, some
 from cache.labels import masks
 from cache.labels.json_entries import Entry, entries, read_json, show
@@ -39,7 +40,13 @@ def parse_labels(data: object, where: str) -> Labels:
     )
     if not labels.has_tracks:
         return labels
-    return replace(labels, tracks=tuple(_track(entry, labels) for entry in unique_entries(top, "annotations", "id")))
+    tracks = tuple(_track(entry, labels) for entry in unique_entries(top, "annotations", "id"))
+    if unseen := [track.id for track in tracks if not any(track.segmentations)]:
+        what = f"{len(unseen)} annotations have no mask in any frame (id {some(unseen)})"
+        warn_once(
+            f"{where}: {what}: nothing can be learnt from them, and scores count them as objects that were missed"
+        )
+    return replace(labels, tracks=tracks)
 
 
 def video_of(entry: Entry, labels: Labels) -> Video:

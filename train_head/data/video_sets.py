@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 
 from cache.codecs import Codec
-from cache.command import is_main
+from cache.command import warn_once
 from cache.errors import AnnotationError, ConfigError, FingerprintMismatch, IncompleteVideo, shown, some
 from cache.labels.splits import Split, holdout_split
 from cache.labels.tracks import Labels
@@ -127,15 +126,8 @@ def _extracted(feature_cache: FeatureCache, labels: Labels, split: str) -> tuple
         if not kept.videos:
             hint = f"{record} says why; mend them, then `make extract`"
             raise IncompleteVideo(what, where=f"split {split}", hint=hint)
-        _warn(f"warning: split {split}: {what}; {record} says why")
+        warn_once(f"split {split}: {what}; {record} says why")
     return kept, left_out
-
-
-@functools.cache
-def _warn(text: str) -> None:
-    """Once, however often a command opens its videos."""
-    if is_main():
-        print(text)
 
 
 def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
