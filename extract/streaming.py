@@ -85,16 +85,25 @@ def extract_readable_videos(
             try:
                 outcome.busy |= extract_videos(runner, writer, [job], advance)
             except UNREADABLE as error:
-                try:
-                    writer.discard(job.name)
-                    outcome.skipped[job.name] = error
-                except VideoBusy as busy:  # Another extractor has taken it up meanwhile ...
-                    outcome.busy[job.name] = busy
-                except CacheError:  # ... and could even read it.
-                    pass
+                found = give_up(writer, job.name, error)
+                if isinstance(found, VideoBusy):
+                    outcome.busy[job.name] = found
+                elif found is not None:
+                    outcome.skipped[job.name] = found
                 break
         jobs = _missing(writer, jobs, outcome)
     return outcome
+
+
+def give_up(writer: CacheWriter, name: str, error: VitaCacheError) -> VitaCacheError | None:
+    """Remove what is left of a video that cannot be read; returns why it is not in the cache, None where it is."""
+    try:
+        writer.discard(name)
+    except VideoBusy as busy:  # Another extractor has taken it up meanwhile ...
+        return busy
+    except CacheError:  # ... and could even read it.
+        return None
+    return error
 
 
 def _missing(writer: CacheWriter, jobs: Sequence[VideoJob], outcome: Outcome) -> list[VideoJob]:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cache.codecs.float16 import Float16
-from cache.errors import FrameError
+from cache.errors import FrameError, VideoBusy
 from cache.labels.tracks import Video
 from cache.layout import View
 from cache.media.geometry import Transform
@@ -26,7 +26,9 @@ from extract.detector.frozen import FrameDetector
 from extract.frames import load_frame
 from extract.jobs import video_job
 from extract.stage import fingerprint
-from extract.streaming import extract_videos
+from extract.streaming import extract_readable_videos, extract_videos
+from extract.workers.pool import Equipment, VideoWorker
+from tests.cache_samples import open_writer, write_video
 from tests.conftest import tiny_settings
 
 
@@ -113,3 +115,33 @@ def test_numpy_products_behind_the_detector_get_no_threads_of_their_own() -> Non
 def printed(code: str, environment: dict[str, str]) -> str:
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+@pytest.mark.parametrize("is_done", [False, True])
+@pytest.mark.parametrize("by_worker", [False, True])
+def test_a_video_that_another_takes_up_after_it_could_not_be_read_here(
+    settings: Settings, detector: FrameDetector, tmp_path: Path, by_worker: bool, is_done: bool
+) -> None:
+    """The other comes between the error, where the lock is given back, and the clean-up."""
+    runner = BatchRunner(detector, 4)
+    writer, other = open_writer(tmp_path / "a"), open_writer(tmp_path / "a")
+    job = video_job(labelled_videos(Path(settings.data.root))[0], View(), tmp_path / "nowhere", None)
+    discard = writer.discard
+
+    def discard_late(name: str) -> None:
+        if is_done:
+            write_video(other, name, 3)
+        else:
+            assert other.claim(name)
+        discard(name)
+
+    writer.discard = discard_late  # type: ignore[method-assign]
+    if by_worker:
+        worker = VideoWorker(settings, Equipment(device="cpu", precision="float32", threads=1))
+        worker._runner, worker._writer = runner, writer
+        found = worker.extract(job)
+        assert found is None if is_done else isinstance(found, VideoBusy)
+    else:
+        outcome = extract_readable_videos(runner, writer, [job], lambda count: None)
+        assert outcome.skipped == {} and list(outcome.busy) == ([] if is_done else [job.name])
+    assert writer.pending([job.name]) == ([] if is_done else [job.name])

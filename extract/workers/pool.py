@@ -27,7 +27,7 @@ from extract.detector.engines import open_detector
 from extract.detector.frozen import FrameDetector
 from extract.jobs import VideoJob
 from extract.stage import fingerprint
-from extract.streaming import UNREADABLE, extract_videos
+from extract.streaming import UNREADABLE, extract_videos, give_up
 
 VIDEOS_AT_A_TIME = 2
 """Of a worker: one is decoded or written while the detector works on the other."""
@@ -77,8 +77,7 @@ class VideoWorker:
         try:
             busy = extract_videos(self._runner, self._writer, [job], lambda frames: None)
         except UNREADABLE as error:
-            self._writer.discard(job.name)
-            return error
+            return give_up(self._writer, job.name, error)
         except VitaCacheError as error:
             return error
         except OSError as error:
