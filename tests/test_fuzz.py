@@ -21,14 +21,16 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from cache.codecs import codec_identity
 from cache.errors import AnnotationError, VitaCacheError, WeightsError
 from cache.labels import masks
 from cache.labels.annotations import load_labels
 from cache.labels.tracks import Labels
 from cache.reader import FeatureCache
+from cache.upkeep.transfer import export_hdf5
 from evaluate.results import TrackPrediction, load_results, write_results
 from extract.detector.checkpoints import read_model
-from tests.cache_samples import FINGERPRINT, open_writer, write_video
+from tests.cache_samples import FINGERPRINT, fitted_codec, open_writer, write_video
 from train_head.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from train_head.heads.contract import HeadConfig
 from train_head.heads.vita import VitaHead
@@ -73,28 +75,39 @@ DAMAGE = st.builds(
 )
 
 
-@pytest.fixture(scope="module")
-def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["float16", "logit", "logit.h5"])
+def features(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache without and one with compression and fitted arrays, in a folder, and the latter in an HDF5 file."""
+    codec, _, file = request.param.partition(".")
     path = tmp_path_factory.mktemp("fuzz") / "features"
-    write_video(open_writer(path), "7", NUM_FRAMES)
+    write_video(open_writer(path, codec=fitted_codec(codec)), "7", NUM_FRAMES)
+    if file:
+        export_hdf5(FeatureCache.open(path), path.with_suffix(".h5"))
+        path = path.with_suffix(".h5")
     return path
 
 
 def _read_all(path: Path) -> list[NDArray[Any]]:
-    video = FeatureCache.open(path).video("7")
-    return [video.frame_queries(range(NUM_FRAMES)), video.mask_features(range(NUM_FRAMES))]
+    """What is stored of the frames, and by which arrays it is understood."""
+    feature_cache = FeatureCache.open(path)
+    video, codec = feature_cache.video("7"), feature_cache.codec
+    arrays = [np.frombuffer(codec_identity(codec).encode(), np.uint8)]  # of its arrays and parameters
+    return [video.frame_queries(range(NUM_FRAMES)), video.mask_features(range(NUM_FRAMES)), *arrays]
 
 
 @given(damage=DAMAGE, pick=st.integers(0, 10**6), anywhere=st.booleans())
 @fuzz
 def test_a_damaged_cache(features: Path, damage: Damage, pick: int, anywhere: bool) -> None:
     truth = _read_all(features)
-    copied = features.with_name("copy")
-    shutil.rmtree(copied, ignore_errors=True)
-    shutil.copytree(features, copied)
-    below = copied if anywhere else copied / "videos" / "7"
-    files = sorted(file for file in below.rglob("*") if file.is_file())
-    file = files[pick % len(files)]
+    copied = features.with_stem("copy")
+    if features.is_dir():
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(features, copied)
+        below = copied if anywhere else copied / "videos" / "7"
+        files = sorted(file for file in below.rglob("*") if file.is_file())
+        file = files[pick % len(files)]
+    else:
+        file = Path(shutil.copy(features, copied))
     file.write_bytes(damage(file.read_bytes()))
     try:
         found = _read_all(copied)
