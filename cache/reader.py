@@ -27,11 +27,13 @@ from cache.layout import (
     FORMAT_VERSION,
     FRAME_QUERIES,
     MASK_FEATURES,
+    METADATA,
     SKIPPED,
     VIDEOS,
     Size,
     VideoAttributes,
     checked_name,
+    parse_group_attributes,
 )
 from cache.storage.contract import Store
 from cache.storage.frames import FrameArray, HeldFrames
@@ -60,7 +62,9 @@ class Root:
         """Read and check. Raises CacheError for no cache, FormatVersionError for another format version."""
         path, attributes = store.path, store.attributes("")
         if attributes is None or attributes.get("format") != FORMAT_NAME:
-            raise CacheError("no feature cache here", where=path, hint="`make extract` writes one")
+            caches = [str(file.parent) for file in sorted(path.glob(f"*/{METADATA}")) if _is_root(file)]
+            hint = f"did you mean {' or '.join(caches)}?" if caches else "`make extract` writes one"
+            raise CacheError("no feature cache here", where=path, hint=hint)
         if attributes.get("format_version") != FORMAT_VERSION:
             raise FormatVersionError(
                 "the cache has another format version",
@@ -82,6 +86,14 @@ class Root:
         if not isinstance(root.codec_name, str) or not all(isinstance(each, dict) for each in mappings):
             raise CorruptData("unreadable root attributes: codec or provenance of another type", where=path)
         return root
+
+
+def _is_root(file: Path) -> bool:
+    """Whether a zarr.json is that of a cache's root."""
+    try:
+        return parse_group_attributes(file.read_bytes(), str(file)).get("format") == FORMAT_NAME
+    except (OSError, CorruptData):
+        return False
 
 
 def _version_hint(found: object, path: Path) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.layout import CARD
-from configs.changes import changed_settings
+from configs.changes import changed_settings, in_yaml
 from configs.schema import HeadKind, Settings
 
 _LICENCES = "## Licences"
@@ -74,7 +74,7 @@ Use: `python -m cache inspect {path}` says what is in it, `python -m cache verif
 def write_run_card(folder: Path, settings: Settings) -> None:
     """Write the card of a run, whose folder tells by a detector in it whether that was fine-tuned."""
     fine_tuned = (folder / _DETECTOR).is_dir()
-    changed = "\n".join(f"    {key}={value}" for key, value in changed_settings(settings).items())
+    changed = "\n".join(f"    {key}={in_yaml(value)}" for key, value in changed_settings(settings).items())
     head = "a VITA head" if settings.head.kind is HeadKind.vita else f"a head of kind {settings.head.kind}"
     if not fine_tuned:
         what, source = f"{head} (checkpoint.pt)", f"features in {settings.cache.path}"

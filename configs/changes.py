@@ -48,10 +48,10 @@ def changed_settings(settings: Settings) -> dict[str, Any]:
 
 def in_words(settings: Settings) -> str:
     """The same as one line of `key=value`, which a command line understands."""
-    return " ".join(shlex.quote(f"{key}={_flow(value)}") for key, value in changed_settings(settings).items())
+    return " ".join(shlex.quote(f"{key}={in_yaml(value)}") for key, value in changed_settings(settings).items())
 
 
-def _flow(value: Any) -> str:
+def in_yaml(value: Any) -> str:
     """A value as YAML in one line: words that can only be words as they are, all else as JSON."""
     if isinstance(value, str):
         with suppress(YAMLError):

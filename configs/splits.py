@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cache.errors import AnnotationError
+from cache.labels.annotations import load_labels
+from cache.labels.tracks import Labels
 from configs.schema import Settings
 
 
@@ -16,6 +19,13 @@ class SplitPaths:
     labels: Path
     frames: Path
     features: Path
+
+    def read_labels(self) -> Labels:
+        """The label file. Raises AnnotationError, naming the settings where there is none."""
+        if not self.labels.is_file():
+            hint = f"check data.root and data.{self.name}_labels; `make doctor` lists what a config looks for"
+            raise AnnotationError("no such label file", where=self.labels, hint=hint)
+        return load_labels(self.labels)
 
 
 def train_split(settings: Settings) -> SplitPaths:

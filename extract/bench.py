@@ -28,7 +28,6 @@ from cache.codecs.fit import StatisticsAccumulator
 from cache.codecs.float16 import Float16
 from cache.codecs.spectral import Spectral
 from cache.fingerprint import Fingerprint
-from cache.labels.annotations import load_labels
 from cache.labels.tracks import Video
 from cache.layout import View
 from cache.writer import CacheWriter
@@ -71,7 +70,7 @@ def bench_extraction(settings: Settings, amount: Amount, output: Path | None = N
     precision = precision_name(settings.detector.precision, device)
     detector = open_detector(settings.detector, precision=precision, device=device)
     split = train_split(settings)
-    videos = _some_videos(load_labels(split.labels).videos, amount.frames)
+    videos = _some_videos(split.read_labels().videos, amount.frames)
     jobs = [video_job(video, View(), split.frames, settings.detector.short_edge) for video in videos]
     codec = choose_codec(settings, detector).codec
     runner = BatchRunner(detector, settings.detector.batch_frames, frame_decoder(settings.detector.decoder, device))

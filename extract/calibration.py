@@ -24,7 +24,6 @@ from cache.codecs.rate_distortion import (
 )
 from cache.codecs.spectral import Spectral
 from cache.errors import AnnotationError, FingerprintMismatch, FrameError
-from cache.labels.annotations import load_labels
 from cache.labels.tracks import Video
 from cache.layout import Size, crop_map
 from cache.media.geometry import Transform, network_size
@@ -141,7 +140,7 @@ def calibrate(settings: Settings, detector: FrameDetector) -> tuple[Codec, Calib
     if there is no other).
     """
     split, heads = train_split(settings), detector.prediction_heads()
-    sample = draw_frames(load_labels(split.labels).videos, settings.cache.calibration_frames)
+    sample = draw_frames(split.read_labels().videos, settings.cache.calibration_frames)
     print(sample.in_words())
     accumulator = StatisticsAccumulator(heads.feature_dim)
     fitted_frames = 0

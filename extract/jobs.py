@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cache.errors import AnnotationError
-from cache.labels.annotations import load_labels
 from cache.labels.tracks import Video
 from cache.layout import Size, VideoAttributes, View, video_group_name
 from cache.media.geometry import network_size, transform_of
@@ -52,7 +51,7 @@ def open_jobs(settings: Settings, only: Sequence[str] = ()) -> list[SplitJobs]:
 
 
 def _of_videos(settings: Settings, split: SplitPaths) -> SplitJobs:
-    labels = load_labels(split.labels)
+    labels = split.read_labels()
     if not labels.videos:
         raise AnnotationError("the label file has no videos", where=split.labels)
     names = () if settings.extract.skip_errors else (name for video in labels.videos for name in video.file_names)
@@ -94,7 +93,7 @@ def attributes_of(num_frames: int, frame_hw: Size, short_edge: int | None, view:
 
 
 def _of_stills(settings: Settings, split: SplitPaths) -> SplitJobs:
-    categories = load_labels(all_splits(settings)[0].labels).categories
+    categories = all_splits(settings)[0].read_labels().categories
     videos = draw_pseudo_videos(settings.pseudo, split.labels, categories)
     require_files(() if settings.extract.skip_errors else (video.still.file_name for video in videos), split.frames)
     return SplitJobs(

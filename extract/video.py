@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cache.background import BackgroundWriter
 from cache.codecs.float16 import Float16
-from cache.errors import ConfigError, FrameError, WeightsError
+from cache.errors import ConfigError, WeightsError
 from cache.fingerprint import HEAD_FINGERPRINT, Fingerprint, Provenance
 from cache.layout import Size, VideoAttributes, video_group_name
 from cache.media.footage import RECORD, Footage, look_through, read_record, write_record
@@ -48,13 +48,15 @@ def extract_footage(config: str, words: Sequence[str], *, head: Path | None = No
 
     `words`: paths (see cache.media.footage.look_through) and settings (`key=value`). `head`: folder of the run that
     will read the features, whose detector and precision are taken. A cache that is there is continued: what it holds
-    is not extracted again. Raises FrameError for what cannot be decoded, FingerprintMismatch for a detector other than
-    the head's, CacheError for a disk without room, all before the first frame is extracted.
+    is not extracted again. Raises ConfigError where there is nothing to do, FrameError for what cannot be decoded,
+    FingerprintMismatch for a detector other than the head's, CacheError for a disk without room, all before the first
+    frame is extracted.
     """
     paths = [Path(word) for word in words if not _is_setting(word)]
     settings, wanted = _settings(config, [word for word in words if _is_setting(word)], head)
     if stride < 1 or not paths:
-        raise FrameError("nothing to extract", expected="at least one file, --stride 1 or more")
+        expected, got = "at least one file, --stride 1 or more", f"{len(paths)} files, --stride {stride}"
+        raise ConfigError("nothing to extract", where="command line", expected=expected, got=got)
     if remote_url(settings.cache.path) is not None:
         hint = "name a folder; `python -m cache upload` takes the result there"
         raise ConfigError("videos of your own go into a folder", where=f"cache.path={settings.cache.path}", hint=hint)

@@ -52,6 +52,14 @@ def test_names_beyond_ascii(tmp_path: Path) -> None:
     assert feature_cache.labels().videos[0].file_names == ("vidéo 一/ß.jpg",)
 
 
+def test_a_label_file_that_is_not_there(tmp_path: Path) -> None:
+    settings = tiny_settings(tmp_path, tmp_path / "features", tmp_path)
+    with pytest.raises(
+        AnnotationError, match=r"/train.json: no such label file(.|\n)*data\.root and data\.train_labels"
+    ):
+        extract(settings)
+
+
 def test_videos_without_frames_and_names_that_leave_the_data(tmp_path: Path) -> None:
     root = data_of(tmp_path, Image.new("RGB", (40, 32)))
     labels = json.loads((root / "train.json").read_text())

@@ -20,7 +20,7 @@ from cache.codecs import select_codec
 from cache.codecs.float16 import Float16
 from cache.codecs.int8 import Int8
 from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
-from cache.layout import VideoAttributes, View, crop_map, video_group_name
+from cache.layout import METADATA, VideoAttributes, View, crop_map, video_group_name
 from cache.preload import available_bytes, held_bytes, require_memory
 from cache.reader import FeatureCache
 from cache.storage.shard_layout import crc32c
@@ -337,6 +337,13 @@ def test_folders_that_are_no_cache_are_refused(path: Path) -> None:
         FeatureCache.open(path)
     with pytest.raises(CacheError, match="no feature cache here"):
         FeatureCache.open(".")
+    for split in ("train", "valid"):
+        open_writer(path / split)
+    (path / "other").mkdir()
+    (path / "other" / METADATA).write_text("{}")
+    with pytest.raises(CacheError, match=rf"did you mean {path}/train or {path}/valid\?"):
+        FeatureCache.open(path)
+    shutil.rmtree(path)
     path.mkdir()
     (path / "thesis.tex").write_text("")
     with pytest.raises(CacheError, match=r"thesis\.tex"):

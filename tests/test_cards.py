@@ -59,7 +59,12 @@ def test_licences_by_data_set(words: list[str], expected: list[str], not_expecte
 
 def test_extraction_and_training_write_them(tiny_cache: Path, tiny_run: Settings) -> None:
     run = (Path(tiny_run.runs) / "tiny" / CARD).read_text()
-    assert "# tiny\n" in run and "train.iterations=6" in run and str(tiny_cache) in run
+    assert (
+        "# tiny\n" in run
+        and "train.iterations=6" in run
+        and "detector.short_edge=null\n" in run
+        and str(tiny_cache) in run
+    )
     for split in ("train", "valid"):
         card = (tiny_cache / split / CARD).read_text()
         assert f", {split}\n" in card and f"cache.path={tiny_cache}" in card and "JPEGImages" in card

@@ -152,6 +152,12 @@ def test_another_decoder_needs_another_cache(tiny_data: Path, tmp_path: Path) ->
         open_evaluation_set(tiny_settings(tiny_data, tmp_path / "a", tmp_path, words[1]))
 
 
+def test_hints_are_settings_that_can_be_typed(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    other_size = tiny_settings(tiny_data, tiny_cache, tmp_path, "detector.short_edge=64")
+    with pytest.raises(FingerprintMismatch, match=r"expected 64, got null\)(.|\n)*set detector\.short_edge=null,"):
+        open_evaluation_set(other_size)
+
+
 def frame_file(path: Path, group: str, height: int, width: int) -> FrameFile:
     hw = (height, width)
     return FrameFile(group=group, path=path, original_hw=hw, transform=Transform.resize(hw, hw))

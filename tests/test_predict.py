@@ -147,7 +147,7 @@ def test_what_does_not_fit_together_is_refused_before_any_work(
     (tmp_path / "half" / HEAD_FINGERPRINT).write_text(json.dumps(stored))
     with pytest.raises(FingerprintMismatch, match="bfloat16 need device=cuda"):
         extract_footage(config, [str(own_video), place], head=tmp_path / "half")
-    with pytest.raises(FrameError, match="nothing to extract"):
+    with pytest.raises(ConfigError, match=r"nothing to extract.*got 0 files"):
         extract_footage(config, [place], head=run)
     with pytest.raises(FrameError, match="no such file"):
         extract_footage(config, ["nowhere.mp4", place], head=run)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from cache.errors import WeightsError
+from cache.fingerprint import HEAD_FINGERPRINT
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.frozen import load_detector
 from extract.detector.safe_pickle import load_plain_pickle
@@ -157,6 +158,20 @@ def test_missing_weights(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "pytorch_model.bin")
     with pytest.raises(WeightsError, match="save the model again as safetensors"):
         load_detector(tmp_path)
+
+
+def test_a_training_run_in_place_of_weights(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.save({"version": 1, "head": {}, "fingerprint": {}, "detector": {}}, run / "checkpoint.pt")
+    (run / HEAD_FINGERPRINT).write_text("{}")
+    for weights in (run, run / "checkpoint.pt"):
+        with pytest.raises(WeightsError, match=r"detector.weights that .*run/config.yaml names"):
+            load_detector(weights)
+    (run / "detector").mkdir()
+    for weights in (run, run / "checkpoint.pt"):
+        with pytest.raises(WeightsError, match=r"detector.weights=.*run/detector"):
+            load_detector(weights)
 
 
 def test_damaged_hugging_face_folder(tmp_path: Path) -> None:

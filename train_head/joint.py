@@ -22,7 +22,6 @@ from torch import Tensor
 from cache.command import is_main
 from cache.errors import AnnotationError, ConfigError
 from cache.fingerprint import Fingerprint
-from cache.labels.annotations import load_labels
 from cache.labels.category_map import category_pairs
 from cache.labels.tracks import Category, Labels, Video
 from cache.layout import cropped_map_hw
@@ -93,7 +92,7 @@ class LiveSource:
         self.settings, self.device, self.augment = settings, device, augment
         self.trains_head = not settings.finetune.frames_only
         paths = train_split(settings)
-        self.labels, self.holdout = chosen_videos(settings, "train", load_labels(paths.labels))
+        self.labels, self.holdout = chosen_videos(settings, "train", paths.read_labels())
         require_frames(self.labels.videos, paths.frames)
         self.frames = paths.frames
         self.decoding = MapDecoding()

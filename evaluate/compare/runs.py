@@ -11,7 +11,6 @@ from typing import Any
 
 from cache.errors import CacheError, ConfigError
 from cache.fingerprint import Fingerprint
-from cache.labels.annotations import load_labels
 from cache.labels.tracks import Labels
 from cache.reader import FeatureCache
 from configs.load import load_settings
@@ -77,7 +76,7 @@ class LabelFiles:
                 feature_cache = FeatureCache.open(paths.features)
                 self._read[paths.features] = (feature_cache.labels(), feature_cache.skipped())
             except CacheError:
-                self._read[paths.features] = (load_labels(paths.labels), {})
+                self._read[paths.features] = (paths.read_labels(), {})
         labels, skipped = self._read[paths.features]
         return split, without_skipped(chosen_videos(settings, split, labels)[0], skipped)[0]
 

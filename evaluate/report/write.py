@@ -17,7 +17,7 @@ from cache.errors import FrameError
 from cache.fingerprint import Provenance
 from cache.labels.tracks import Labels, Video
 from cache.layout import write_file_atomically
-from configs.changes import changed_settings
+from configs.changes import changed_settings, in_yaml
 from configs.schema import Settings
 from evaluate.compare.runs import detector_in_words, num_parameters
 from evaluate.metrics.weighted import HEADLINE, precision_curves
@@ -69,7 +69,7 @@ def write_report(settings: Settings, beside: Sequence[Path] = ()) -> Path:
         videos=scrubbed,
         problem=problem,
         data={"videos": [asdict(video) for video in scrubbed]},
-        changed=changed_settings(settings),
+        changed={key: in_yaml(value) for key, value in changed_settings(settings).items()},
         settings=OmegaConf.to_yaml(OmegaConf.structured(settings)),
         provenance=_provenance(videos, sides),
         script=script,

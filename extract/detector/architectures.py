@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import Mask2FormerConfig, ResNetConfig, SwinConfig
@@ -38,6 +39,13 @@ def official_config(name: str, *, num_classes: int = 80) -> Mask2FormerConfig:
     return Mask2FormerConfig(
         backbone_config=backbone, id2label=_labels(num_classes), num_queries=200 if name == "swin-l" else 100
     )
+
+
+def require_backbone(wanted: str | None, found: str, weights: Path | str) -> None:
+    """Raise WeightsError where a config names an architecture, and the weights are of another."""
+    if wanted not in (None, found):
+        hint = "detector.architecture=null takes what the weights have; or name other detector.weights"
+        raise WeightsError("the weights are of another backbone", where=weights, expected=wanted, got=found, hint=hint)
 
 
 def infer_config(shapes: Shapes) -> Mask2FormerConfig:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cache.archives import require_sound_archive
 from cache.errors import WeightsError, first_line, some
-from cache.fingerprint import sha256_file
+from cache.fingerprint import HEAD_FINGERPRINT, sha256_file
 from extract.detector.safe_pickle import load_plain_pickle
 
 _HEAD_PREFIX = "vita_module."
@@ -99,14 +99,17 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     files = [path / "config.json", *sorted(path.glob("*.safetensors"))]
     if len(files) == 1 or not files[0].is_file():
+        hint = "check detector.weights"
+        if path.is_dir():
+            hint = "pickled pytorch_model.bin files are not read; save the model again as safetensors"
+        if (path / HEAD_FINGERPRINT).is_file():
+            hint = _run_hint(path)
         raise WeightsError(
             "no detector weights here",
             where=path,
             expected="a .pkl or .pth file, or a folder with config.json and model.safetensors",
             got=("a folder without them" if path.is_dir() else "nothing"),
-            hint="pickled pytorch_model.bin files are not read; save the model again as safetensors"
-            if path.is_dir()
-            else "check detector.weights",
+            hint=hint,
         )
     return files
 
@@ -139,6 +142,8 @@ def _model_dict(path: Path) -> dict[str, object]:
             hint="download it again; files with other Python objects are refused because they could run code",
         ) from error
     model = content.get("model") if isinstance(content, dict) else None
+    if isinstance(content, dict) and {"head", "fingerprint"} <= content.keys():
+        raise WeightsError("the checkpoint of a training run, no detector's", where=path, hint=_run_hint(path.parent))
     if not isinstance(model, dict) or not all(isinstance(key, str) for key in model):
         raise WeightsError(
             "not an official checkpoint",
@@ -147,6 +152,13 @@ def _model_dict(path: Path) -> dict[str, object]:
             got=_outline(content),
         )
     return model
+
+
+def _run_hint(run: Path) -> str:
+    """What to name instead of a run of ours."""
+    if (run / "detector").is_dir():
+        return f"the detector that this run has fine-tuned: detector.weights={run / 'detector'}"
+    return f"this run trained a head on a frozen detector: take the detector.weights that {run / 'config.yaml'} names"
 
 
 def _outline(content: object) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from cache.errors import WeightsError
 from configs.command import device_name, precision_name
 from configs.schema import DetectorEngine, DetectorSettings, Settings
 from extract.detector.frozen import FrameDetector, load_detector
@@ -34,6 +33,7 @@ def _transformers(chosen: DetectorSettings, precision: str, device: str) -> Fram
 
 
 def _detectron2(chosen: DetectorSettings, precision: str, device: str) -> FrameDetector:
+    from extract.detector.architectures import require_backbone
     from extract.detector.detectron2_engine import load_detectron2_detector
 
     assert chosen.config_file is not None  # configs/load.py
@@ -46,8 +46,7 @@ def _detectron2(chosen: DetectorSettings, precision: str, device: str) -> FrameD
     )
     assert detector.report is not None
     backbone = detector.report.backbone
-    if chosen.architecture not in (None, backbone):
-        raise WeightsError("another backbone", where=chosen.weights, expected=chosen.architecture, got=backbone)
+    require_backbone(chosen.architecture, backbone, chosen.weights)
     return detector
 
 

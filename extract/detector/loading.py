@@ -15,7 +15,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation
 from transformers.utils import logging as transformers_logging
 
 from cache.errors import ConfigError, WeightsError, some
-from extract.detector.architectures import ARCHITECTURES, Shapes, describe_backbone, infer_config
+from extract.detector.architectures import ARCHITECTURES, Shapes, describe_backbone, infer_config, require_backbone
 from extract.detector.checkpoints import LoadReport, read_official_checkpoint, weight_files
 from extract.detector.coco_names import COCO_CATEGORIES
 from extract.detector.key_table import KeyRow, from_official, key_table
@@ -39,8 +39,7 @@ def load_model(weights: Path, *, architecture: str | None) -> LoadedModel:
         raise ConfigError("unknown architecture", expected=f"{', '.join(ARCHITECTURES)} or null", got=architecture)
     with quiet_transformers():
         loaded = _load_folder(weights) if weights.is_dir() else _load_official(weights)
-    if architecture not in (None, loaded.report.backbone):
-        raise WeightsError("another backbone", where=weights, expected=architecture, got=loaded.report.backbone)
+    require_backbone(architecture, loaded.report.backbone, weights)
     return loaded
 
 

@@ -18,6 +18,7 @@ from cache.layout import SKIPPED, video_group_name
 from cache.preload import require_memory
 from cache.reader import FeatureCache
 from cache.upkeep.staging import local_copy
+from configs.changes import in_yaml
 from configs.command import device_name
 from configs.schema import CodecName, Settings
 from configs.schema import Split as SplitName
@@ -190,7 +191,7 @@ def _require_settings(feature_cache: FeatureCache, settings: Settings) -> None:
             raise FingerprintMismatch(
                 f"the cache was extracted with another {key}",
                 where=feature_cache.path,
-                expected=asked,
-                got=held,
-                hint=f"set {key}={held}, or extract into another cache.path with `make extract`",
+                expected=in_yaml(asked),
+                got=in_yaml(held),
+                hint=f"set {key}={in_yaml(held)}, or extract into another cache.path with `make extract`",
             )
