@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cache.errors import ConfigError, CorruptData
 from train_head.data.clip_loader import Empty, Slots, load_clips, usual_workers
 from train_head.data.upload import Copy, place_batches
 
@@ -205,7 +207,44 @@ def test_an_error_in_a_worker_ends_the_trainer(tiny_data: Path, tiny_cache: Path
     words += ["train.workers=1", "cache.preload=false", "device=cpu", "loss.num_points=64"]
     command = [sys.executable, "-m", "train_head", "train", "demo", *words]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert ended.returncode != 0 and "shard cannot be opened" in ended.stderr
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert re.search(r"^error: .*shard cannot be opened.*\n  hint: .*\n\Z", ended.stderr, re.MULTILINE), ended.stderr
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failing(Numbers):
+    """What a worker may meet when it reads clip 3."""
+
+    error: BaseException | None
+    """None: the kernel's out-of-memory killer."""
+
+    def read(self, index: int, empty: Empty) -> SmallClip:
+        if index == 3 and self.error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if index == 3 and self.error is not None:
+            raise self.error
+        return super().read(index, empty)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_a_clip_arrives_as_it_was_raised(workers: int) -> None:
+    error = CorruptData("bytes fail their checksum", where="videos/7", hint="extract it again")
+    clips = load_clips(Failing(error=error), range(5), workers=workers, held=1, device=CPU)
+    assert [next(clips).index for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(CorruptData) as caught:
+        next(clips)
+    assert str(caught.value) == str(error) and caught.value.hint == error.hint
+
+
+@pytest.mark.parametrize("error", [None, MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_workers_short_of_memory_are_no_bug(error: BaseException | None) -> None:
+    with pytest.raises(ConfigError, match=r"train\.workers=2: .*memory(.|\n)*hint: train\.workers=1"):
+        list(load_clips(Failing(error=error), range(5), workers=2, held=1, device=CPU))
+
+
+def test_another_failure_of_a_worker_stays_what_it_is() -> None:
+    with pytest.raises(RuntimeError, match="no such thing"):
+        list(load_clips(Failing(error=RuntimeError("no such thing")), range(5), workers=1, held=1, device=CPU))
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import signal
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -28,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from cache.errors import ConfigError, VitaCacheError, is_out_of_memory
 from cache.progress import say
 from train_head.allocation import keep_freed_memory
 from train_head.stopping import ignore_interrupts
@@ -60,7 +62,7 @@ def load_clips(
 
     With 0 workers the clips are read when they are asked for; None takes `usual_workers`. A clip's memory is used
     again once nothing refers to its tensors any more: whoever copies them to a device without waiting has to keep
-    them until they have arrived.
+    them until they have arrived. Raises what reading a clip raises, ConfigError where workers have too little memory.
     """
     workers = num_workers(workers, device)
     ahead = max(_AHEAD, -(-held // workers) + 1) if workers else 1
@@ -79,10 +81,25 @@ def load_clips(
     packed_clips = iter(loader)
     try:
         for packed in packed_clips:
+            if packed.error is not None:
+                raise packed.error
             yield slots.unpack(packed)
+    except (RuntimeError, MemoryError) as error:
+        if not workers or not (is_out_of_memory(error) or _is_any_killed(packed_clips)):
+            raise
+        raise ConfigError(
+            "a data worker was killed, or could not go on: the machine's memory does not suffice",
+            where=f"train.workers={workers}",
+            hint=f"train.workers={workers // 2}, or cache.preload=false; the last checkpoint is untouched",
+        ) from error
     finally:
         if workers:  # now, not when an exception that holds the iterator is let go: the process would wait for them
             packed_clips._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _is_any_killed(packed_clips: object) -> bool:
+    """Whether a worker got SIGKILL, which none has from us: Linux sends it where memory runs out."""
+    return any(worker.exitcode == -signal.SIGKILL for worker in packed_clips._workers)  # type: ignore[attr-defined]
 
 
 def num_workers(chosen: int | None, device: torch.device) -> int:
@@ -118,10 +135,11 @@ def _end_with_trainer() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _PackedClip:
-    """A clip without its tensors, which lie in a slot: all that goes through the pipe."""
+    """A clip without its tensors, which lie in a slot, or why it cannot be read: all that goes through the pipe."""
 
-    slot: int | None
-    content: bytes
+    slot: int | None = None
+    content: bytes = b""
+    error: VitaCacheError | OSError | None = None
 
 
 class _PackedClips(Dataset[_PackedClip], Generic[T]):
@@ -129,7 +147,10 @@ class _PackedClips(Dataset[_PackedClip], Generic[T]):
         self.clips, self.slots = clips, slots
 
     def __getitem__(self, index: int) -> _PackedClip:
-        return self.slots.pack(lambda empty: self.clips.read(index, empty))
+        try:
+            return self.slots.pack(lambda empty: self.clips.read(index, empty))
+        except (VitaCacheError, OSError) as error:  # PyTorch would raise another, whose message is a traceback
+            return _PackedClip(error=error)
 
 
 class Slots:
