@@ -18,6 +18,8 @@ INTERRUPTED = 130
 BUSY = 75  # EX_TEMPFAIL of sysexits.h
 _TYPED = "MAKE_TYPED"  # environment variable: the words of the `make` command that started this one (Makefile)
 
+PART_OF = "PART_OF_A_COMMAND"  # environment variable, set: another command started this one, and says how to go on
+
 
 def add_verbose(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Give every verb `-v`."""
@@ -38,7 +40,7 @@ def run_command(command: Callable[[], int], *, verbose: bool = False) -> int:
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         return 0
     except KeyboardInterrupt:
-        if is_main():
+        if is_main() and PART_OF not in os.environ:
             print(f"stopped; to go on: {_own_command()}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:

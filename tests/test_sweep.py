@@ -1,15 +1,31 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from cache.command import INTERRUPTED
 from cache.errors import ConfigError
 from tests.conftest import tiny_settings
-from train_head.sweep import lane_environments, plan, sweep, table
+from tests.test_clip_loader import wait_for
+from tests.train_until import ROOT
+from train_head.checkpoint import CHECKPOINT
+from train_head.run_folder import METRICS_LOG
+from train_head.sweep import LOG, lane_environments, plan, sweep, table
+
+
+def tiny_config(data: Path, features: Path, folder: Path, *overrides: str) -> Path:
+    config = folder / "config.yaml"
+    OmegaConf.save(OmegaConf.structured(tiny_settings(data, features, folder / "runs", *overrides)), config)
+    return config
 
 
 def test_the_product_of_what_varies() -> None:
@@ -51,8 +67,50 @@ def test_a_sweep_without_labels_to_score_on_trains_nothing(tiny_data: Path, tiny
     shutil.copytree(tiny_cache, unlabelled)
     path = unlabelled / "valid" / "annotations.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": None}))
-    config = tmp_path / "config.yaml"
-    OmegaConf.save(OmegaConf.structured(tiny_settings(tiny_data, unlabelled, tmp_path / "runs")), config)
+    config = tiny_config(tiny_data, unlabelled, tmp_path)
     with pytest.raises(ConfigError, match="needs public labels"):
         sweep(str(config), ["seed=0,1"])
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("jobs", [0, -1])
+def test_a_sweep_without_jobs_is_refused(jobs: int) -> None:
+    with pytest.raises(ConfigError, match=f"--jobs: .*got {jobs}"):
+        sweep("demo", ["seed=0,1"], jobs)
+
+
+def test_a_run_that_fails_costs_the_others_nothing(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tiny_cache, tmp_path, "name=tiny", "train.workers=0", "train.iterations=2")
+    command = [sys.executable, "-m", "train_head", "sweep", config, "train.batch_clips=2,3", "train.accumulate=2"]
+    log = tmp_path / "runs" / "tiny-train.batch_clips=3" / LOG
+    done = subprocess.run([*command, "--jobs", "2"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert [line.split()[:2] for line in done.stdout.splitlines()[-1:]] == [["train.batch_clips=2", "1"]]
+    assert f"error: 1 of 2 runs failed: tiny-train.batch_clips=3 in `train_head train` ({log})" in done.stderr
+    assert "train.batch_clips cannot be shared evenly" in log.read_text()
+
+
+def to_it_alone(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+
+
+def to_all(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("send", [to_it_alone, to_all])
+def test_the_runs_of_a_stopped_sweep_end_with_it(
+    send: Callable[[subprocess.Popen[str]], None], tiny_data: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    words = ("name=tiny", "train.workers=0", "train.iterations=100000", "train.checkpoint_every=100000")
+    config = tiny_config(tiny_data, tiny_cache, tmp_path, *words)
+    command = [sys.executable, "-m", "train_head", "sweep", str(config), "seed=0,1,2", "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, process_group=0)
+    runs = [tmp_path / "runs" / f"tiny-seed={seed}" for seed in range(3)]
+    wait_for(lambda: all((run / METRICS_LOG).exists() and (run / METRICS_LOG).stat().st_size for run in runs[:2]))
+    send(process)
+    said = process.communicate()[1]
+    assert process.returncode == INTERRUPTED and said.count("to go on: ") == 1
+    logs = [(run / LOG).read_text() for run in runs[:2]]
+    assert [log.count("stopping after this step") for log in logs] == [1, 1] and "to go on: " not in "".join(logs)
+    assert [(run / CHECKPOINT).exists() for run in runs] == [True, True, False]

@@ -89,7 +89,7 @@ def _finetune(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> int:
     from train_head.sweep import sweep
 
-    print(sweep(arguments.config, arguments.overrides, arguments.jobs))
+    sweep(arguments.config, arguments.overrides, arguments.jobs)
     return 0
 
 

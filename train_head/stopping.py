@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from multiprocessing import forkserver, resource_tracker
 from types import FrameType, TracebackType
 
@@ -11,13 +12,14 @@ from cache.command import is_main
 from cache.progress import say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ONE_REQUEST = 1.0  # seconds: a terminal or a cluster signals all processes, and a sweep or torchrun passes it on
 
 
 class StopRequest:
-    """Notes the first signal instead of ending the process; a second one raises KeyboardInterrupt at once."""
+    """Notes the first signal instead of ending the process; a later one raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested, self._since = False, 0.0
 
     def __enter__(self) -> StopRequest:
         self._before = {}
@@ -33,8 +35,10 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested:
+            if time.monotonic() < self._since + _ONE_REQUEST:
+                return
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self._since = True, time.monotonic()
         if is_main():
             say("stopping after this step, with a checkpoint; once more to stop at once")
 

@@ -6,23 +6,28 @@ import itertools
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 
 import torch
 
-from cache.errors import ConfigError, VitaCacheError
+from cache.command import INTERRUPTED, PART_OF
+from cache.errors import ConfigError, VitaCacheError, some
+from cache.progress import say
 from configs.load import load_settings
 from train_head.data.video_sets import open_labelled_set
 
-_SHOWN = 2000  # characters of a failed run's last words
+LOG = "sweep.log"  # in the folder of a run: what it said, where several ran at once
 _ALL = "all"  # of a sweep over nothing but seeds
 METRICS = ("AP", "AP50", "AP75", "AR1", "AR10")
 _NOT_NAMED = str.maketrans("", "", "[]{}'\" ")  # characters that folders of runs leave out
@@ -64,34 +69,57 @@ def plan(base_name: str, overrides: Sequence[str]) -> list[SweepRun]:
     return runs
 
 
-def sweep(config: str, overrides: Sequence[str], jobs: int = 1) -> str:
-    """Train every combination that is not trained yet, evaluate all, `jobs` at once, and return the table.
+def sweep(config: str, overrides: Sequence[str], jobs: int = 1) -> None:
+    """Train every combination that is not trained yet, evaluate all, `jobs` at once, and print the table.
 
     Every run is a process of its own, so that one cannot influence another; where several run at once, they share
-    the cores and the GPUs, and only what went wrong is shown. Raises VitaCacheError before the first run starts for
-    impossible settings or a split without labels, and where a run fails.
+    the cores and the GPUs, and write what they say to their LOG. Raises VitaCacheError before the first run starts for
+    impossible settings or a split without labels, and in the end, below the others' table, where runs have failed.
     """
+    if jobs < 1:
+        raise ConfigError("a sweep has at least one run at a time", where="--jobs", got=jobs)
     base = load_settings(config, [word for word in overrides if not _COMMA.search(word.partition("=")[2])])
     runs = plan(base.name, overrides)
     settings = [load_settings(config, [*run.overrides, f"name={run.name}"]) for run in runs]
     for chosen in settings:
         open_labelled_set(chosen, "the table of a sweep")
+    folders = [Path(chosen.runs) / chosen.name for chosen in settings]
     lanes: SimpleQueue[dict[str, str]] = SimpleQueue()
     for environment in lane_environments(jobs, visible_gpus()):
         lanes.put(environment)
+    members = Members()
 
-    def in_a_lane(run: SweepRun) -> None:
+    def in_a_lane(run: SweepRun, folder: Path) -> str | None:
         environment = lanes.get()
         try:
-            _train_and_evaluate(config, run, environment, shown=jobs == 1)
+            return _train_and_evaluate(members, config, run, environment, None if jobs == 1 else folder / LOG)
         finally:
             lanes.put(environment)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        for _ in pool.map(in_a_lane, runs):
-            pass
-    files = [Path(s.runs) / s.name / "metrics.json" for s in settings]
-    return table([run.variant for run in runs], [json.loads(file.read_text()) for file in files])
+    with _stopped_by_sigterm(), ThreadPoolExecutor(jobs) as pool:
+        try:
+            failures = list(pool.map(in_a_lane, runs, folders))
+        except KeyboardInterrupt:
+            members.stop()
+            raise
+    done = [(run, folder) for run, folder, failure in zip(runs, folders, failures, strict=True) if failure is None]
+    if done:
+        rows = [json.loads((folder / "metrics.json").read_text()) for _, folder in done]
+        print(table([run.variant for run, _ in done], rows))
+    failed = [failure for failure in failures if failure is not None]
+    if failed:
+        hint = "the same command trains and evaluates what is missing"
+        raise VitaCacheError(f"{len(failed)} of {len(runs)} runs failed: {some(failed)}", hint=hint)
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Within, SIGTERM does what Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def visible_gpus() -> list[str]:
@@ -109,13 +137,46 @@ def lane_environments(jobs: int, gpus: Sequence[str]) -> list[dict[str, str]]:
     return [{**threads, **device} for device in devices]
 
 
-def _train_and_evaluate(config: str, run: SweepRun, environment: dict[str, str], *, shown: bool) -> None:
+class Members:
+    """The processes of a sweep's runs, which end with it."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._stopped = Lock(), set[subprocess.Popen[bytes]](), False
+
+    def run(self, command: Sequence[str], environment: Mapping[str, str], log: Path | None) -> int:
+        """Run a command, its output at the end of `log` where there is one; the exit status."""
+        with nullcontext() if log is None else log.open("ab") as output:
+            with self._lock:
+                if self._stopped:
+                    return INTERRUPTED
+                errors = None if output is None else subprocess.STDOUT
+                process = subprocess.Popen(command, env=environment, stdout=output, stderr=errors)
+                self._running.add(process)
+            status = process.wait()
+        self._running.discard(process)
+        return status
+
+    def stop(self) -> None:
+        """Ask what runs to end, as a cluster does, and start nothing more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.terminate()
+
+
+def _train_and_evaluate(
+    members: Members, config: str, run: SweepRun, environment: Mapping[str, str], log: Path | None
+) -> str | None:
+    """Returns which run failed, and where it says why."""
+    if log is not None:
+        log.parent.mkdir(parents=True, exist_ok=True)
     for module, verb in (("train_head", "train"), ("evaluate", "run")):
         command = [sys.executable, "-m", module, verb, config, *run.overrides, f"name={run.name}"]
-        done = subprocess.run(command, check=False, env=environment, capture_output=not shown, text=True)
-        if done.returncode:
-            said = "; see its message above" if shown else f":\n{done.stderr[-_SHOWN:]}"
-            raise VitaCacheError(f"`{module} {verb}` failed{said}", where=f"run {run.name}")
+        if members.run(command, {**environment, PART_OF: "sweep"}, log):
+            failure = f"{run.name} in `{module} {verb}` ({'see above' if log is None else log})"
+            say(f"failed: {failure}")
+            return failure
+    return None
 
 
 def table(variants: Sequence[str], metrics: Sequence[dict[str, float | None]]) -> str:
