@@ -87,6 +87,10 @@ class VideoBusy(CacheError):
     """Another process is writing the video."""
 
 
+class FolderBusy(VitaCacheError):
+    """Another process holds the folder."""
+
+
 class FeatureError(CacheError):
     """Features of a video that cannot be stored: not finite, or beyond float16."""
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from omegaconf import OmegaConf
 from torch import distributed
 from transformers import SwinConfig, SwinModel
 
-from cache.errors import ConfigError, IncompleteVideo, VitaCacheError
+from cache.errors import ConfigError, FolderBusy, IncompleteVideo, VitaCacheError
 from cache.reader import FeatureCache
+from cache.storage.locks import ROOT_LOCK, Owner
 from configs.schema import Settings
 from evaluate.stage import evaluate, score_head
 from tests.conftest import tiny_settings
@@ -117,6 +119,35 @@ def test_runs_killed_on_any_number_of_processes_go_on_with_any_other(
     assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 6, said[-4000:]
     assert_same_training(tmp_path, "whole", "broken")
     assert [entry["step"] for entry in read_metrics_log(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_trainers_of_one_run_are_refused(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=shared", "train.workers=0")
+    refused = []
+
+    def second_trainer() -> None:
+        with pytest.raises(
+            FolderBusy, match=rf"shared: another process works here: process {os.getpid()} on "
+        ) as error:
+            train(settings)
+        refused.append(error)
+
+    with before_step(1, second_trainer):
+        train(settings)
+    assert len(refused) == 1 and load_checkpoint(tmp_path / "shared" / CHECKPOINT).step == 6
+    assert not list((tmp_path / "shared").glob(".*"))
+
+
+def test_what_a_killed_trainer_leaves_is_in_nobody_s_way(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    """On another machine, in the middle of writing a checkpoint."""
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=killed", "train.workers=0", "train.iterations=1")
+    run = tmp_path / "killed"
+    run.mkdir()
+    (run / ".checkpoint.pt.4321.tmp").write_bytes(b"half")
+    owner = Owner(host="node17", pid=4321, since="2026-11-22T10:00:00+00:00", run="")
+    (run / ROOT_LOCK).write_text(json.dumps(asdict(owner)))
+    train(settings)
+    assert load_checkpoint(run / CHECKPOINT).step == 1 and not list(run.glob(".*"))
 
 
 def test_a_log_cut_off_by_a_kill_goes_on_from_the_checkpoint(tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "best_ap": checkpoint.best_ap,
         "detector": dict(checkpoint.detector),
     }
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         torch.save(state, file)
         file.flush()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from cache.errors import ConfigError
 from cache.fingerprint import Provenance
 from cache.labels.splits import Split
 from cache.layout import write_file_atomically
+from cache.storage.locks import held_alone
 from configs.cards import write_run_card
 from configs.changes import WITHOUT_EFFECT, flat, is_among
 from configs.schema import Settings
@@ -26,6 +28,16 @@ BOARD = "tensorboard"  # folder: `tensorboard --logdir runs` shows all runs
 
 _FREE = ("evaluate", "detector.weights", *WITHOUT_EFFECT)
 """Settings that may differ when a run goes on: they change no weight. The fingerprint knows a detector's content."""
+
+
+@contextmanager
+def sole_trainer(folder: Path) -> Iterator[None]:
+    """Keep other trainers out of a run's folder, and remove what killed ones were writing. Raises FolderBusy."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with held_alone(folder, hint="let it finish or stop it; or choose another name=..."):
+        for unfinished in folder.glob(".*.tmp"):
+            unfinished.unlink()
+        yield
 
 
 def open_run(settings: Settings, holdout: Split | None) -> Path:

@@ -172,9 +172,11 @@ def _train_and_evaluate(
         log.parent.mkdir(parents=True, exist_ok=True)
     for module, verb in (("train_head", "train"), ("evaluate", "run")):
         command = [sys.executable, "-m", module, verb, config, *run.overrides, f"name={run.name}"]
-        if members.run(command, {**environment, PART_OF: "sweep"}, log):
+        status = members.run(command, {**environment, PART_OF: "sweep"}, log)
+        if status:
             failure = f"{run.name} in `{module} {verb}` ({'see above' if log is None else log})"
-            say(f"failed: {failure}")
+            if status != INTERRUPTED:
+                say(f"failed: {failure}")
             return failure
     return None
 

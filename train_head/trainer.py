@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,7 +34,7 @@ from train_head.distributed import Group, join_group
 from train_head.heads.kinds import build_head
 from train_head.pace import Pace
 from train_head.products import has_bfloat16
-from train_head.run_folder import MetricsLog, open_run
+from train_head.run_folder import MetricsLog, open_run, sole_trainer
 from train_head.step import StepLosses, TrainingStep
 from train_head.stopping import StopRequest, start_worker_server
 
@@ -47,7 +48,8 @@ def train(settings: Settings, evaluator: Evaluator | None = None) -> Path:
     """Train a head from the cache to its last iteration, going on from its checkpoint if there is one.
 
     `evaluator` is called every `train.evaluate_every` steps. Returns the run's folder. Raises VitaCacheError where
-    cache, labels and settings do not belong together, a loss is not finite, or memory does not suffice.
+    cache, labels and settings do not belong together, another process trains this run, a loss is not finite, or memory
+    does not suffice.
     """
     if evaluator is not None and settings.train.evaluate_every and is_main():
         open_labelled_set(settings, "train.evaluate_every")  # now rather than hours into the run
@@ -72,10 +74,13 @@ def run_training(
             got=settings.train.batch_clips,
         )
     source = open_source(torch_device)
-    folder = open_run(settings, source.holdout) if group.is_main else Path(settings.runs) / settings.name
-    group.wait()
-    Trainer(settings, source, folder, group, torch_device, evaluator).run()
-    group.leave()
+    folder = Path(settings.runs) / settings.name
+    with sole_trainer(folder) if group.is_main else nullcontext():
+        if group.is_main:
+            open_run(settings, source.holdout)
+        group.wait()
+        Trainer(settings, source, folder, group, torch_device, evaluator).run()
+        group.leave()
     return folder
 
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from cache.errors import VideoBusy
+from cache.errors import FolderBusy, VideoBusy
 
 LOCKS, ROOT_LOCK = ".locks", ".lock"
 
@@ -71,10 +71,7 @@ class VideoLocks:
             hint = "let it finish; if it is dead and was on another machine: python -m extract run --clear-dead-locks"
             raise VideoBusy(f"another process is writing this video: {who}", where=file, hint=hint)
         self._held[name] = descriptor
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        mine = Owner(host=socket.gethostname(), pid=os.getpid(), since=since, run=self.run)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(asdict(mine)).encode(), 0)
+        _sign(descriptor, self.run)
 
     @contextmanager
     def held(self, name: str) -> Iterator[None]:
@@ -122,6 +119,28 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         _release(descriptor, file)
+
+
+@contextmanager
+def held_alone(folder: Path, hint: str) -> Iterator[None]:
+    """Hold the same lock, or raise FolderBusy where another process has it; whatever the dead have left is no lock."""
+    file = folder / ROOT_LOCK
+    descriptor = _acquire(file, wait=False)
+    if descriptor is None:
+        raise FolderBusy(f"another process works here: {Owner.read(file) or 'unknown'}", where=folder, hint=hint)
+    try:
+        _sign(descriptor)
+        yield
+    finally:
+        _release(descriptor, file)
+
+
+def _sign(descriptor: int, run: str = "") -> None:
+    """Write into a lock that it is this process's."""
+    since = datetime.now(UTC).isoformat(timespec="seconds")
+    mine = Owner(host=socket.gethostname(), pid=os.getpid(), since=since, run=run)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(asdict(mine)).encode(), 0)
 
 
 def _acquire(file: Path, *, wait: bool) -> int | None:
