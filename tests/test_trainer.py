@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +24,9 @@ from configs.schema import Settings
 from evaluate.stage import evaluate, score_head
 from tests.conftest import tiny_settings
 from tests.train_until import before_step, interrupt, on_two_processes
+from train_head import trainer
 from train_head.build import TrainedPart, build_optimizer, feature_sizes, learning_rate
-from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
+from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint, save_checkpoint
 from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
@@ -209,6 +212,46 @@ def test_a_worse_head_never_replaces_the_best_of_before_a_kill(
     train(settings, lambda: next(scores))
     best = load_checkpoint(tmp_path / "killed" / BEST)
     assert (best.step, best.best_ap) == (2, 0.5)
+
+
+@pytest.mark.parametrize("scores", [{2: 0.5, 4: 0.2}, {2: 0.2, 4: 0.5}])
+def test_an_evaluation_is_made_up_for_wherever_it_was_killed(
+    scores: dict[int, float], tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after the first, second, ... checkpoint, evaluation or line of the log, up to a run that is not."""
+    words = ("train.iterations=4", "train.evaluate_every=2", "train.workers=0")
+    events, fatal, survived = 0, 0, False
+
+    def dying(function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            nonlocal events
+            result = function(*arguments)
+            events += 1
+            if events == fatal:
+                raise KeyboardInterrupt
+            return result
+
+        return wrapped
+
+    monkeypatch.setattr(trainer, "save_checkpoint", dying(save_checkpoint))
+    monkeypatch.setattr(MetricsLog, "write", dying(MetricsLog.write))
+    while not survived:
+        run, events, fatal = tmp_path / f"{fatal}", 0, fatal + 1
+        settings = tiny_settings(tiny_data, tiny_cache, tmp_path, f"name={run.name}", *words)
+        evaluator = dying(lambda run=run: scores[load_checkpoint(run / CHECKPOINT).step])
+        try:
+            train(settings, evaluator)
+            survived = True
+        except KeyboardInterrupt:
+            train(settings, evaluator)
+        losses_and_scores = [(e["step"], e.get("AP"), e.get("loss")) for e in read_metrics_log(run)]
+        assert [entry[:2] for entry in losses_and_scores if entry[1]] == list(scores.items())
+        best, last = load_checkpoint(run / BEST), load_checkpoint(run / CHECKPOINT)
+        assert (best.best_ap, last.best_ap, scores[best.step], last.evaluated) == (0.5, 0.5, 0.5, 4)
+        if fatal == 1:
+            expected, weights = losses_and_scores, last.head
+        assert losses_and_scores == expected and all(torch.equal(weights[key], last.head[key]) for key in weights)
+    assert fatal > 12
 
 
 def test_a_time_budget_stops_with_a_checkpoint_and_can_be_raised(

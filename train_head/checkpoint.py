@@ -44,6 +44,7 @@ class Checkpoint:
     category_names: tuple[str, ...]
     average: Mapping[str, torch.Tensor] = field(default_factory=dict)  # moving average of `head`, where it is kept
     best_ap: float = -1.0  # highest AP so far, a fraction
+    evaluated: int = 0  # the last step that was evaluated while training
     detector: Mapping[str, torch.Tensor] = field(default_factory=dict)  # official names; empty where it is frozen
 
     @property
@@ -119,6 +120,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "category_names": list(checkpoint.category_names),
         "average": dict(checkpoint.average),
         "best_ap": checkpoint.best_ap,
+        "evaluated": checkpoint.evaluated,
         "detector": dict(checkpoint.detector),
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -153,6 +155,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             category_names=tuple(state["category_names"]),
             average=state["average"],
             best_ap=state["best_ap"],
+            evaluated=state.get("evaluated", state["step"]),  # older ones do not say
             detector=state.get("detector", {}),
         )
     except (PermissionError, MemoryError) as error:

@@ -79,12 +79,13 @@ def _differences(stored: Any, wanted: DictConfig) -> list[str]:
 class MetricsLog:
     """Logged steps: one JSON line each in metrics.jsonl, and curves for TensorBoard where that is installed.
 
-    A resumed run first drops what was logged after its checkpoint.
+    A resumed run first drops what was logged after its checkpoint, and the AP of later steps than `evaluated`.
     """
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
+    def __init__(self, folder: Path, resume_step: int, evaluated: int | None = None) -> None:
         self.path = folder / METRICS_LOG
-        kept = [entry for entry in read_metrics_log(folder) if entry["step"] <= resume_step]
+        last_AP = resume_step if evaluated is None else evaluated
+        kept = [e for e in read_metrics_log(folder) if e["step"] <= (last_AP if "AP" in e else resume_step)]
         write_file_atomically(self.path, "".join(json.dumps(entry) + "\n" for entry in kept).encode())
         self._board = _board(folder / BOARD, resume_step)
 

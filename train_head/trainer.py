@@ -91,6 +91,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     best_ap: float = -1.0
+    evaluated: int = 0
 
 
 class Trainer(Generic[AnyClip]):
@@ -144,7 +145,13 @@ class Trainer(Generic[AnyClip]):
         if checkpoint.optimizer:  # an imported release has none
             self.optimizer.load_state_dict(dict(checkpoint.optimizer))
         self.average = {name: tensor.to(self.device) for name, tensor in checkpoint.average.items()}
-        self.progress = Progress(step=checkpoint.step, seconds=checkpoint.seconds, best_ap=checkpoint.best_ap)
+        best = self.folder / BEST
+        self.progress = Progress(
+            step=checkpoint.step,
+            seconds=checkpoint.seconds,
+            best_ap=load_checkpoint(best).best_ap if best.exists() else -1.0,  # it may be newer than the checkpoint
+            evaluated=checkpoint.evaluated,
+        )
 
     def run(self) -> None:
         """Train to the last iteration, or to the end of `train.time_budget`.
@@ -152,19 +159,21 @@ class Trainer(Generic[AnyClip]):
         Raises KeyboardInterrupt where it was asked to stop (Ctrl-C, SIGTERM), after the step and with a checkpoint.
         """
         train, done = self.settings.train, self.progress
-        if done.step >= train.iterations:
+        if done.step >= train.iterations and not self._is_evaluation_due:
             if self.group.is_main:
                 print(f"train: {self.folder} has its {train.iterations} iterations already")
             return
         if self.group.is_main:
             _log.info(self._in_words())
-        log = MetricsLog(self.folder, done.step) if self.group.is_main else None
+        log = MetricsLog(self.folder, done.step, done.evaluated) if self.group.is_main else None
         pace = Pace(done.seconds)
         if train.workers != 0:
             start_worker_server()
         batches = self._batches()
         bar = StageProgress("train", unit="step", total=train.iterations, done=done.step, shown=self.group.is_main)
         with StopRequest() as stop, bar:
+            if self._is_evaluation_due:  # the run was killed between a checkpoint and its evaluation
+                self._evaluate(log)
             while done.step < train.iterations and not self._any(stop.requested or pace.spent(train.time_budget)):
                 losses = pace.step(batches, self.training_step)
                 done.seconds = pace.seconds
@@ -176,7 +185,7 @@ class Trainer(Generic[AnyClip]):
                     log.write(done.step, {**self._logged(losses), **times, "learning_rate": self._rate(-1)})
                     shown = {name: f"{1e3 * times[name]:.0f} ms" for name in ("data_time", "step_time")}
                     bar.show(loss=f"{losses.loss:.2f}", **shown)
-                if train.evaluate_every and done.step % train.evaluate_every == 0:
+                if self._is_evaluation_due:
                     self._evaluate(log)
                 elif done.step % train.checkpoint_every == 0 and done.step < train.iterations:
                     self.save()
@@ -251,6 +260,11 @@ class Trainer(Generic[AnyClip]):
     def _rate(self, offset: int = 0) -> float:
         return learning_rate(self.settings, self.progress.step + offset)
 
+    @property
+    def _is_evaluation_due(self) -> bool:
+        every = self.settings.train.evaluate_every
+        return every > 0 and self.progress.step % every == 0 and self.progress.step > self.progress.evaluated
+
     def _evaluate(self, log: MetricsLog | None) -> None:
         """Save, log the AP of the current head and keep the best checkpoint; the main process does it for all."""
         self.save()
@@ -259,7 +273,8 @@ class Trainer(Generic[AnyClip]):
             if ap > self.progress.best_ap:
                 self.progress.best_ap = ap
                 self.save(BEST)
-                self.save()
+        self.progress.evaluated = self.progress.step
+        self.save()
         self.group.wait()
 
     @property
