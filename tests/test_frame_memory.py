@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from cache.errors import CorruptData
 from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
 from train_head.data import frame_memory
@@ -80,3 +82,21 @@ def test_redrawn_classes_replace_the_class_layer_alone(tiny_cache: Path, tiny_da
             assert not np.array_equal(first.arrays[name], other.arrays[name])
         else:
             assert first.arrays[name] is array
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("field", ["frame_queries_TLQC", "map_TRHW"])
+def test_a_frame_that_is_not_finite_is_named(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, field: str, value: float
+) -> None:
+    """Also where it shows no object, so that nothing is matched there."""
+    _, memory, clips = build(tiny_data, tiny_cache, tmp_path, "category_map")
+    clip = next(clip for clip in clips if clip.frames.index(clip.frames[2]) == 2)
+    features = getattr(clip, field).clone()
+    features[2, 0, -1, -1] = value
+    hidden = replace(clip.targets, present_NT=clip.targets.present_NT & False)
+    for targets in (clip.targets, hidden):
+        with pytest.raises(CorruptData) as error:
+            memory.with_matches(replace(clip, targets=targets, **{field: features}))
+        assert f"the features of {clip.name}, frame {clip.frames[2]}, are not finite" in str(error.value)
+        assert f"python -m cache verify {tiny_cache / 'train'}" in str(error.value)

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.errors import AnnotationError
+from cache.errors import AnnotationError, shown
 from cache.labels.tracks import Labels
 from cache.layout import Size, View, video_group_name
 from cache.media.geometry import transform_of
@@ -76,6 +76,7 @@ class Clip:
     map_TRHW: Tensor  # as stored, in the codec's number type
     map_hw: Size  # of the channels at pixels
     targets: ClipTargets
+    cache: str = "CACHE"  # the path of its cache, for messages
 
     def placed(self, copy: Copy, layers: slice) -> Clip:
         """The clip copied, with some of its detector layers."""
@@ -175,6 +176,7 @@ class ClipDataset:
             index=index,
             key=key,
             name=f"{video_name}@{view.name}" if view.name else video_name,
+            cache=shown(source.feature_cache.path),
             num_tracks=len(source.labels.tracks_of(video_id)),
             frames=frames,
             frame_queries_TLQC=torch.from_numpy(clip.frame_queries),

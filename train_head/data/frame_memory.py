@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cache.errors import CorruptData
 from cache.heads import DetectorHeads
 from cache.labels.category_map import category_pairs
 from configs.schema import FrameMatching, Settings
@@ -60,10 +61,11 @@ class FrameMatchMemory:
             present_NT=present_NT,
             masks_NThw=targets.masks_NThw.index_select(1, rows),
         )
-        normed_TLQC = self.heads.normed(clip.frame_queries_TLQC.index_select(0, rows))
+        queries_TLQC, map_TRHW = (x.index_select(0, rows) for x in (clip.frame_queries_TLQC, clip.map_TRHW))
+        _require_finite(clip, frames, queries_TLQC, map_TRHW)
         matches_LTN = match_frames(
-            self.heads.predict(normed_TLQC, self.decoding),
-            self.decoding.expand(clip.map_TRHW.index_select(0, rows), clip.map_hw),
+            self.heads.predict(self.heads.normed(queries_TLQC), self.decoding),
+            self.decoding.expand(map_TRHW, clip.map_hw),
             chosen,
             self.label_map_KJ,
             frame_points(clip.name, frames, self.num_points).to(device),
@@ -74,6 +76,23 @@ class FrameMatchMemory:
             matches_LA = matches_LTN.new_full((len(matches_LTN), clip.num_tracks), -1)
             matches_LA[:, targets.identities_N] = matches_LTN[:, column]
             self._known[clip.key, frame] = matches_LA
+
+
+def _require_finite(clip: Clip, frames: list[int], *features: Tensor) -> None:
+    """Raise CorruptData where features, (T, ...) each, are not numbers: a loss that is none would not say why."""
+    finite_T = torch.stack([_is_finite(tensor) for tensor in features]).all(dim=0).tolist()
+    if not all(finite_T):
+        hint = f"`python -m cache verify {clip.cache}` finds all that is damaged; extract those videos again"
+        what = f"the features of {clip.name}, frame {frames[finite_T.index(False)]}, are not finite"
+        raise CorruptData(what, where=clip.cache, hint=hint)
+
+
+def _is_finite(stored: Tensor) -> Tensor:
+    """Whether all numbers of each frame are finite; of float16 by their bits, six times as fast on CPU."""
+    frames = stored.flatten(1)
+    if frames.dtype != torch.float16:
+        return frames.isfinite().all(dim=1)
+    return (frames.view(torch.int16) & 0x7FFF).amax(dim=1) < 0x7C00  # without its sign, from infinity on
 
 
 def build_frame_memory(
