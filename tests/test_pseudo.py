@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from cache.errors import AnnotationError, FingerprintMismatch, FrameError
+from cache.errors import AnnotationError, ConfigError, FingerprintMismatch, FrameError
 from cache.labels import masks
 from cache.labels.stills import load_stills
 from cache.labels.tracks import Category
@@ -29,6 +30,7 @@ from tests.conftest import tiny_settings
 from tests.test_geometry import naive
 from train_head.checkpoint import load_checkpoint
 from train_head.data.clips import ClipConfig, ClipStream
+from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
 from train_head.trainer import train
 
@@ -256,3 +258,26 @@ def test_other_caches_mix_if_detector_and_categories_are_the_same(mixed: Setting
     (other / "annotations.json").write_text(json.dumps(labels))
     with pytest.raises(AnnotationError, match=r"other categories: only in the train cache \[\(1, 'circle'\)\]"):
         open_training_set(opened(other))
+
+
+def test_a_mixed_cache_without_a_clip_to_show_is_named(mixed: Settings, tmp_path: Path) -> None:
+    features, other = Path(mixed.cache.path), tmp_path / "other"
+    shutil.copytree(features / "valid", other)
+
+    def mixing(ratio: float) -> Settings:
+        words = (f"train.mix=[{{cache: {other}, ratio: {ratio}}}]", "train.iterations=1", "name=none")
+        return tiny_settings(Path(mixed.data.root), features, tmp_path, *words)
+
+    with pytest.raises(
+        ConfigError, match=r"other: a ratio of 0\.1 is less than one clip for the 5 (.|\n)*to 0\.2 or more"
+    ):
+        train(mixing(0.1))
+    assert CachedSource(mixing(0.2), open_training_set(mixing(0.2)), torch.device("cpu")).clips().stream._shares == [
+        5,
+        1,
+    ]
+    path = other / "annotations.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
+    with pytest.raises(AnnotationError, match="other: no video with a labelled object"):
+        train(mixing(1.0))
+    assert not (tmp_path / "none").exists()

@@ -87,7 +87,9 @@ def test_a_view_holds_the_features_of_the_transformed_frames(views: Settings, ti
 def dataset_of(settings: Settings) -> ClipDataset:
     sources = open_training_set(settings).sources
     labels, ratios = [source.labels for source in sources], [source.ratio for source in sources]
-    return ClipDataset(sources, clip_stream(settings, labels, ratios))
+    return ClipDataset(
+        sources, clip_stream(settings, labels, ratios, [source.feature_cache.path for source in sources])
+    )
 
 
 def test_clips_show_every_view_with_labels_that_follow(views: Settings) -> None:

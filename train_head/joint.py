@@ -107,6 +107,7 @@ class LiveSource:
         """Clips of the training videos and of pseudo-videos; single frames where the detector is trained alone."""
         settings, split = self.settings, pseudo_split(self.settings)
         labels, readers, ratios = [self.labels], [FrameFolder(path=self.frames)], [1.0]
+        places = [train_split(settings).labels]
         stills = None
         if split is not None:
             from extract.pseudo import transform_ranges  # noqa: TID251
@@ -114,8 +115,9 @@ class LiveSource:
             labels.append(_still_labels(settings, split, self.labels.categories))
             readers.append(FrameFolder(path=split.frames))
             ratios.append(settings.pseudo.ratio)
+            places.append(split.labels)
             stills = transform_ranges(settings.pseudo)
-        stream = clip_stream(settings, labels, ratios, num_frames=None if self.trains_head else 1)
+        stream = clip_stream(settings, labels, ratios, places, num_frames=None if self.trains_head else 1)
         chosen = settings.finetune if self.augment else None
         return LiveClips(stream, readers, settings.detector.short_edge, chosen, stills)
 

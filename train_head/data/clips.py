@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, zip_longest
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache.errors import AnnotationError, shown
+from cache.errors import AnnotationError, ConfigError, shown
 from cache.labels.tracks import Labels
 from cache.layout import Size, View, video_group_name
 from cache.media.geometry import transform_of
@@ -100,17 +100,32 @@ class DrawnClip:
 class ClipStream:
     """Which frames of which video clip i of an endless, shuffled stream takes."""
 
-    def __init__(self, labels: Sequence[Labels], ratios: Sequence[float], config: ClipConfig) -> None:
+    def __init__(
+        self,
+        labels: Sequence[Labels],
+        ratios: Sequence[float],
+        config: ClipConfig,
+        places: Iterable[object] = ("the train labels",),
+    ) -> None:
         """Mix label sets: `ratios` are clips of each for a clip of the first, whose own is not looked at.
 
-        Videos without an object are left out, as in the release. Raises AnnotationError where none is left.
+        Videos without an object are left out, as in the release. Raises AnnotationError where a set has no others,
+        ConfigError where no clip would be of it; `places` say which.
         """
         self.labels, self.config = labels, config
         self.video_ids = [[video.id for video in part.videos if part.tracks_of(video.id)] for part in labels]
-        if not all(self.video_ids):
-            raise AnnotationError("no video with a labelled object to train on", where="the train labels")
         count = len(self.video_ids[0])
         self._shares = [count, *(round(count * ratio) for ratio in ratios[1:])]
+        for place, ids, share, ratio in zip_longest(places, self.video_ids, self._shares, ratios):
+            if not ids:
+                raise AnnotationError("no video with a labelled object to train on", where=place)
+            if not share:
+                what = (
+                    f"a ratio of {ratio:g} is less than one clip for the {count} train videos, so none would be shown"
+                )
+                raise ConfigError(
+                    what, where=place, hint=f"raise its ratio to {1 / count:.2g} or more, or leave it out"
+                )
         self._ends = list(accumulate(self._shares))
 
     def draw(self, index: int) -> DrawnClip:

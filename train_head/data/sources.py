@@ -5,7 +5,7 @@ Shapes: L detector layers, B clips, T frames, Q frame queries, C channels, R sto
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -114,7 +114,12 @@ class FeatureSource(Protocol[AnyClip]):
 
 
 def clip_stream(
-    settings: Settings, labels: Sequence[Labels], ratios: Sequence[float], *, num_frames: int | None = None
+    settings: Settings,
+    labels: Sequence[Labels],
+    ratios: Sequence[float],
+    places: Iterable[object],
+    *,
+    num_frames: int | None = None,
 ) -> ClipStream:
     """Clips of the labels' videos as the settings draw them; `num_frames` None takes `train.num_frames`."""
     train = settings.train
@@ -124,7 +129,7 @@ def clip_stream(
         seed=settings.seed,
         replacement=train.replacement,
     )
-    return ClipStream(labels, ratios, config)
+    return ClipStream(labels, ratios, config, places)
 
 
 class CachedSource:
@@ -134,6 +139,7 @@ class CachedSource:
     trains_head = True
 
     def __init__(self, settings: Settings, videos: VideoSet, device: torch.device) -> None:
+        """Raises VitaCacheError where the caches lack clips that the settings ask for."""
         self.settings, self.videos, self.device = settings, videos, device
         self.labels, self.holdout = videos.labels, videos.holdout
         self.fingerprint = videos.feature_cache.fingerprint
@@ -143,12 +149,14 @@ class CachedSource:
         self.frame_memory = build_frame_memory(settings, videos, self.heads, self.decoding)
         chosen = settings.train.num_layers
         self.layers = slice(None if chosen is None else -chosen, None)
+        sources = videos.sources
+        labels, ratios = [source.labels for source in sources], [source.ratio for source in sources]
+        places = [source.feature_cache.path for source in sources]
+        self._clips = ClipDataset(sources, clip_stream(settings, labels, ratios, places))
 
     def clips(self) -> ClipDataset:
         """Clips of the training videos."""
-        sources = self.videos.sources
-        labels, ratios = [source.labels for source in sources], [source.ratio for source in sources]
-        return ClipDataset(sources, clip_stream(self.settings, labels, ratios))
+        return self._clips
 
     def place(self, clip: Clip, copy: Copy) -> Clip:
         """Copy the clip, as it is stored, with the layers that are trained on."""
