@@ -41,9 +41,9 @@ from extract.detector.architectures import official_config
 from extract.detector.engines import open_detector
 from extract.detector.frozen import FrameDetector, TransformersDetector
 from extract.detector_masks import predict_queries
+from extract.fingerprint import fingerprint
 from extract.frames import decoded_batches
 from extract.jobs import VideoJob, video_job
-from extract.stage import fingerprint
 from extract.streaming import extract_videos
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from cache.codecs import Codec, codec_identity
 from cache.codecs.rate_distortion import format_table
 from cache.errors import FrameError, VideoBusy
 from cache.fingerprint import Fingerprint, Provenance
@@ -24,8 +23,9 @@ from configs.schema import Settings
 from extract.calibration import ChosenCodec, calibrate, choose_codec, held_codec
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import configured_detector
-from extract.detector.frozen import PADDING_DIVISOR, FrameDetector
+from extract.detector.frozen import FrameDetector
 from extract.fill import Extractor, fill, opened_extractor, require_workers
+from extract.fingerprint import fingerprint
 from extract.jobs import SplitJobs, open_jobs
 from extract.record import write_skipped
 from extract.room import Workload, require_room_for
@@ -95,22 +95,6 @@ def _open_detector(settings: Settings) -> FrameDetector:
     detector = configured_detector(settings)
     print(detector.report)
     return detector
-
-
-def fingerprint(settings: Settings, detector: FrameDetector, weights_digest: str, codec: Codec) -> Fingerprint:
-    """Compose the fingerprint of a cache with these settings and this detector."""
-    return Fingerprint(
-        weights_sha256=weights_digest,
-        architecture=detector.architecture,
-        num_layers=settings.detector.num_layers,
-        short_edge=settings.detector.short_edge or 0,
-        pixel_mean=detector.pixel_mean,
-        pixel_std=detector.pixel_std,
-        padding_divisor=PADDING_DIVISOR,
-        precision=detector.precision,
-        codec=codec_identity(codec),
-        decoder=settings.detector.decoder.value,
-    )
 
 
 def _extract_split(

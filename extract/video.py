@@ -34,9 +34,9 @@ from extract.decoding import on_tensor
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import configured_detector
 from extract.detector.frozen import FrameDetector
+from extract.fingerprint import fingerprint
 from extract.jobs import attributes_of
 from extract.room import BYTES_OF_FLOAT16, frame_cost, require_features_fit, stored_bytes
-from extract.stage import fingerprint
 
 FOLDER = "video"
 FINE_TUNED = "detector"

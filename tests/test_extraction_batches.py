@@ -23,9 +23,9 @@ from configs.schema import Settings
 from extract.batches import BatchRunner
 from extract.detector.engines import open_detector
 from extract.detector.frozen import FrameDetector
+from extract.fingerprint import fingerprint
 from extract.frames import load_frame
 from extract.jobs import video_job
-from extract.stage import fingerprint
 from extract.streaming import extract_readable_videos, extract_videos
 from extract.workers.pool import Equipment, VideoWorker
 from tests.cache_samples import open_writer, write_video

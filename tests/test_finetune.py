@@ -14,19 +14,22 @@ from PIL import Image
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
+from cache.codecs.float16 import Float16
 from cache.errors import ConfigError, FingerprintMismatch, WeightsError
 from cache.labels import masks
 from cache.labels.stills import load_stills
 from cache.labels.tracks import Video
 from cache.media.geometry import Transform
-from configs.schema import Settings
+from configs.schema import Decoder, Settings
 from evaluate.compare.runs import LabelFiles, read_entries
 from evaluate.stage import evaluate
 from extract.demo.stills import write_stills
 from extract.detector.checkpoints import weights_sha256
+from extract.detector.engines import configured_detector
 from extract.detector.frozen import load_detector, normalise_and_pad
 from extract.detector.loading import load_model
 from extract.detector.trainable import TrainableDetector, with_classes
+from extract.fingerprint import fingerprint
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from tests.train_until import interrupt, on_two_processes
@@ -205,6 +208,16 @@ def test_a_run_killed_while_it_exports_exports_later(
         finetune(settings)
     run = finetune(settings)
     assert load_checkpoint(run / CHECKPOINT).fingerprint.weights_sha256 == weights_sha256(run / DETECTOR)
+
+
+@pytest.mark.parametrize("decoder", list(Decoder))
+def test_the_fingerprint_is_that_of_the_cache_that_its_detector_will_fill(
+    decoder: Decoder, tiny_data: Path, tiny_cache: Path, tmp_path: Path
+) -> None:
+    settings = small(tiny_data, tiny_cache, tmp_path, f"detector.decoder={decoder.value}")
+    composed = fingerprint(settings, configured_detector(settings), "not exported yet", Float16())
+    assert LiveSource(settings, torch.device("cpu")).fingerprint == composed
+    assert composed.decoder == decoder.value
 
 
 def features_of(weights: Path, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cache.codecs.float16 import Float16
 from cache.command import is_main
 from cache.errors import AnnotationError, ConfigError
 from cache.fingerprint import Fingerprint
@@ -265,19 +266,11 @@ def _sizes(detector: TrainableDetector, labels: Labels) -> FeatureSizes:
 
 def _fingerprint(settings: Settings, detector: TrainableDetector, device: torch.device) -> Fingerprint:
     """What `extract` will compose on this device for a float16 cache of the detector, once that is exported."""
-    from extract.detector.frozen import PADDING_DIVISOR, PIXEL_MEAN, PIXEL_STD  # noqa: TID251
+    from extract.fingerprint import composed_fingerprint  # noqa: TID251
 
-    precision = precision_name(settings.detector.precision, device.type)
-    return Fingerprint(
-        weights_sha256="not exported yet",
-        architecture=detector.architecture,
-        num_layers=settings.detector.num_layers,
-        short_edge=settings.detector.short_edge or 0,
-        pixel_mean=PIXEL_MEAN,
-        pixel_std=PIXEL_STD,
-        padding_divisor=PADDING_DIVISOR,
-        precision=precision if device.type == "cuda" else "float32",
-    )
+    precision = precision_name(settings.detector.precision, device.type) if device.type == "cuda" else "float32"
+    architecture = detector.architecture
+    return composed_fingerprint(settings, "not exported yet", Float16(), architecture=architecture, precision=precision)
 
 
 def _unpadded(map_BFHW: Tensor, image_hw: tuple[int, int]) -> Tensor:

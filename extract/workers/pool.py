@@ -25,8 +25,8 @@ from extract.decoding import frame_decoder
 from extract.detector.checkpoints import weights_sha256
 from extract.detector.engines import open_detector
 from extract.detector.frozen import FrameDetector
+from extract.fingerprint import fingerprint
 from extract.jobs import VideoJob
-from extract.stage import fingerprint
 from extract.streaming import UNREADABLE, extract_videos, give_up
 
 VIDEOS_AT_A_TIME = 2
