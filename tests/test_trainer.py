@@ -30,10 +30,10 @@ from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint, save_checkp
 from train_head.data.clips import Clip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
-from train_head.distributed import Group
+from train_head.distributed import Group, share_of_batches
 from train_head.heads.vita import VitaHead
 from train_head.run_folder import METRICS_LOG, MetricsLog, open_run, read_metrics_log
-from train_head.trainer import Trainer, share_of_batches, train
+from train_head.trainer import Trainer, train
 
 
 def test_learning_rate_warms_up_then_steps_down(tiny_run: Settings) -> None:

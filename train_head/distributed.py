@@ -7,7 +7,7 @@ simply added, and any number of processes trains as one does.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -76,3 +76,11 @@ def join_group(device: str) -> tuple[Group, torch.device]:
         "nccl" if device == "cuda" else "gloo", timeout=_PATIENCE, device_id=own if device == "cuda" else None
     )
     return Group(rank=distributed.get_rank(), size=distributed.get_world_size()), own
+
+
+def share_of_batches(steps: range, batch_clips: int, group: Group) -> Iterator[int]:
+    """This process's clip numbers: its part of the batch of each step."""
+    own = batch_clips // group.size
+    for step in steps:
+        first = step * batch_clips + group.rank * own
+        yield from range(first, first + own)

@@ -1,4 +1,4 @@
-"""Stage two: train the VITA head, from a cache or together with the detector.
+"""Stage two: train a head from a cache, a head and the detector from images, or the detector alone.
 
 Whatever varies from step to step depends on (seed, clip number) alone, so that a resumed run equals one that was
 never interrupted, bit for bit on CPU, and any number of processes sees the same batches.
@@ -30,7 +30,7 @@ from train_head.data.clip_loader import load_clips, num_workers
 from train_head.data.sources import AnyClip, CachedSource, FeatureSource
 from train_head.data.upload import place_batches
 from train_head.data.video_sets import open_labelled_set, open_training_set
-from train_head.distributed import Group, join_group
+from train_head.distributed import Group, join_group, share_of_batches
 from train_head.heads.kinds import build_head
 from train_head.pace import Pace
 from train_head.products import has_bfloat16
@@ -296,11 +296,3 @@ class Trainer(Generic[AnyClip]):
             category_names=self._category_names,
         )
         save_checkpoint(self.folder / name, checkpoint)
-
-
-def share_of_batches(steps: range, batch_clips: int, group: Group) -> Iterator[int]:
-    """This process's clip numbers: its part of the batch of each step."""
-    own = batch_clips // group.size
-    for step in steps:
-        first = step * batch_clips + group.rank * own
-        yield from range(first, first + own)
