@@ -136,15 +136,19 @@ def _uses(folder: Path, settings: Settings, fine_tuned: bool) -> str:
 
 def write_import_card(folder: Path, source: Path, features: Path) -> None:
     """Write the card of a run that holds the head of a released checkpoint."""
-    words = shlex.join([f"name={folder.name}", f"runs={folder.parent}", f"cache.path={features.parent}"])
+    config = shlex.quote(str(folder / "config.yaml"))
     (folder / CARD).write_text(
         f"""# {folder.name}
 
 What: the VITA head of a released checkpoint (checkpoint.pt), imported with vita-cache.
 
-From: {source}; to be used with the features in {features}. provenance.json has the origin.
+From: {source}; to be used with the features in {features}. provenance.json has the origin, config.yaml the settings
+that head and features tell: its data.* name the videos to evaluate on.
 
-Use: `python -m evaluate run CONFIG {words}` scores it.
+Use:
+
+- `python -m evaluate run {config}` scores it
+- `make predict {shlex.quote(f"HEAD={folder}")} VIDEO=clip.mp4` applies it
 
 {_LICENCES}
 

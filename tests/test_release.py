@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,12 @@ from cache.layout import VideoAttributes
 from cache.writer import CacheWriter
 from configs.load import load_settings
 from configs.schema import Settings
+from evaluate.compare.runs import LabelFiles, read_entries
+from evaluate.predict import predict
 from evaluate.stage import evaluate
 from extract.detector.frozen import load_detector
 from extract.stage import extract
+from extract.video import extract_footage
 from tests.cache_samples import FINGERPRINT, labels_of
 from tests.detector_samples import golden_arrays, key_shapes, official_state, write_checkpoint
 from tests.test_head_parity import GOLDEN as HEAD_GOLDEN
@@ -30,6 +34,7 @@ from tests.test_head_parity import golden_config, golden_head
 from train_head.__main__ import main
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
 from train_head.heads.vita import RELEASE_PREFIX
+from train_head.run_folder import CONFIG
 from train_head.trainer import train
 
 ORIGINAL_HW, TOP_K = (90, 160), 10
@@ -221,6 +226,25 @@ def test_imported_head_scores_from_the_cache_as_from_pixels(release: Release, mo
         assert [label for label, _ in actual] == [label for label, _ in expected]
         assert [score for _, score in actual] == pytest.approx([score for _, score in expected], abs=1e-3)
         assert all(len(track["segmentations"]) == length for track in tracks)
+
+
+def test_an_imported_head_has_a_config_to_compare_and_to_predict_with(
+    release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, *import_arguments(release, "imported"))
+    folder = release.root / "runs" / "imported"
+    config, wanted = str(folder / CONFIG), release.settings("name=imported")
+    settings = load_settings(config)
+    assert (settings.head, settings.detector) == (wanted.head, wanted.detector)
+    assert settings.data == replace(wanted.data, holdout=0.1)
+    assert (settings.cache.path, settings.cache.codec) == (wanted.cache.path, wanted.cache.codec)
+    evaluated = evaluate(load_settings(config, ["evaluate.split=train"])).metrics["head"]
+    (entry,) = read_entries(folder, [], LabelFiles())
+    assert evaluated is not None and entry.evaluation.metrics().AP == evaluated.AP
+    frames = release.root / "frames" / "1"
+    features = extract_footage(config, [str(frames), f"cache.path={tmp_path / 'cache'}"], head=folder)
+    (written,) = predict(settings, folder, features, tmp_path / "out", 0.0)
+    assert written.tracks > 0
 
 
 def test_training_goes_on_from_an_imported_head(release: Release, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,10 @@ that cache's fingerprint, and checks that the file's own detector is the one tha
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +24,16 @@ from cache.labels.tracks import Labels
 from cache.layout import write_file_atomically
 from cache.reader import FeatureCache
 from configs.cards import write_import_card
-from configs.schema import HeadKind
+from configs.schema import CodecName, Decoder, HeadKind, HeadSettings, Settings
 from train_head.build import feature_sizes
 from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from train_head.detector_files import read_weight_file
 from train_head.heads.contract import HeadConfig
 from train_head.heads.vita import RELEASE_PREFIX, VitaHead, strip_release_prefix
-from train_head.run_folder import PROVENANCE
+from train_head.run_folder import PROVENANCE, write_config
 
 _LISTED = 5
+_HOLDOUT = 0.1  # as in the configs of data sets whose validation labels are not public
 
 
 def import_file(source: Path, run: Path, features: Path, *, num_heads: int, window: int) -> str:
@@ -62,6 +64,7 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
     run.mkdir(parents=True, exist_ok=True)
     provenance = Provenance.gather({"release": str(source), "cache": str(features)})
     write_file_atomically(run / PROVENANCE, json.dumps(asdict(provenance), indent=2).encode())
+    write_config(run, imported_settings(run, source, feature_cache, config))
     save_checkpoint(run / CHECKPOINT, checkpoint)
     write_import_card(run, source, features)
     return (
@@ -69,6 +72,36 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
         f"{config.num_queries} video queries, {config.num_classes} categories; assumed: {config.num_heads} attention "
         f"heads, window {config.window}\n{detector}"
     )
+
+
+def imported_settings(run: Path, source: Path, feature_cache: FeatureCache, config: HeadConfig) -> Settings:
+    """What the config of such a run would say, as far as the head and the cache tell; all else is the default.
+
+    Videos to evaluate on are the validation set where that is cached beside the train videos, or else a hold-out.
+    """
+    features, stored = Path(feature_cache.path), feature_cache.fingerprint
+    origin = feature_cache.root.sessions[-1]["paths"] if feature_cache.root.sessions else {}
+    is_detector_inside = sha256_file(source) == stored.weights_sha256
+    settings = Settings(name=run.name, runs=str(run.parent))
+    settings.head = HeadSettings(**{entry.name: getattr(config, entry.name) for entry in fields(HeadSettings)})
+    settings.loss.sim_weight = settings.loss.sim_weight if config.use_sim else 0.0
+    settings.cache = replace(settings.cache, path=str(features.parent), codec=CodecName(feature_cache.root.codec_name))
+    settings.detector = replace(
+        settings.detector,
+        weights=str(source) if is_detector_inside else origin.get("weights", str(source)),
+        num_layers=stored.num_layers,
+        short_edge=stored.short_edge or None,
+        decoder=Decoder(stored.decoder),
+    )
+    data = settings.data
+    if "labels" in origin and "frames" in origin:
+        labels, frames = Path(origin["labels"]), Path(origin["frames"])
+        data = replace(data, root=str(labels.parent), train_labels=labels.name)
+        data.train_frames = os.path.relpath(frames, labels.parent)
+    if not (features.parent / "valid").is_dir():
+        data = replace(data, valid_labels=None, valid_frames=None, holdout=_HOLDOUT)
+    settings.data = data
+    return settings
 
 
 def export_file(run: Path, target: Path, detector: Path | None) -> str:

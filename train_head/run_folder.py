@@ -41,13 +41,14 @@ def sole_trainer(folder: Path) -> Iterator[None]:
 
 
 def open_run(settings: Settings, holdout: Split | None) -> Path:
-    """Create the run's folder, or check that the one that is there belongs to the same settings.
+    """Create the run's folder, or check that the training that was begun there belongs to the same settings.
 
-    Raises ConfigError naming each setting in which a run of this name differs.
+    A head that was imported and never trained here goes on with any. Raises ConfigError naming each setting in which a
+    run of this name differs.
     """
     folder = Path(settings.runs) / settings.name
     resolved = OmegaConf.structured(settings)
-    if (folder / CONFIG).exists():
+    if (folder / CONFIG).exists() and (folder / METRICS_LOG).exists():
         differences = _differences(OmegaConf.load(folder / CONFIG), resolved)
         if differences:
             raise ConfigError(
@@ -59,11 +60,16 @@ def open_run(settings: Settings, holdout: Split | None) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         provenance = Provenance.gather({"cache": settings.cache.path, "data": settings.data.root})
         write_file_atomically(folder / PROVENANCE, json.dumps(asdict(provenance), indent=2).encode())
-        write_file_atomically(folder / CONFIG, OmegaConf.to_yaml(resolved).encode())  # last: nothing is written twice
+        write_config(folder, settings)  # last: nothing is written twice
     write_run_card(folder, settings)
     if holdout is not None:
         write_file_atomically(folder / SPLIT, json.dumps(holdout.to_json(), indent=1).encode())
     return folder
+
+
+def write_config(folder: Path, settings: Settings) -> None:
+    """Write all settings of a run."""
+    write_file_atomically(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(settings)).encode())
 
 
 def _differences(stored: Any, wanted: DictConfig) -> list[str]:
