@@ -32,6 +32,7 @@ from train_head.checkpoint import load_checkpoint
 from train_head.data.clips import ClipConfig, ClipStream
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
+from train_head.run_folder import METRICS_LOG
 from train_head.trainer import train
 
 POLYGONS = [[2.0, 1.0, 12.0, 1.0, 12.0, 9.0], [14.0, 2.0, 18.0, 2.0, 18.0, 8.0, 14.0, 8.0]]
@@ -280,4 +281,4 @@ def test_a_mixed_cache_without_a_clip_to_show_is_named(mixed: Settings, tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "annotations": []}))
     with pytest.raises(AnnotationError, match="other: no video with a labelled object"):
         train(mixing(1.0))
-    assert not (tmp_path / "none").exists()
+    assert not (tmp_path / "none" / METRICS_LOG).exists()  # so that a run of this name may have other settings

@@ -107,6 +107,7 @@ class Trainer(Generic[AnyClip]):
         evaluator: Evaluator | None = None,
     ) -> None:
         self.settings, self.source, self.folder, self.evaluator = settings, source, folder, evaluator
+        self.clips = source.clips()
         self.group = group or Group()
         self.device = device or torch.device(device_name(settings.device))
         if self.device.type == "cpu":
@@ -220,7 +221,7 @@ class Trainer(Generic[AnyClip]):
         own = train.batch_clips // self.group.size
         steps = range(self.progress.step, train.iterations)
         numbers = share_of_batches(steps, train.batch_clips, self.group)
-        clips = load_clips(self.source.clips(), numbers, workers=train.workers, held=own, device=self.device)
+        clips = load_clips(self.clips, numbers, workers=train.workers, held=own, device=self.device)
         return place_batches((list(islice(clips, own)) for _ in steps), self.source.place, self.device)
 
     def training_step(self, clips: Sequence[AnyClip]) -> StepLosses:

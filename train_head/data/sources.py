@@ -139,7 +139,6 @@ class CachedSource:
     trains_head = True
 
     def __init__(self, settings: Settings, videos: VideoSet, device: torch.device) -> None:
-        """Raises VitaCacheError where the caches lack clips that the settings ask for."""
         self.settings, self.videos, self.device = settings, videos, device
         self.labels, self.holdout = videos.labels, videos.holdout
         self.fingerprint = videos.feature_cache.fingerprint
@@ -149,14 +148,13 @@ class CachedSource:
         self.frame_memory = build_frame_memory(settings, videos, self.heads, self.decoding)
         chosen = settings.train.num_layers
         self.layers = slice(None if chosen is None else -chosen, None)
-        sources = videos.sources
-        labels, ratios = [source.labels for source in sources], [source.ratio for source in sources]
-        places = [source.feature_cache.path for source in sources]
-        self._clips = ClipDataset(sources, clip_stream(settings, labels, ratios, places))
 
     def clips(self) -> ClipDataset:
-        """Clips of the training videos."""
-        return self._clips
+        """Clips of the training videos. Raises VitaCacheError where the caches lack any that the settings ask for."""
+        sources = self.videos.sources
+        labels, ratios = [source.labels for source in sources], [source.ratio for source in sources]
+        places = [source.feature_cache.path for source in sources]
+        return ClipDataset(sources, clip_stream(self.settings, labels, ratios, places))
 
     def place(self, clip: Clip, copy: Copy) -> Clip:
         """Copy the clip, as it is stored, with the layers that are trained on."""
