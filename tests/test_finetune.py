@@ -153,7 +153,8 @@ def test_frame_losses_are_the_library_s(tiny_data: Path, tiny_cache: Path, tmp_p
 
 
 def test_joint_training_moves_every_part_at_its_own_rate(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
-    trainer = open_trainer(small(tiny_data, tiny_cache, tmp_path, "finetune.detector_rate=0.5"))
+    words = ("finetune.detector_rate=0.5", "finetune.backbone_rate=0.2")
+    trainer = open_trainer(small(tiny_data, tiny_cache, tmp_path, *words))
     before = {name: tensor.clone() for name, tensor in trainer.source.state().items()}
     clips = next(trainer._batches())
     losses = trainer.training_step(clips)
@@ -161,7 +162,7 @@ def test_joint_training_moves_every_part_at_its_own_rate(tiny_data: Path, tiny_c
         assert parameter.grad is not None
     assert 0 < losses.frames < losses.loss
     factors = [group["lr"] / trainer._rate(-1) for group in trainer.optimizer.param_groups]
-    assert factors == pytest.approx([1, 1, 0.5, 0.5, 0.05, 0.05])
+    assert factors == pytest.approx([1, 1, 0.5, 0.5, 0.1, 0.1])
     changed = {name for name, tensor in trainer.source.state().items() if not torch.equal(tensor, before[name])}
     batch_norms = {name for name in before if name.startswith("backbone.") and ".norm." in name}
     assert not changed & batch_norms

@@ -16,6 +16,7 @@ from configs.schema import FrameMatching
 from train_head.losses.detector_predictions import FrozenHeads
 from train_head.losses.frame_matches import frame_points, label_map, match_frames
 from train_head.losses.mask_folding import MapDecoding
+from train_head.losses.matcher import CostWeights
 from train_head.losses.targets import ClipTargets, clip_targets
 
 T, L, Q, C, E, CHANNELS, R, P = 3, 2, 5, 8, 6, 7, 4, 40
@@ -55,9 +56,14 @@ def literal_predictions(heads: DetectorHeads, queries: Tensor, map_TCHW: Tensor)
 
 
 def literal_cost(
-    probability_J: Tensor, logits_HW: Tensor, mask_hw: Tensor, classes: list[int], points_P2: Tensor
+    probability_J: Tensor,
+    logits_HW: Tensor,
+    mask_hw: Tensor,
+    classes: list[int],
+    points_P2: Tensor,
+    weights: CostWeights,
 ) -> float:
-    """2 · (−p) + 5 · cross-entropy + 5 · dice of one query and one object of one frame."""
+    """Such as 2 · (−p) + 5 · cross-entropy + 5 · dice of one query and one object of one frame."""
     canvas = torch.zeros(logits_HW.shape[0] * 4, logits_HW.shape[1] * 4)
     canvas[: HW[0], : HW[1]] = mask_hw
     scale = torch.tensor((HW[1] / canvas.shape[1], HW[0] / canvas.shape[0]))
@@ -66,7 +72,8 @@ def literal_cost(
     t = F.grid_sample(canvas[None, None], grid, align_corners=False).flatten()
     p = x.sigmoid()
     dice = 1 - (2 * (p * t).sum() + 1) / (p.sum() + t.sum() + 1)
-    return float(5 * F.binary_cross_entropy_with_logits(x, t) + 5 * dice) - 2 * float(sum(probability_J[classes]))
+    masks = float(weights.mask * F.binary_cross_entropy_with_logits(x, t) + weights.dice * dice)
+    return masks - weights.label * float(sum(probability_J[classes]))
 
 
 @pytest.mark.parametrize(
@@ -74,8 +81,9 @@ def literal_cost(
     [("category_map", [[0, 2], [1], [], []]), ("mask_only", [[], [], [], []]), ("release", [[0], [1], [2]])],
 )
 @pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("weights", [(2.0, 5.0, 5.0), (30.0, 1.0, 1.0), (1.0, 30.0, 1.0), (1.0, 1.0, 30.0)])
 def test_matches_are_the_cheapest_by_the_literal_costs(
-    mode: str, classes_of_label: list[list[int]], batched: bool
+    mode: str, classes_of_label: list[list[int]], batched: bool, weights: tuple[float, float, float]
 ) -> None:
     rng, generator = np.random.default_rng(0), torch.Generator().manual_seed(0)
     heads = random_heads(rng)
@@ -95,7 +103,8 @@ def test_matches_are_the_cheapest_by_the_literal_costs(
     pairs = [(label, number) for label, numbers in enumerate(classes_of_label) for number in numbers]
     map_KJ = label_map(FrameMatching(mode), len(classes_of_label), NUM_CLASSES, pairs)
     predictions = frozen.predict(frozen.normed(queries), decoding)
-    actual_LTN = match_frames(predictions, stored_TRHW, targets, map_KJ, points_TP2, batched=batched)
+    costs = CostWeights(label=weights[0], mask=weights[1], dice=weights[2])
+    actual_LTN = match_frames(predictions, stored_TRHW, targets, map_KJ, points_TP2, costs, batched=batched)
 
     decompressed = torch.einsum("cr,trhw->tchw", decoding.matrix_CR, stored_TRHW) + decoding.mean_C[:, None, None]
     probabilities, logits = literal_predictions(heads, queries, decompressed)
@@ -111,6 +120,7 @@ def test_matches_are_the_cheapest_by_the_literal_costs(
                         targets.masks_NThw[n, frame],
                         classes_of_label[labels_N[n]],
                         points_TP2[frame],
+                        costs,
                     )
                     for n in objects
                 ]

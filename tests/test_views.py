@@ -155,6 +155,8 @@ def test_a_crop_is_the_videos_own_and_stays() -> None:
     assert len(set(crops)) > 10
     assert all(crop is not None and crop[2:] == (15, 20) and crop[0] <= 15 and crop[1] <= 20 for crop in crops)
     assert train_views(settings, videos[0])[0] == View()
+    settings.data.views = [ViewSettings(crop=0.5, crop_seed=seed) for seed in range(20)]
+    assert len({view.crop for view in train_views(settings, videos[7])[1:]}) > 10
 
 
 @pytest.mark.parametrize(
