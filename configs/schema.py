@@ -99,13 +99,13 @@ class ViewSettings:
 class DataSettings:
     """A data set in YouTube-VIS layout; label and frame paths are relative to `root`."""
 
-    root: str = "datasets/demo"
-    train_labels: str = "train.json"
-    train_frames: str = "train/JPEGImages"
-    valid_labels: str | None = "valid.json"
+    root: str = "datasets/demo"  # a folder
+    train_labels: str = "train.json"  # YTVIS JSON
+    train_frames: str = "train/JPEGImages"  # the folder that the labels' file_names are below
+    valid_labels: str | None = "valid.json"  # null: no validation set
     valid_frames: str | None = "valid/JPEGImages"
     holdout: float = 0.0  # share of the train videos kept out of training to evaluate on
-    holdout_seed: int = 0
+    holdout_seed: int = 0  # decides, with the names of their folders, which
     views: list[ViewSettings] = field(default_factory=list)  # of train videos, beside themselves: clips show any one
 
 
@@ -139,16 +139,16 @@ class DetectorSettings:
     config_file: str | None = None  # of engine=detectron2: the YAML of the Mask2Former or VITA code base
     num_layers: int = 3  # cached decoder layers, the last ones: training uses all, inference the last
     short_edge: int | None = 360  # pixels; null keeps the native size
-    decoder: Decoder = Decoder.pillow
-    batch_frames: int = 8
-    precision: Precision = Precision.auto
+    decoder: Decoder = Decoder.pillow  # of frames
+    batch_frames: int = 8  # that go through the detector at once; halved where memory is short
+    precision: Precision = Precision.auto  # of its forward pass
 
 
 @dataclass
 class CacheSettings:
     """Where the features lie: one cache per split, `<path>/train` and `<path>/valid`."""
 
-    path: str = "caches/demo"
+    path: str = "caches/demo"  # a folder, or the address of one in an object store, such as s3://bucket/demo
     codec: CodecName = CodecName.spectral  # its AP against float16: docs/measured.md
     min_mask_iou: float = 0.99  # of codec=auto: mean IoU of the detector's masks from stored and from exact features
     logit_step: float = 1 / 128  # of codec=spectral and logit: share of the logits' standard deviation; auto chooses it
@@ -176,13 +176,13 @@ class HeadSettings:
     """The head and its sizes, of which it takes those it needs; VITA's release has 6 + 3 layers, the paper 3 + 6."""
 
     kind: HeadKind = HeadKind.vita
-    hidden_dim: int = 256
-    mask_dim: int = 256
-    num_queries: int = 100
-    num_heads: int = 8
-    ffn_dim: int = 2048
-    enc_layers: int = 6
-    dec_layers: int = 3
+    hidden_dim: int = 256  # channels of its tokens
+    mask_dim: int = 256  # channels of a mask embedding
+    num_queries: int = 100  # video queries, each of which may find an object
+    num_heads: int = 8  # attention heads, which share hidden_dim evenly
+    ffn_dim: int = 2048  # channels within a feed-forward block
+    enc_layers: int = 6  # among frame queries
+    dec_layers: int = 3  # from frame queries to video queries
     window: int = 6  # frames per encoder window; 0 attends to all
     shift_in_training: bool = False  # VITA: the release shifts windows in inference only
     shift_short_videos: bool = True  # VITA: the release shifts, and so splits, also videos that fit one window
@@ -190,19 +190,19 @@ class HeadSettings:
 
 @dataclass
 class LossSettings:
-    """Weights of the loss terms and number of sampled points."""
+    """Weights of the loss terms and number of sampled points; the first three weigh the matching's costs as well."""
 
-    class_weight: float = 2.0
-    mask_weight: float = 5.0
-    dice_weight: float = 5.0
-    sim_weight: float = 0.5
+    class_weight: float = 2.0  # of the cross-entropy of categories
+    mask_weight: float = 5.0  # of the binary cross-entropy of masks
+    dice_weight: float = 5.0  # of the dice loss of masks
+    sim_weight: float = 0.5  # of the similarity of frame and video queries; 0: the head has no embeddings for it
     frame_weight: float = 1.0  # of the detector's own losses on single frames, where it is fine-tuned
-    no_object_weight: float = 0.1
+    no_object_weight: float = 0.1  # of queries without an object among the categories' cross-entropy; objects have 1
     num_points: int = 12544  # that the mask losses see of every mask
     matching_points: int | None = None  # that the matching sees of every frame; null takes num_points
     oversample: float = 3.0  # candidates per point of the losses, of which the uncertain ones are kept
     frame_matching: FrameMatching = FrameMatching.category_map
-    padded_area: PaddedArea = PaddedArea.ignore  # VITA: the release has background; the cache stores no padding
+    padded_area: PaddedArea = PaddedArea.ignore  # VITA: the release has background; cached maps have little of it
     absent_frames: bool = True  # VITA: the release's mask cross-entropy counts frames without the object too
 
 
@@ -218,7 +218,7 @@ class MixSettings:
 class TrainSettings:
     """The training run."""
 
-    iterations: int = 130_000
+    iterations: int = 130_000  # steps of the optimiser
     batch_clips: int = 8  # of all processes together
     accumulate: int = 1  # micro-batches that a process cuts its share into, to save memory
     num_frames: int = 5  # per clip
@@ -226,19 +226,19 @@ class TrainSettings:
     frame_range: int = 20  # clip frames lie within this many frames of the reference frame
     replacement: bool = True  # VITA: the release draws a clip's frames with replacement
     mix: list[MixSettings] = field(default_factory=list)  # beside the train videos (and pseudo-videos: pseudo.ratio)
-    learning_rate: float = 5e-5
-    weight_decay: float = 0.05
-    warmup: int = 10
-    decay_steps: list[int] = field(default_factory=lambda: [75_000])
+    learning_rate: float = 5e-5  # of AdamW, at its highest
+    weight_decay: float = 0.05  # of all but norms, embeddings and positional biases
+    warmup: int = 10  # steps in which the learning rate rises, evenly
+    decay_steps: list[int] = field(default_factory=lambda: [75_000])  # at each the rate is multiplied by decay_factor
     decay_factor: float = 0.1
-    clip_norm: float = 0.01
+    clip_norm: float = 0.01  # largest norm of all gradients together
     ema: float = 0.0  # decay of a moving average of the weights, which is then evaluated; 0 keeps none
     time_budget: float = 0.0  # seconds after which a run stops, with a checkpoint; 0 is no limit
-    precision: Precision = Precision.auto
+    precision: Precision = Precision.auto  # of the head; its losses are float32
     compile: bool = False  # torch.compile the head, not its losses: minutes at the start; its gain is not measured
     workers: int | None = None  # that read clips ahead; null: 2, on CUDA up to 4 a GPU; 0: the trainer reads
-    log_every: int = 20
-    checkpoint_every: int = 1000
+    log_every: int = 20  # steps between lines of metrics.jsonl
+    checkpoint_every: int = 1000  # steps
     evaluate_every: int = 0  # steps between evaluations while training, which keep the best checkpoint; 0 is never
 
 
@@ -268,17 +268,17 @@ class EvaluateSettings:
     repeats: bool = True  # VITA: the release may give one video query several labels
     keep_queries: float = 1.0  # share of each frame's queries that the head sees: those least likely "no object"
     chunk_frames: int = 16  # frames that are read, encoded and decoded at once; any number gives the same tracks
-    report_videos: int = 6
+    report_videos: int = 6  # shown in report.html
 
 
 @dataclass
 class Settings:
     """One experiment."""
 
-    name: str = "demo"
-    seed: int = 0
+    name: str = "demo"  # of the run, whose folder is <runs>/<name>
+    seed: int = 0  # of weights, clips and points
     device: Device = Device.auto
-    runs: str = "runs"
+    runs: str = "runs"  # a folder
     data: DataSettings = field(default_factory=DataSettings)
     pseudo: PseudoSettings = field(default_factory=PseudoSettings)
     detector: DetectorSettings = field(default_factory=DetectorSettings)

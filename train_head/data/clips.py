@@ -73,8 +73,8 @@ class Clip:
     num_tracks: int  # of the whole video
     frames: tuple[int, ...]
     frame_queries_TLQC: Tensor  # as stored: before the detector's decoder_norm
-    map_TRHW: Tensor  # as stored, in the codec's number type
-    map_hw: Size  # of the channels at pixels
+    map_TRHW: Tensor  # encoded: in the codec's number type, H×W blocks of pixels where it stores blocks
+    map_hw: Size  # of the map in pixels, which MapDecoding.expand makes of them
     targets: ClipTargets
     cache: str = "CACHE"  # the path of its cache, for messages
 
