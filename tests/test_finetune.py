@@ -21,6 +21,7 @@ from cache.labels.stills import load_stills
 from cache.labels.tracks import Video
 from cache.media.geometry import Transform
 from configs.schema import Decoder, Settings
+from configs.splits import train_split
 from evaluate.compare.runs import LabelFiles, read_entries
 from evaluate.stage import evaluate
 from extract.demo.stills import write_stills
@@ -37,10 +38,11 @@ from train_head.__main__ import main
 from train_head.build import trained_parameters
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
 from train_head.data.clip_labels import read_targets
+from train_head.data.image_sets import FrameFolder
 from train_head.data.live_clips import LiveClip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
-from train_head.joint import DETECTOR, FrameFolder, LiveSource, finetune
+from train_head.joint import DETECTOR, LiveSource, finetune
 from train_head.run_folder import open_run, read_metrics_log
 from train_head.step import StepLosses
 from train_head.trainer import Trainer, train
@@ -125,7 +127,7 @@ def library_loss(model: Mask2FormerForUniversalSegmentation, clip: LiveClip) -> 
 def unpadded_clip(source: LiveSource, video: Video) -> LiveClip:
     """One frame at a size of the canvas: in padding, which ours ignores, the library draws points too."""
     transform = Transform.resize((video.height, video.width), (96, 128))
-    image = transform.on_image(FrameFolder(path=source.frames)(video, 0))
+    image = transform.on_image(FrameFolder(path=train_split(source.settings).frames)(video, 0))
     return LiveClip(
         index=video.id,
         name=video.name,

@@ -1,7 +1,7 @@
 """What stage two may ask about detector weight files: for released checkpoints and for the parameter table.
 
-Beside `joint.py` and the benchmark the one place that reaches into `extract`, and only when a verb asks for it:
-training from a cache and evaluation never do. Reading weight files safely exists once, there.
+Beside `joint.py`, `data/image_sets.py` and the benchmark the one place that reaches into `extract`, and only when a
+verb asks for it: training from a cache and evaluation never do. Reading weight files safely exists once, there.
 """
 
 from __future__ import annotations

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from cache.codecs.float16 import Float16
@@ -24,17 +23,17 @@ from cache.command import is_main
 from cache.errors import AnnotationError, ConfigError
 from cache.fingerprint import Fingerprint
 from cache.labels.category_map import category_pairs
-from cache.labels.tracks import Category, Labels, Video
+from cache.labels.tracks import Labels
 from cache.layout import cropped_map_hw
-from cache.media.geometry import Transform
 from configs.cards import write_detector_card, write_run_card
 from configs.command import precision_name
 from configs.schema import DetectorEngine, Settings
-from configs.splits import SplitPaths, pseudo_split, train_split
+from configs.splits import train_split
 from train_head.build import FeatureSizes, TrainedPart, build_criterion, point_config
 from train_head.checkpoint import Checkpoint
+from train_head.data.image_sets import open_live_clips
 from train_head.data.live_clips import LiveClip, LiveClips
-from train_head.data.sources import ClipFeatures, clip_stream
+from train_head.data.sources import ClipFeatures
 from train_head.data.upload import Copy
 from train_head.data.video_sets import chosen_videos
 from train_head.draws import StepDraw
@@ -67,19 +66,6 @@ def finetune(settings: Settings) -> Path:
     return run_training(settings, lambda device: LiveSource(settings, device))
 
 
-@dataclass(frozen=True, kw_only=True)
-class FrameFolder:
-    """Reads a data set's frames; an object that travels to worker processes."""
-
-    path: Path
-
-    def __call__(self, video: Video, frame: int) -> Image.Image:
-        """Decode one frame; raises FrameError."""
-        from extract.frames import read_frame  # noqa: TID251
-
-        return read_frame(self.path / video.file_names[frame], (video.height, video.width))
-
-
 class LiveSource:
     """Features of a detector that is trained along, with its own losses on single frames."""
 
@@ -95,7 +81,6 @@ class LiveSource:
         paths = train_split(settings)
         self.labels, self.holdout = chosen_videos(settings, "train", paths.read_labels())
         require_frames(self.labels.videos, paths.frames)
-        self.frames = paths.frames
         self.decoding = MapDecoding()
         self.detector = _load(settings, self.labels, device)
         self.parts: Sequence[TrainedPart] = _parts(self.detector, settings)
@@ -106,21 +91,8 @@ class LiveSource:
 
     def clips(self) -> LiveClips:
         """Clips of the training videos and of pseudo-videos; single frames where the detector is trained alone."""
-        settings, split = self.settings, pseudo_split(self.settings)
-        labels, readers, ratios = [self.labels], [FrameFolder(path=self.frames)], [1.0]
-        places = [train_split(settings).labels]
-        stills = None
-        if split is not None:
-            from extract.pseudo import transform_ranges  # noqa: TID251
-
-            labels.append(_still_labels(settings, split, self.labels.categories))
-            readers.append(FrameFolder(path=split.frames))
-            ratios.append(settings.pseudo.ratio)
-            places.append(split.labels)
-            stills = transform_ranges(settings.pseudo)
-        stream = clip_stream(settings, labels, ratios, places, num_frames=None if self.trains_head else 1)
-        chosen = settings.finetune if self.augment else None
-        return LiveClips(stream, readers, settings.detector.short_edge, chosen, stills)
+        num_frames = None if self.trains_head else 1
+        return open_live_clips(self.settings, self.labels, num_frames=num_frames, augment=self.augment)
 
     def place(self, clip: LiveClip, copy: Copy) -> LiveClip:
         """Copy the clip's images and labels."""
@@ -208,23 +180,6 @@ class LiveSource:
         write_run_card(folder, self.settings)
         self.fingerprint = replace(self.fingerprint, weights_sha256=weights_sha256(folder / DETECTOR))
         return f"the detector: `make extract detector.weights={folder / DETECTOR} cache.path=...` reads it\n"
-
-
-def _still_labels(settings: Settings, split: SplitPaths, categories: Sequence[Category]) -> Labels:
-    """Labelled images as videos of one frame, of which clips make pseudo-videos. Raises as `extract` does for them."""
-    from extract.frames import require_files  # noqa: TID251
-    from extract.pseudo import draw_pseudo_videos, pseudo_labels  # noqa: TID251
-
-    drawn = draw_pseudo_videos(settings.pseudo, split.labels, categories)
-    require_files((pseudo.still.file_name for pseudo in drawn), split.frames)
-    whole = [replace(pseudo, transforms=(_unchanged(pseudo.still.height, pseudo.still.width),)) for pseudo in drawn]
-    labels = pseudo_labels(whole, categories)
-    pairs = zip(labels.videos, drawn, strict=True)
-    return replace(labels, videos=tuple(replace(video, file_names=(p.still.file_name,)) for video, p in pairs))
-
-
-def _unchanged(height: int, width: int) -> Transform:
-    return Transform.resize((height, width), (height, width))
 
 
 def _load(settings: Settings, labels: Labels, device: torch.device) -> TrainableDetector:
