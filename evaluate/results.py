@@ -20,7 +20,7 @@ from cache.labels.json_entries import Entry, entries, parse_json, read_json, sho
 from cache.labels.masks import Rle
 from cache.labels.tracks import Labels
 
-RESULTS_NAME = "results.json"
+RESULTS_NAME, RESULTS_ZIP = "results.json", "results.zip"
 _MAX_UNZIPPED_BYTES = 4 * 2**30  # Run lengths of a whole benchmark take some 100 MB: more is a zip bomb.
 # What a damaged, encrypted or exotic archive raises.
 _UNZIP_ERRORS = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from configs.schema import CheckpointChoice, Settings
 from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
-from evaluate.stored import BASELINE, HEAD, store_predictions
-from evaluate.tracks.predictors import VideoPredictor, baseline_predictor, head_predictor
+from evaluate.stored import BASELINE, HEAD, leave_out, methods_left_out, store_predictions
+from evaluate.tracks.predictors import VideoPredictor, baseline_predictor, head_predictor, known_categories
 from evaluate.tracks.whole_video import predict_videos
 from train_head.data.video_sets import open_evaluation_set
 
@@ -21,6 +21,7 @@ class Evaluation:
     folder: Path
     split: str
     metrics: dict[str, VideoMetrics | None]
+    left_out: dict[str, str]  # methods that can predict nothing here, and why
     num_videos: int
     num_skipped: int  # further videos of the split, which extraction could not read
 
@@ -33,10 +34,11 @@ def evaluate(settings: Settings) -> Evaluation:
     run = Path(settings.runs) / settings.name
     videos = open_evaluation_set(settings)
     metrics: dict[str, VideoMetrics | None] = {}
-    predictors: dict[str, VideoPredictor] = {
-        HEAD: head_predictor(settings, videos),
-        BASELINE: baseline_predictor(settings, videos),
-    }
+    predictors: dict[str, VideoPredictor] = {HEAD: head_predictor(settings, videos)}
+    if known_categories(videos):
+        predictors[BASELINE] = baseline_predictor(settings, videos)
+    else:  # scores of zero alone, whose order would decide its AP
+        leave_out(settings, videos, BASELINE, "the detector knows none of the data set's categories")
     for method, predictor in predictors.items():
         started = time.perf_counter()
         predictions = predict_videos(videos, predictor, f"evaluate {method}")
@@ -48,6 +50,7 @@ def evaluate(settings: Settings) -> Evaluation:
         folder=run,
         split=videos.split,
         metrics=metrics,
+        left_out=methods_left_out(run, videos.split),
         num_videos=len(videos.video_ids),
         num_skipped=len(videos.skipped_ids),
     )

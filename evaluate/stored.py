@@ -21,11 +21,13 @@ from cache.layout import write_file_atomically
 from configs.schema import Settings
 from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
 from evaluate.metrics.weighted import HEADLINE
-from evaluate.results import RESULTS_NAME, TrackPrediction, load_results, write_results
+from evaluate.results import RESULTS_NAME, RESULTS_ZIP, TrackPrediction, load_results, write_results
 from train_head.data.video_sets import VideoSet
 
 HEAD, BASELINE = "head", "baseline"
 METRICS_NAME = "metrics.json"
+_LEFT_OUT = "left_out"
+"""In metrics.json of a method without predictions: why it has none."""
 _METHOD = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 
@@ -54,18 +56,30 @@ def store_predictions(
     folder = method_folder(Path(settings.runs) / settings.name, method)
     write_results(folder / RESULTS_NAME, predictions)
     metrics = evaluate_tracks(videos.labels, predictions) if videos.labels.has_tracks else None
+    _write_metrics(folder, videos, metrics, {"trained": trained, "seconds": seconds})
+    return metrics
+
+
+def leave_out(settings: Settings, videos: VideoSet, method: str, reason: str) -> None:
+    """Note why a method can predict nothing for a set; what it predicted before is removed."""
+    folder = method_folder(Path(settings.runs) / settings.name, method)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (RESULTS_NAME, RESULTS_ZIP):
+        (folder / name).unlink(missing_ok=True)
+    _write_metrics(folder, videos, None, {_LEFT_OUT: reason})
+
+
+def _write_metrics(folder: Path, videos: VideoSet, metrics: VideoMetrics | None, more: dict[str, Any]) -> None:
     content = {
         **(dict.fromkeys(HEADLINE) if metrics is None else metrics.to_json()),
         "split": videos.split,
         "num_videos": len(videos.video_ids),
         "skipped_ids": list(videos.skipped_ids),
         "labels_sha256": labels_digest(videos.labels),
-        "trained": trained,
-        "seconds": seconds,
+        **more,
         "fingerprint": asdict(videos.feature_cache.fingerprint),
     }
     write_file_atomically(folder / METRICS_NAME, json.dumps(content, indent=1).encode())
-    return metrics
 
 
 def stored_methods(run: Path, split: str | None = None) -> list[str]:
@@ -75,6 +89,13 @@ def stored_methods(run: Path, split: str | None = None) -> list[str]:
     return [m for m in methods if split is None or load_metrics(run, m).get("split", split) == split]
 
 
+def methods_left_out(run: Path, split: str | None = None) -> dict[str, str]:
+    """Methods that could predict nothing (where `split` is given, for that split), and why."""
+    stored = {path.parent.name: json.loads(path.read_text()) for path in run.glob(f"*/{METRICS_NAME}")}
+    return {method: of[_LEFT_OUT] for method, of in stored.items()
+            if _LEFT_OUT in of and split in (None, of["split"])}  # fmt: skip
+
+
 def require_predictions(run: Path, method: str) -> Path:
     """Return a method's result file. Raises CacheError where the run keeps none."""
     path = method_folder(run, method) / RESULTS_NAME
@@ -82,7 +103,7 @@ def require_predictions(run: Path, method: str) -> Path:
         raise CacheError(
             f"no predictions of {method}",
             where=run,
-            got=f"methods: {', '.join(stored_methods(run)) or 'none'}",
+            got=methods_left_out(run).get(method, f"methods: {', '.join(stored_methods(run)) or 'none'}"),
             hint="`make evaluate` writes those of head and baseline; `python -m evaluate ablate` others",
         )
     return path

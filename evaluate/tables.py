@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 from configs.schema import Settings
 from configs.splits import all_caches
 from evaluate.metrics.weighted import HEADLINE
-from evaluate.results import RESULTS_NAME
+from evaluate.results import RESULTS_NAME, RESULTS_ZIP
 from evaluate.score import percent
 from evaluate.stage import Evaluation
-from evaluate.stored import HEAD, load_metrics, method_folder, stored_methods
+from evaluate.stored import HEAD, load_metrics, method_folder, methods_left_out, stored_methods
 from train_head.checkpoint import CHECKPOINT
 from train_head.run_folder import read_metrics_log
 
@@ -30,26 +31,29 @@ class StageCost:
 def evaluation_table(evaluation: Evaluation) -> str:
     """Metrics x 100 by method, or a sentence where the split has no public labels."""
     rows = {method: m.to_json() for method, m in evaluation.metrics.items() if m is not None}
-    results = evaluation.folder / "results.zip"
+    results = evaluation.folder / RESULTS_ZIP
     if not rows:
-        return f"split {evaluation.split} has no labels: predictions to submit are in {results}{_left_out(evaluation)}"
-    return f"{metrics_table(rows)}\nsplit {evaluation.split}; predictions in {results}{_left_out(evaluation)}"
+        return f"split {evaluation.split} has no labels: predictions to submit are in {results}{_skipped(evaluation)}"
+    table = metrics_table(rows, evaluation.left_out)
+    return f"{table}\nsplit {evaluation.split}; predictions in {results}{_skipped(evaluation)}"
 
 
-def _left_out(evaluation: Evaluation) -> str:
-    left_out, kept = evaluation.num_skipped, evaluation.num_videos
-    what = f"without {left_out} of {left_out + kept} videos, which extraction could not read"
-    return f"\n{what}: not comparable with results on all of them" if left_out else ""
+def _skipped(evaluation: Evaluation) -> str:
+    skipped, kept = evaluation.num_skipped, evaluation.num_videos
+    what = f"without {skipped} of {skipped + kept} videos, which extraction could not read"
+    return f"\n{what}: not comparable with results on all of them" if skipped else ""
 
 
-def metrics_table(rows: dict[str, dict[str, Any]]) -> str:
-    """One row per method, one decimal, `–` where undefined."""
-    width = max(len(name) for name in rows) + 2
+def metrics_table(rows: Mapping[str, Mapping[str, Any]], left_out: Mapping[str, str]) -> str:
+    """One row per method, one decimal, `–` where undefined; methods that were left out, and why."""
+    every = {**rows, **{method: dict.fromkeys(HEADLINE) for method in left_out}}
+    width = max(len(name) for name in every) + 2
     lines = [" " * width + "".join(f"{name:>7}" for name in HEADLINE)]
     lines += [
-        f"{method:<{width}}" + "".join(percent(row[name]).rjust(7) for name in HEADLINE) for method, row in rows.items()
+        f"{method:<{width}}" + "".join(percent(row[name]).rjust(7) for name in HEADLINE)
+        for method, row in every.items()
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"no {method}: {reason}" for method, reason in left_out.items())])
 
 
 def read_metrics(run: Path) -> dict[str, dict[str, Any]]:
@@ -82,8 +86,9 @@ def stage_costs(settings: Settings) -> list[StageCost]:
 
 def run_summary(settings: Settings) -> str:
     """The table that ends `make demo`: metrics by method, then seconds and bytes by stage."""
-    metrics = read_metrics(Path(settings.runs) / settings.name)
-    parts = [metrics_table(metrics)] if metrics else []
+    run = Path(settings.runs) / settings.name
+    metrics = read_metrics(run)
+    parts = [metrics_table(metrics, methods_left_out(run, load_metrics(run, HEAD).get("split")))] if metrics else []
     costs = [f"{'stage':<20}{'seconds':>9}{'MB':>10}"]
     costs += [f"{c.stage:<20}{c.seconds:>9.1f}{c.bytes / 1e6:>10.1f}" for c in stage_costs(settings)]
     return "\n\n".join([*parts, "\n".join(costs)])

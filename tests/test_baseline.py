@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import html
+import json
+import re
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,14 +14,21 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from cache.errors import CacheError
 from cache.heads import HEAD_SHAPES, DetectorHeads
 from cache.labels.category_map import category_pairs
 from cache.labels.tracks import Category
 from cache.layout import video_group_name
 from cache.reader import CachedVideo
 from configs.schema import Settings
+from evaluate.compare.groups import read_groups
+from evaluate.report.write import write_report
+from evaluate.stage import evaluate
+from evaluate.tables import evaluation_table, run_summary
 from evaluate.tracks.baseline import follow_queries, track_without_training
 from evaluate.tracks.predictors import baseline_predictor
+from tests.conftest import tiny_settings
+from train_head.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from train_head.data.video_sets import open_evaluation_set
 from train_head.losses.detector_predictions import FrozenHeads
 from train_head.losses.mask_folding import MapDecoding
@@ -90,6 +102,52 @@ def test_tracks_of_a_detector_worked_by_hand() -> None:
         left = [rle is not None and bool(masks.mask(rle)[:, 0].all()) for rle in masks_T]
         right = [rle is not None and bool(masks.mask(rle)[:, -1].all()) for rle in masks_T]
         assert (left, right) == (([False] * 2, [True] * 2) if label == 0 else ([True] * 2, [False] * 2))
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+@pytest.mark.parametrize("known", [0, 1])
+def test_labels_that_the_detector_does_not_know_are_never_predicted(
+    tiny_run: Settings, monkeypatch: pytest.MonkeyPatch, known: int, repeats: bool
+) -> None:
+    settings = replace(tiny_run, evaluate=replace(tiny_run.evaluate, top_k=10_000, repeats=repeats))
+    videos = open_evaluation_set(settings)
+    monkeypatch.setattr("evaluate.tracks.predictors.known_categories", lambda _: [(2, 0)][:known])
+    cached = videos.feature_cache.video(video_group_name(videos.video_ids[0]))
+    tracks = baseline_predictor(settings, videos)(cached)
+    num_queries = cached.frame_queries([0]).shape[2]
+    assert tracks.labels == (2,) * known * num_queries and len(tracks.masks) == len(tracks.labels)
+
+
+def test_a_baseline_that_knows_no_category_has_no_score(
+    tiny_data: Path, tiny_cache: Path, tiny_run: Settings, tmp_path: Path
+) -> None:
+    """Scores of zero in an order of their own would be scored as if they meant something."""
+    shutil.copytree(Path(tiny_run.runs) / tiny_run.name, tmp_path / "tiny")
+    settings = tiny_settings(tiny_data, tmp_path / "features", tmp_path, "name=tiny")
+    shutil.copytree(tiny_cache, tmp_path / "features")
+    evaluate(settings)
+    assert (tmp_path / "tiny" / "baseline" / "results.zip").exists()
+    path = tmp_path / "features" / "valid" / "annotations.json"
+    labels = json.loads(path.read_text())
+    for category in labels["categories"]:
+        category["name"] = f"new {category['name']}"
+    path.write_text(json.dumps(labels))
+    checkpoint = tmp_path / "tiny" / CHECKPOINT
+    names = tuple(category["name"] for category in labels["categories"])
+    save_checkpoint(checkpoint, replace(load_checkpoint(checkpoint), category_names=names))
+    evaluation = evaluate(settings)
+    reason = "the detector knows none of the data set's categories"
+    assert evaluation.left_out == {"baseline": reason} and list(evaluation.metrics) == ["head"]
+    assert [path.name for path in (tmp_path / "tiny" / "baseline").iterdir()] == ["metrics.json"]
+    stored = json.loads((tmp_path / "tiny" / "baseline" / "metrics.json").read_text())
+    assert stored["AP"] is None and stored["left_out"] == reason
+    for table in (evaluation_table(evaluation), run_summary(settings)):
+        assert re.search(r"^baseline( +–){5}$", table, re.MULTILINE) and f"no baseline: {reason}" in table
+    page = write_report(settings).read_text()
+    assert f'<th scope="row">baseline</th>{"<td>–</td>" * 5}' in page and reason in html.unescape(page)
+    assert "ground truth" in page and "<b>baseline</b>" not in page
+    with pytest.raises(CacheError, match=f"no predictions of baseline .*{reason}"):
+        read_groups([str(tmp_path / "tiny")], ["baseline"])
 
 
 def test_categories_are_paired_by_table_or_by_name() -> None:

@@ -114,7 +114,7 @@ def test_precision_over_recall_is_that_of_cocoeval(tiny_run: Settings, monkeypat
 
 def test_tables_print_percentages() -> None:
     row = {"AP": 0.1234, "AP50": None, "AP75": 1.0, "AR1": 0.0, "AR10": 0.5}
-    header, line = metrics_table({"head": row}).splitlines()
+    header, line = metrics_table({"head": row}, {}).splitlines()
     assert header.split() == ["AP", "AP50", "AP75", "AR1", "AR10"]
     assert line.split() == ["head", "12.3", "–", "100.0", "0.0", "50.0"]
     assert percent(0.9999) == "100.0"

@@ -28,7 +28,7 @@ from evaluate.report import figures, numbers
 from evaluate.report.scrubber import ScrubbedVideo, scrub_video, within_budget
 from evaluate.report.sides import Scored, Side, read_sides, score_sides
 from evaluate.report.similarity import SimilarityMatrix, similarity_matrix, video_of_many_objects
-from evaluate.stored import HEAD
+from evaluate.stored import HEAD, methods_left_out
 from evaluate.tables import stage_costs
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
 from train_head.data.video_sets import VideoSet, evaluation_split, open_evaluation_set
@@ -62,6 +62,7 @@ def write_report(settings: Settings, beside: Sequence[Path] = ()) -> Path:
         costs=stage_costs(settings),
         headline=HEADLINE,
         scored=scored,
+        left_out=methods_left_out(sides[0].run, videos.split),
         figures=drawn,
         numbers=tables,
         similarity=matrices,

@@ -54,7 +54,8 @@ def track_without_training(
     `blocks` yields the normed queries (t, Q, C) of consecutive frames, twice: once for the classes, then beside
     `maps`, in the same blocks. Both are dropped one after another: only the queries' orders and the run lengths grow
     with the video, by a few kB a frame. `label_map_KJ` says which detector classes count as which label; labels
-    without one are never predicted. Scores and masks are then made as for the head (`evaluate.tracks.inference`).
+    without one are never predicted (where the detector knows none, nothing is). Scores and masks are then made as for
+    the head (`evaluate.tracks.inference`).
     """
     orders, summed_QJ, aligned_tQC = list[Tensor](), torch.zeros(()), None
     for normed_tQC in blocks():
@@ -64,7 +65,9 @@ def track_without_training(
         summed_QJ = summed_QJ + heads.class_embed(aligned_tQC).sum(dim=0)
     num_frames = sum(map(len, orders))
     probability_QJ = (summed_QJ / num_frames).softmax(dim=-1)[:, :-1]
-    found = best_labels(probability_QJ @ label_map_KJ.t(), top_k, repeats)
+    score_QK = probability_QJ @ label_map_KJ.t()
+    possible = (score_QK if repeats else score_QK.amax(dim=1)).count_nonzero()  # the order among zeros means nothing
+    found = best_labels(score_QK, min(top_k, int(possible)), repeats)
     decoder = MaskDecoder(len(found.queries_M), image_hw, original_hw, probability_QJ.device)
     chosen = [order_tQ[:, found.queries_M] for order_tQ in orders]
     decoder.decode(_logits(heads, decoding, chosen, blocks(), maps))

@@ -122,12 +122,17 @@ def head_predictor(settings: Settings, videos: VideoSet) -> HeadPredictor:
     )
 
 
+def known_categories(videos: VideoSet) -> list[tuple[int, int]]:
+    """Pairs (class index of the labels, of the detector) of the categories that the detector knows."""
+    return category_pairs(videos.labels.categories, videos.feature_cache.heads.category_names)
+
+
 def baseline_predictor(settings: Settings, videos: VideoSet) -> VideoPredictor:
-    """Training-free tracking; only categories that the detector knows can be found."""
+    """Training-free tracking; only categories that the detector knows can be found (`known_categories`)."""
     device = torch.device(device_name(settings.device))
     stored, categories = videos.feature_cache.heads, videos.labels.categories
     frozen, decoding = FrozenHeads(stored).to(device), decoding_of(videos.codec, map_channels(stored)).to(device)
-    pairs = category_pairs(categories, stored.category_names)
+    pairs = known_categories(videos)
     label_map_KJ = label_map(FrameMatching.category_map, len(categories), stored.num_classes, pairs).to(device)
 
     def predict(cached: CachedVideo) -> VideoTracks:
