@@ -28,6 +28,7 @@ from extract.stage import extract
 from tests.conftest import tiny_settings
 from tests.train_until import before_step, interrupt
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
+from train_head.data.video_sets import open_evaluation_set
 from train_head.run_folder import read_metrics_log
 from train_head.trainer import train
 
@@ -178,6 +179,12 @@ def test_predictions_for_a_split_without_labels(
     evaluation = evaluate(tiny_settings(tiny_data, features, runs, "name=tiny"))
     assert evaluation.metrics == {"head": None, "baseline": None}
     assert (runs / "tiny" / "results.zip").exists()
+    both = ["name=tiny", "data.holdout=0.4"]
+    assert open_evaluation_set(tiny_settings(tiny_data, tiny_cache, runs, *both)).split == "valid"
+    assert (
+        open_evaluation_set(tiny_settings(tiny_data, features, runs, *both)).split == "holdout"
+    )  # the one with labels
+    assert open_evaluation_set(tiny_settings(tiny_data, features, runs, *both, "evaluate.split=valid")).split == "valid"
 
 
 # What goes wrong: one clear error each, and nothing that was stored is lost.

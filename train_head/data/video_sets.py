@@ -11,7 +11,7 @@ import torch
 
 from cache.codecs import Codec
 from cache.command import warn_once
-from cache.errors import AnnotationError, ConfigError, FingerprintMismatch, IncompleteVideo, shown, some
+from cache.errors import AnnotationError, CacheError, ConfigError, FingerprintMismatch, IncompleteVideo, shown, some
 from cache.labels.splits import Split, holdout_split
 from cache.labels.tracks import Labels
 from cache.layout import SKIPPED, video_group_name
@@ -83,13 +83,14 @@ def open_labelled_set(settings: Settings, asked: str) -> VideoSet:
 def evaluation_split(settings: Settings) -> tuple[str, SplitPaths]:
     """Which videos `evaluate.split` names, and where they lie.
 
-    `auto` is the validation set where the config names one, or else the hold-out. Raises ConfigError where
-    there is neither.
+    `auto` is the validation set where the config names one, unless it has no labels and there is a hold-out, which is
+    taken then. Raises ConfigError where there is neither.
     """
     wanted = settings.evaluate.split
     valid = valid_split(settings)
     if wanted is SplitName.auto:
-        wanted = SplitName.holdout if valid is None else SplitName.valid
+        holdout = valid is None or (settings.data.holdout > 0 and _unlabelled(valid))
+        wanted = SplitName.holdout if holdout else SplitName.valid
     if wanted is SplitName.valid:
         if valid is None:
             raise ConfigError("evaluate.split is valid, but data.valid_labels is null", hint="use holdout")
@@ -101,6 +102,14 @@ def evaluation_split(settings: Settings) -> tuple[str, SplitPaths]:
             hint="set data.holdout=0.1 before training",
         )
     return wanted.value, train_split(settings)
+
+
+def _unlabelled(paths: SplitPaths) -> bool:
+    """Whether a split is known to have no labels; one that is not extracted yet is missed where it is opened."""
+    try:
+        return not FeatureCache.open(paths.features).labels().has_tracks
+    except CacheError:
+        return False
 
 
 def chosen_videos(settings: Settings, split: str, labels: Labels) -> tuple[Labels, Split | None]:
