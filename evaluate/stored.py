@@ -2,7 +2,8 @@
 
 A run's head keeps its own in `<run>/`; every other method that works from the same cache (the training-free
 baseline, clip-wise association ...) keeps them in `<run>/<method>/`. Each place holds results.json, its zip and
-metrics.json, which says of which split they are and, where its labels are public, how good.
+metrics.json, which says of which split they are and, where its labels are public, how good. Those of the split that
+was evaluated before lie beside them, as metrics.<split>.json and so on; nothing reads them.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def store_predictions(
     `python -m evaluate compare <run> --with <method>` then compares them. Returns None without public labels.
     """
     folder = method_folder(Path(settings.runs) / settings.name, method)
+    _set_aside(folder, videos.split)
     write_results(folder / RESULTS_NAME, predictions)
     metrics = evaluate_tracks(videos.labels, predictions) if videos.labels.has_tracks else None
     _write_metrics(folder, videos, metrics, {"trained": trained, "seconds": seconds})
@@ -64,9 +66,27 @@ def leave_out(settings: Settings, videos: VideoSet, method: str, reason: str) ->
     """Note why a method can predict nothing for a set; what it predicted before is removed."""
     folder = method_folder(Path(settings.runs) / settings.name, method)
     folder.mkdir(parents=True, exist_ok=True)
+    _set_aside(folder, videos.split)
     for name in (RESULTS_NAME, RESULTS_ZIP):
         (folder / name).unlink(missing_ok=True)
     _write_metrics(folder, videos, None, {_LEFT_OUT: reason})
+
+
+def _set_aside(folder: Path, split: str) -> None:
+    """Rename what a folder holds of another split, before that of `split` takes its place."""
+    metrics = folder / METRICS_NAME
+    former = json.loads(metrics.read_text()).get("split", split) if metrics.exists() else split
+    for name in (RESULTS_NAME, RESULTS_ZIP, METRICS_NAME):  # metrics, which tell the split, last
+        path = folder / name
+        if former != split and path.exists():
+            path.replace(_beside(path, former))
+        _beside(path, split).unlink(missing_ok=True)
+    if former != split:
+        print(f"split {split} follows split {former}, whose metrics are now in {_beside(metrics, former)}")
+
+
+def _beside(path: Path, split: str) -> Path:
+    return path.with_stem(f"{path.stem}.{split}")
 
 
 def _write_metrics(folder: Path, videos: VideoSet, metrics: VideoMetrics | None, more: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from PIL import Image
 
 from cache.errors import ConfigError, FingerprintMismatch, VitaCacheError, WeightsError
 from cache.reader import FeatureCache
-from configs.schema import Settings
+from configs.schema import Settings, Split
 from evaluate.report.write import write_report
 from evaluate.score import score
 from evaluate.stage import evaluate
@@ -185,6 +186,27 @@ def test_predictions_for_a_split_without_labels(
         open_evaluation_set(tiny_settings(tiny_data, features, runs, *both)).split == "holdout"
     )  # the one with labels
     assert open_evaluation_set(tiny_settings(tiny_data, features, runs, *both, "evaluate.split=valid")).split == "valid"
+
+
+def test_the_metrics_of_another_split_are_kept(
+    tiny_run: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(Path(tiny_run.runs) / tiny_run.name, tmp_path / "tiny")
+    settings = replace(tiny_run, runs=str(tmp_path))
+    folders = [tmp_path / "tiny", tmp_path / "tiny" / "baseline"]
+    evaluate(settings)
+    evaluate(settings)
+    of_valid = [(folder / "metrics.json").read_bytes() for folder in folders]
+    assert "follows split" not in capsys.readouterr().out
+    evaluate(replace(settings, evaluate=replace(settings.evaluate, split=Split.train)))
+    assert [(folder / "metrics.valid.json").read_bytes() for folder in folders] == of_valid
+    assert all((folder / "results.valid.zip").exists() for folder in folders)
+    assert all(json.loads((folder / "metrics.json").read_text())["split"] == "train" for folder in folders)
+    told = capsys.readouterr().out
+    assert f"split train follows split valid, whose metrics are now in {folders[0] / 'metrics.valid.json'}" in told
+    evaluate(settings)  # and back: nothing is kept twice
+    assert not (tmp_path / "tiny" / "metrics.valid.json").exists()
+    assert json.loads((tmp_path / "tiny" / "metrics.train.json").read_text())["split"] == "train"
 
 
 # What goes wrong: one clear error each, and nothing that was stored is lost.
