@@ -35,6 +35,13 @@ predict: train
 endif
 endif
 
+# Before the first stage of what comes before it starts.
+ifneq ($(filter predict,$(MAKECMDGOALS)),)
+ifneq ($(shell awk -v s='$(SCORE)' 'BEGIN { print s == s + 0 && 0 <= s && s <= 1 }'),1)
+$(error SCORE: not a score (expected 0 to 1, got $(SCORE)))
+endif
+endif
+
 .PHONY: torture finetune demo-compare demo-frozen demo-finetuned bench doctor fuzz help demo demo-data demo-detector extract train evaluate report compare predict test lint install detectron2
 
 help:  ## list the targets

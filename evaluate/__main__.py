@@ -96,7 +96,9 @@ def _predict(arguments: argparse.Namespace) -> int:
     settings = load_settings(arguments.config, arguments.overrides)
     for done in predict(settings, arguments.head, arguments.features, arguments.output, arguments.score):
         seen = f"{done.drawn} of {done.tracks} tracks drawn (score {arguments.score:g} or more)"
-        print(f"{done.folder}: tracks.json, overlay.mp4, contact_sheet.png; {len(done.footage.seconds)} frames, {seen}")
+        kept = ", as before" if done.kept else ""
+        files = f"{done.folder}: tracks.json, overlay.mp4, contact_sheet.png{kept}"
+        print(f"{files}; {len(done.footage.seconds)} frames, {seen}")
         if done.footage.problem is not None:
             print(f"warning: {done.footage.source}: {done.footage.problem}")
     return 0

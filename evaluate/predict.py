@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache.errors import ConfigError
+from cache.fingerprint import sha256_file
 from cache.labels.tracks import Category, Labels, Video
 from cache.layout import video_group_name, write_file_atomically
 from cache.media.footage import Footage, read_record
@@ -20,12 +23,14 @@ from configs.schema import Settings
 from evaluate.pictures.labelled_frames import contact_sheet, draw_labelled, enlargement
 from evaluate.pictures.overlays import DrawnTrack, evenly, predicted_tracks
 from evaluate.results import TrackPrediction
-from evaluate.tracks.predictors import head_predictor
+from evaluate.tracks.predictors import checkpoint_path, head_predictor
 from evaluate.tracks.whole_video import submitted
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
 from train_head.data.video_sets import VideoSet
 
 TRACKS, OVERLAY, SHEET = "tracks.json", "overlay.mp4", "contact_sheet.png"
+COMPLETE = "complete.json"
+"""Written last: what the others were made of."""
 _SHEET_FRAMES = 12
 
 
@@ -35,6 +40,7 @@ class PredictedFootage:
 
     folder: Path
     footage: Footage
+    kept: bool  # from an earlier call that made the same
     tracks: int
     drawn: int
 
@@ -43,9 +49,11 @@ def predict(settings: Settings, run: Path, features: Path, output: Path, min_sco
     """Predict the tracks of all footage in a cache (`python -m extract video`); each gets a folder below `output`.
 
     `run`: the folder of the head. `min_score`: of the tracks that are drawn, 0 to 1; tracks.json has all. Raises
-    WeightsError where there is no head, FingerprintMismatch where it was trained on other features, FrameError where
-    the footage has gone.
+    ConfigError for another `min_score`, WeightsError where there is no head, FingerprintMismatch where it was trained
+    on other features, FrameError where the footage has gone. What is there, by the same head and choices, stays.
     """
+    if not 0 <= min_score <= 1:
+        raise ConfigError("not a score", where="--score (SCORE of make)", expected="0 to 1", got=min_score)
     footage = read_record(features)
     run = run.absolute()
     settings = replace(settings, runs=str(run.parent), name=run.name)
@@ -57,17 +65,44 @@ def predict(settings: Settings, run: Path, features: Path, output: Path, min_sco
         if video_group_name(video.id) not in complete:
             print(f"warning: {piece.source}: its extraction has not ended; give it to `python -m extract video` again")
             continue
+        made_of = _digest(settings, videos.feature_cache, piece, min_score)
         taken = [other.footage.name for other in written]
         folder = output / (f"{piece.name}-{video.id}" if piece.name in taken else piece.name)
+        if (counts := _complete(folder, made_of)) is not None:
+            written.append(PredictedFootage(folder=folder, footage=piece, kept=True, **counts))
+            continue
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / COMPLETE).unlink(missing_ok=True)
         cached = videos.feature_cache.video(video_group_name(video.id))
         with StageProgress(f"predict {piece.name}", unit="frame", total=video.length) as progress:
             found = replace(predictor, advance=progress.advance)(cached)
         tracks = list(submitted(videos.labels, video, found))
         _write_tracks(folder / TRACKS, videos.labels, piece, tracks)
         drawn = _draw(folder, predicted_tracks(videos.labels, tracks, video.id, min_score), piece)
-        written.append(PredictedFootage(folder=folder, footage=piece, tracks=len(tracks), drawn=drawn))
+        counts = {"tracks": len(tracks), "drawn": drawn}
+        write_file_atomically(folder / COMPLETE, json.dumps({"sha256": made_of, **counts}).encode())
+        written.append(PredictedFootage(folder=folder, footage=piece, kept=False, **counts))
     return written
+
+
+def _digest(settings: Settings, feature_cache: FeatureCache, piece: Footage, min_score: float) -> str:
+    """SHA-256 (hex) of all that decides what is written of one piece of footage."""
+    chosen = settings.evaluate
+    decides = {
+        "checkpoint": sha256_file(checkpoint_path(settings)),
+        "features": feature_cache.fingerprint.to_json(),
+        "footage": asdict(piece),
+        "choices": [chosen.top_k, chosen.repeats, chosen.keep_queries, min_score],
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _complete(folder: Path, made_of: str) -> dict[str, int] | None:
+    """How many tracks a folder holds, and how many are drawn, where it was made of just this and nothing is missing."""
+    if not all((folder / name).exists() for name in (TRACKS, OVERLAY, SHEET, COMPLETE)):
+        return None
+    stored = json.loads((folder / COMPLETE).read_text())
+    return {name: stored[name] for name in ("tracks", "drawn")} if stored["sha256"] == made_of else None
 
 
 def _video_set(feature_cache: FeatureCache, footage: Sequence[Footage], categories: Sequence[str]) -> VideoSet:

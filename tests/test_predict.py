@@ -30,6 +30,7 @@ from extract.detector.frozen import load_detector
 from extract.video import _recorded, extract_footage
 from tests.cache_samples import open_writer
 from tests.video_samples import write_lossless
+from train_head.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,6 +99,45 @@ def test_a_kept_cache_is_continued_and_not_extracted_again(tiny_run: Settings, o
     assert (features / "videos" / "1" / "zarr.json").stat().st_mtime_ns == before
     assert [len(done.footage.seconds) for done in predict(tiny_run, run, features, tmp_path / "out", 0.5)] == [6, 2]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["own", "own-2"]
+
+
+def test_what_is_complete_is_kept_and_all_else_made_anew(tiny_run: Settings, own_video: Path, tmp_path: Path) -> None:
+    run, config = run_of(tiny_run)
+    shutil.copytree(run, tmp_path / "head")
+    head, place = tmp_path / "head", f"cache.path={tmp_path / 'kept'}"
+    features = extract_footage(config, [str(own_video), place], head=head)
+
+    def kept(settings: Settings = tiny_run, min_score: float = 0.5) -> list[bool]:
+        return [done.kept for done in predict(settings, head, features, tmp_path / "out", min_score)]
+
+    tracks = tmp_path / "out" / "own" / "tracks.json"
+    assert kept() == [False]
+    written = tracks.read_bytes(), tracks.stat().st_mtime_ns
+    assert kept() == [True]
+    extract_footage(config, [str(own_video), place], head=head, stride=4)
+    assert kept() == [True, False] and kept() == [True, True]  # only what is new
+    assert (tracks.read_bytes(), tracks.stat().st_mtime_ns) == written
+    assert kept(min_score=0.0) == [False, False]
+    fewer = replace(tiny_run, evaluate=replace(tiny_run.evaluate, top_k=1))
+    assert kept(fewer, 0.0) == [False, False]
+    (tmp_path / "out" / "own" / "overlay.mp4").unlink()
+    assert kept(fewer, 0.0) == [False, True]
+    checkpoint = load_checkpoint(head / CHECKPOINT)
+    save_checkpoint(head / CHECKPOINT, replace(checkpoint, seconds=checkpoint.seconds + 1))
+    assert kept(fewer, 0.0) == [False, False]
+
+
+@pytest.mark.parametrize("score", ["1.5", "-0.1", "50", "half", ""])
+def test_scores_outside_0_to_1_are_refused_before_any_work(tiny_run: Settings, tmp_path: Path, score: str) -> None:
+    words = [f"VENV={tmp_path}/venv", f"OUTPUT={tmp_path / 'out'}", f"SCORE={score}"]
+    (tmp_path / "venv").mkdir()
+    (tmp_path / "venv" / ".installed").touch()  # without an interpreter: to call it would be another error
+    done = subprocess.run(["make", "-C", str(ROOT), "predict", *words], capture_output=True, text=True, check=False)
+    assert f"SCORE: not a score (expected 0 to 1, got {score})" in done.stderr
+    assert done.returncode == 2 and not (tmp_path / "out").exists()
+    if score in ("1.5", "-0.1"):
+        with pytest.raises(ConfigError, match=r"not a score \(expected 0 to 1"):
+            predict(tiny_run, tmp_path, tmp_path, tmp_path / "out", float(score))
 
 
 def test_unfinished_footage_stays_out_of_the_way(

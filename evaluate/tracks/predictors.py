@@ -101,14 +101,19 @@ def prune_queries(frozen: FrozenHeads, normed_tQC: Tensor, share: float) -> Toke
     return TokenBlock(tokens_tqC=torch.take_along_dim(normed_tQC, slots_tq[..., None], dim=1), slots_tq=slots_tq)
 
 
+def checkpoint_path(settings: Settings) -> Path:
+    """The checkpoint of a run that is evaluated."""
+    name = BEST if settings.evaluate.checkpoint is CheckpointChoice.best else CHECKPOINT
+    return Path(settings.runs) / settings.name / name
+
+
 def head_predictor(settings: Settings, videos: VideoSet) -> HeadPredictor:
     """The head in the run's checkpoint.
 
     Raises WeightsError where there is none, FingerprintMismatch for a cache of other features or categories.
     """
     device = torch.device(device_name(settings.device))
-    name = BEST if settings.evaluate.checkpoint is CheckpointChoice.best else CHECKPOINT
-    path = Path(settings.runs) / settings.name / name
+    path = checkpoint_path(settings)
     checkpoint = load_checkpoint(path)
     checkpoint.require_cache(videos.feature_cache, path, any_codec=True)
     checkpoint.require_categories([category.name for category in videos.labels.categories], path)
