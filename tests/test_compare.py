@@ -17,6 +17,7 @@ from evaluate.compare.checks import differences, require_pairs
 from evaluate.compare.groups import read_groups
 from evaluate.compare.report import table, write_comparison
 from evaluate.compare.result import compare
+from evaluate.pictures.overlays import predicted_tracks
 from evaluate.score import score
 from evaluate.stage import evaluate
 
@@ -72,7 +73,7 @@ def test_tables_say_what_the_scorer_says(runs: Path, tiny_data: Path, tmp_path: 
     groups = read_groups([f"mine={runs}/kind-*", str(runs / "other")])
     require_pairs(groups)
     assert differences(groups) == []
-    comparison = compare(groups, resamples=40, min_score=0.0)
+    comparison = compare(groups, resamples=40, min_score=0.005)
     scored = [score(tiny_data / "valid.json", path / "results.json") for path in (runs / "kind-0", runs / "other")]
     scored.append(score(tiny_data / "valid.json", runs / "kind-0" / "baseline" / "results.json"))
     for row, metrics in zip(comparison.rows, scored, strict=True):
@@ -95,6 +96,11 @@ def test_tables_say_what_the_scorer_says(runs: Path, tiny_data: Path, tmp_path: 
     page = paths.html.read_text()
     assert page.count("data:image/jpeg;base64,") == len(comparison.changed) * 3 * 4  # sides x frames
     assert 'src="http' not in page and "default-src 'none'" in page and "<svg" in page
+    drawn = predicted_tracks(groups[0].entries[0].labels, groups[0].entries[0].predictions[:1], 1, 0)
+    score_of = groups[0].entries[0].predictions[0].score
+    assert [track.caption.split()[-1] for track in drawn] == [f"{score_of:.2f}"]
+    for text in (page, paths.markdown.read_text()):  # as in captions, tracks.json and --score
+        assert "of score 0.005 or more" in text
     assert "| mine | 2 |" in paths.markdown.read_text() and "mine" in table(comparison)
 
 

@@ -109,7 +109,7 @@ def markdown(comparison: Comparison) -> str:
         ],
     )
     lines += _table(
-        [f"background tracks of score {100 * comparison.min_score:.0f} or more, as", *names],
+        [f"background tracks of score {comparison.min_score:g} or more, as", *names],
         [[row.category, *(f"{count:.1f}" for count in row.counts)] for row in comparison.false_alarms],
     )
     lines += _table(

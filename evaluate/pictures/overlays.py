@@ -83,9 +83,7 @@ def predicted_tracks(
     names = {category.id: category.name for category in labels.categories}
     found = [p for p in predictions if p.video_id == video_id and p.score >= min_score]
     found = sorted(found, key=lambda p: -p.score)[: len(PALETTE)]
-    return [
-        DrawnTrack(caption=f"{names[p.category_id]} {100 * p.score:.0f}", segmentations=p.segmentations) for p in found
-    ]
+    return [DrawnTrack(caption=f"{names[p.category_id]} {p.score:.2f}", segmentations=p.segmentations) for p in found]
 
 
 def draw_frame(image: NDArray[np.uint8], tracks: Sequence[DrawnTrack], frame: int) -> NDArray[np.uint8]:

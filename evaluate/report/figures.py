@@ -117,7 +117,7 @@ def rate_distortion(calibration: Calibration) -> str:
         figure, (axes,) = panels(1, 10, 3.4)
         located = all(row.bytes_per_location for row in calibration.rows)
         sizes = [row.bytes_per_location if located else row.bytes_per_frame / 1e6 for row in calibration.rows]
-        losses = [100 * (1 - row.mask_iou) for row in calibration.rows]
+        losses = [1 - row.mask_iou for row in calibration.rows]
         axes.scatter(sizes, losses)
         chosen = calibration.chosen
         axes.scatter(
@@ -125,8 +125,8 @@ def rate_distortion(calibration: Calibration) -> str:
         )
         for row, size, loss in zip(calibration.rows, sizes, losses, strict=True):
             axes.annotate(row.label, (size, loss), xytext=(5, 5), textcoords="offset points", rotation=30)
-        axes.axhline(100 * (1 - calibration.min_mask_iou), color="C1", linestyle="--", label="cache.min_mask_iou")
-        axes.set_yscale("symlog", linthresh=0.01)
+        axes.axhline(1 - calibration.min_mask_iou, color="C1", linestyle="--", label="cache.min_mask_iou")
+        axes.set_yscale("symlog", linthresh=1e-4)
         axes.set_ylim(0, 3 * max(losses))  # room for the names
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(MaxNLocator(6))
@@ -134,6 +134,6 @@ def rate_distortion(calibration: Calibration) -> str:
             axis.set_major_formatter(_plain)
             axis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("bytes a map location, mask features" if located else "MB a frame")
-        axes.set_ylabel("mask IoU lost, %")
+        axes.set_ylabel("mask IoU lost")
         axes.legend()
         return page_svg(figure)
