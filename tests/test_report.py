@@ -12,6 +12,8 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from pycocotools.cocoeval import COCOeval
 
@@ -21,10 +23,13 @@ from cache.labels.tracks import Video
 from configs.schema import Settings
 from evaluate.compare.runs import LabelFiles, read_entries
 from evaluate.metrics.weighted import precision_curves
+from evaluate.pictures.charts import drawing, page_svg
 from evaluate.pictures.overlays import PALETTE, DrawnTrack, draw_frame, overlay_data_url
+from evaluate.report import figures
+from evaluate.report.figures import category_bars, learning_curves, similarity_heat_maps
 from evaluate.report.scrubber import ScrubbedSide, ScrubbedVideo, scrub_video, within_budget
 from evaluate.report.sides import read_sides
-from evaluate.report.similarity import _compare
+from evaluate.report.similarity import SimilarityMatrix, _compare
 from evaluate.report.write import write_report
 from evaluate.score import percent
 from evaluate.stage import evaluate
@@ -118,6 +123,56 @@ def test_tables_print_percentages() -> None:
     assert header.split() == ["AP", "AP50", "AP75", "AR1", "AR10"]
     assert line.split() == ["head", "12.3", "–", "100.0", "0.0", "50.0"]
     assert percent(0.9999) == "100.0"
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that a report's module makes, laid out as they are saved."""
+    made: list[Figure] = []
+
+    def noted(figure: Figure) -> str:
+        made.append(figure)
+        return page_svg(figure)
+
+    monkeypatch.setattr(figures, "page_svg", noted)
+    return made
+
+
+@pytest.mark.parametrize("objects", [2, 8])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_no_text_of_a_heat_map_is_cut_off(drawn: list[Figure], count: int, objects: int) -> None:
+    matrix = SimilarityMatrix(
+        video="v",
+        objects=("a category of a long name",) * objects,
+        trained=False,
+        values_FM=np.eye(objects).repeat(6, axis=0),
+        row_objects_F=np.arange(objects).repeat(6),
+        column_objects_M=np.arange(objects),
+    )
+    similarity_heat_maps(
+        {f"{index}, a run of the name that a sweep of two settings gives": matrix for index in range(count)}
+    )
+    (figure,) = drawn
+    with drawing():
+        figure.draw_without_rendering()
+    width, height = figure.bbox.size
+    for text in figure.findobj(Text):
+        if text.get_text() and text.get_visible():
+            box = text.get_window_extent()
+            assert -1 <= box.x0 <= box.x1 <= width + 1 and -1 <= box.y0 <= box.y1 <= height + 1, text.get_text()
+
+
+def test_a_curve_of_one_point_is_seen(drawn: list[Figure]) -> None:
+    log = [{"step": 20.0, "loss": 3.0, "class": 1.0, "mask": 1.0, "dice": 1.0, "similarity": 1.0}]
+    learning_curves({"run": log}, {"run": "C0"})
+    learning_curves({"run": [*log, {**log[0], "step": 40.0}]}, {"run": "C0"})
+    markers = [{line.get_marker() for axes in figure.axes for line in axes.lines} for figure in drawn]
+    assert markers == [{"o"}, {""}]
+
+
+def test_names_in_any_script_are_drawn_without_a_warning(recwarn: pytest.WarningsRecorder) -> None:
+    svg = category_bars(["猫", "कुत्ता"], {"head": np.array([0.5, 0.2])})
+    assert "猫" in svg and not recwarn.list
 
 
 def test_frames_are_cut_evenly_to_fit_the_budget() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from cache.codecs.rate_distortion import Calibration
@@ -28,9 +29,9 @@ def learning_curves(logs: Mapping[str, Log], colours: Mapping[str, str]) -> str:
     with drawing():
         figure, axes = panels(3 if any(evaluated.values()) else 2, 10, 3)
         for name, log in logs.items():
-            axes[0].plot(*_curve(log, "loss"), label=name, color=colours[name])
+            _draw(axes[0], _curve(log, "loss"), label=name, color=colours[name])
         for term in TERMS:
-            axes[1].plot(*_curve(first, term), label=term)
+            _draw(axes[1], _curve(first, term), label=term)
         axes[0].set_title("total loss")
         axes[1].set_title(f"terms of {next(iter(logs))}, last decoder layer")
         axes[1].set_yscale("log")
@@ -44,6 +45,11 @@ def learning_curves(logs: Mapping[str, Log], colours: Mapping[str, str]) -> str:
             part.set_xlabel("step")
             part.legend()
         return page_svg(figure)
+
+
+def _draw(axes: Axes, curve: tuple[FloatArray, FloatArray], label: str, color: str | None = None) -> None:
+    """A line; a dot where there is one point, which a line would not show."""
+    axes.plot(*curve, marker="o" if len(curve[0]) == 1 else "", label=label, color=color)
 
 
 def _plain(value: float, _: object = None) -> str:
@@ -92,19 +98,19 @@ def similarity_heat_maps(matrices: Mapping[str, SimilarityMatrix]) -> str:
     """One heat map a run, rows and columns in blocks of one object."""
     rows = max(len(matrix.values_FM) for matrix in matrices.values())
     with drawing():
-        figure, axes = panels(len(matrices), min(10, 5 * len(matrices)), float(np.clip(0.045 * rows, 3.2, 6)))
+        figure, axes = panels(len(matrices), 10, float(np.clip(0.045 * rows, 4.4, 6)))
         for part, (name, matrix) in zip(axes, matrices.items(), strict=True):
             values = matrix.values_FM
             image = part.imshow(values, aspect="auto", cmap="viridis", vmin=0 if matrix.trained else None, vmax=1)
             counts = np.bincount(matrix.row_objects_F, minlength=len(matrix.objects))
             ends = counts.cumsum()
-            objects = [short_name(name) for name in matrix.objects]
+            objects = [short_name(name, 24 // min(3, len(matrices))) for name in matrix.objects]
             part.set_yticks(ends - counts / 2 - 0.5, objects)
             part.set_xticks(range(values.shape[1]), [objects[k] for k in matrix.column_objects_M], rotation=45)
             for end in ends[:-1]:
                 part.axhline(end - 0.5, color="white", linewidth=1)
             part.grid(visible=False)
-            part.set(title=f"{name}: {100 * matrix.agreement:.0f} % agree", xlabel="video query of")
+            part.set(title=f"{short_name(name)}\n{100 * matrix.agreement:.0f} % agree", xlabel="video query of")
             label = "probability of one object" if matrix.trained else "cosine (no similarity loss)"
             figure.colorbar(image, ax=part, label=label)
         axes[0].set_ylabel("frame queries of, frame by frame")
