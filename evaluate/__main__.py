@@ -22,6 +22,8 @@ def main() -> int:
     run = verbs.add_parser("run", help="AP of the run's head and of the training-free baseline")
     report = verbs.add_parser("report", help="write the run's self-contained HTML report")
     report.add_argument("--beside", type=Path, action="append", default=[], metavar="RUN", help="show another run too")
+    words = "show this method of the run beside its head, such as clips5-greedy; by default the baseline"
+    report.add_argument("--with", dest="methods", action="append", metavar="METHOD", help=words)
     ablate = verbs.add_parser("ablate", help="the paper's inference tables from one cache and one head")
     ablate.add_argument("what", choices=("windows", "pruning", "association", "topk"), help="what is varied")
     for verb in (run, report, ablate):
@@ -84,7 +86,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from evaluate.tables import run_summary
 
     settings = load_settings(arguments.config, arguments.overrides)
-    path = write_report(settings, arguments.beside)
+    path = write_report(settings, arguments.beside, arguments.methods)
     print(run_summary(settings))
     print(f"report: {path}")
     return 0

@@ -109,6 +109,15 @@ def stored_methods(run: Path, split: str | None = None) -> list[str]:
     return [m for m in methods if split is None or load_metrics(run, m).get("split", split) == split]
 
 
+def shown_methods(run: Path, split: str, asked: Sequence[str] | None = None) -> list[str]:
+    """The head and the methods `asked` for; by default the baseline where the run keeps it of the split.
+
+    Ablations leave a dozen methods, which would crowd out what a page is about.
+    """
+    beside = [method for method in stored_methods(run, split) if method == BASELINE] if asked is None else asked
+    return list(dict.fromkeys([HEAD, *beside]))
+
+
 def methods_left_out(run: Path, split: str | None = None) -> dict[str, str]:
     """Methods that could predict nothing (where `split` is given, for that split), and why."""
     stored = {path.parent.name: json.loads(path.read_text()) for path in run.glob(f"*/{METRICS_NAME}")}

@@ -271,9 +271,15 @@ def test_methods_of_another_split_are_left_out(tiny_run: Settings, tmp_path: Pat
     evaluate(tiny_run)
     shutil.copytree(Path(tiny_run.runs) / tiny_run.name, tmp_path / "tiny")
     settings = replace(tiny_run, runs=str(tmp_path))
-    shutil.copytree(tmp_path / "tiny" / "baseline", tmp_path / "tiny" / "clips5-greedy")
-    of_train(tmp_path / "tiny" / "clips5-greedy")
+    for method in ("clips1-greedy", "clips5-greedy"):  # as an ablation leaves them
+        shutil.copytree(tmp_path / "tiny" / "baseline", tmp_path / "tiny" / method)
     videos = open_evaluation_set(settings)
+    assert [side.method for side in read_sides(settings, videos, [])] == ["head", "baseline"]  # others on request
+    asked = ["clips1-greedy", "clips5-greedy"]
+    assert [side.method for side in read_sides(settings, videos, [], asked)] == ["head", *asked]
+    assert [e.method for e in read_entries(tmp_path / "tiny", None, LabelFiles())] == ["head", "baseline"]
+    assert [e.method for e in read_entries(tmp_path / "tiny", asked, LabelFiles())] == ["head", *asked]
+    of_train(tmp_path / "tiny" / "clips5-greedy")
     assert [side.title for side in read_sides(settings, videos, [])] == ["head", "baseline"]
     assert "clips5-greedy" not in run_summary(settings)
     assert [entry.method for entry in read_entries(tmp_path / "tiny", None, LabelFiles())] == ["head", "baseline"]

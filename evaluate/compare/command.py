@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="methods",
         nargs="*",
         metavar="method",
-        help="what to show beside the heads, such as baseline; without it all that the runs keep, with nothing none",
+        help="shown beside the heads, such as baseline clips5-greedy; without it the baseline, with nothing none",
     )
     parser.add_argument("--allow-differences", action="store_true", help="compare runs of unequal terms, and say so")
     parser.add_argument("--resamples", type=int, default=RESAMPLES, help="draws of the bootstrap over videos")

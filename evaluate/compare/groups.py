@@ -50,7 +50,7 @@ class _Chosen:
 def read_groups(arguments: Sequence[str], methods: Sequence[str] | None = None) -> list[Group]:
     """Read runs given as folders, patterns, or `name=` with folders or patterns parted by commas.
 
-    Heads come first, in the order given, then the other methods: those that the runs keep, or `methods`. A method
+    Heads come first, in the order given, then the other methods: the baseline where it is kept, or `methods`. A method
     without training is the same for all runs of one cache, and appears once.
     """
     label_files = LabelFiles()

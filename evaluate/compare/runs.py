@@ -17,7 +17,7 @@ from configs.load import load_settings
 from configs.schema import Settings, Split
 from evaluate.metrics.video_ap import VideoEvaluation
 from evaluate.results import TrackPrediction
-from evaluate.stored import HEAD, load_metrics, load_predictions, require_predictions, stored_methods
+from evaluate.stored import HEAD, load_metrics, load_predictions, require_predictions, shown_methods
 from evaluate.tables import extraction_costs
 from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint
 from train_head.data.video_sets import chosen_videos, evaluation_split, without_skipped
@@ -82,7 +82,7 @@ class LabelFiles:
 
 
 def read_entries(run: Path, methods: Sequence[str] | None, label_files: LabelFiles) -> list[Entry]:
-    """Read a run's head and other methods (None: all that it keeps), on the split that the head was evaluated on last.
+    """Read a run's head and other methods (None: the baseline), on the split that the head was evaluated on last.
 
     Raises ConfigError where the folder is no run, CacheError where it was not evaluated, AnnotationError where its
     split has no public labels.
@@ -96,7 +96,7 @@ def read_entries(run: Path, methods: Sequence[str] | None, label_files: LabelFil
         settings, runs=str(place.parent), name=place.name, evaluate=replace(settings.evaluate, split=chosen)
     )
     split, labels = label_files.of(settings)
-    names = list(dict.fromkeys(stored_methods(run, split) if methods is None else [HEAD, *methods])) or [HEAD]
+    names = shown_methods(run, split, methods)
     for method in names:
         require_predictions(run, method)
     checkpoint = load_checkpoint(run / CHECKPOINT)

@@ -1,4 +1,4 @@
-"""Whose tracks a report shows: every method of the run, and the heads of other runs beside it."""
+"""Whose tracks a report shows: head and baseline of the run, other methods, the heads of other runs beside it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from evaluate.metrics.video_ap import VideoEvaluation
 from evaluate.metrics.weighted import HEADLINE, FloatArray
 from evaluate.pictures.overlays import TRUTH
 from evaluate.results import TrackPrediction
-from evaluate.stored import HEAD, load_predictions, stored_methods
+from evaluate.stored import HEAD, load_predictions, shown_methods, stored_methods
 from train_head.data.video_sets import VideoSet
 
 
@@ -43,18 +43,20 @@ class Scored:
     categories_K: FloatArray
 
 
-def read_sides(settings: Settings, videos: VideoSet, beside: Sequence[Path]) -> list[Side]:
-    """The run's own methods, its head first, then the heads of the runs beside it; no title twice.
+def read_sides(
+    settings: Settings, videos: VideoSet, beside: Sequence[Path], methods: Sequence[str] | None = None
+) -> list[Side]:
+    """The run's head, its other `methods` (None: the baseline), then the heads of the runs beside it; no title twice.
 
     Raises CacheError where the run is not evaluated on these videos yet, ConfigError where a run beside it has others,
     or is given twice.
     """
     run, labels = Path(settings.runs) / settings.name, videos.labels
-    methods = stored_methods(run, videos.split)
-    if HEAD not in methods:
+    if HEAD not in stored_methods(run, videos.split):
         hint = "`make evaluate` with the same config comes first"
         raise CacheError(f"nothing to report yet on split {videos.split}", where=run, hint=hint)
-    sides = [_side(method, method, settings, load_predictions(run, method, labels), labels) for method in methods]
+    shown = shown_methods(run, videos.split, methods)
+    sides = [_side(method, method, settings, load_predictions(run, method, labels), labels) for method in shown]
     files = LabelFiles()
     for path in beside:
         if any(path.resolve() == side.run.resolve() for side in sides):

@@ -37,14 +37,15 @@ from train_head.run_folder import PROVENANCE, read_metrics_log
 SCRIPT = "report/scrubber.js"
 
 
-def write_report(settings: Settings, beside: Sequence[Path] = ()) -> Path:
+def write_report(settings: Settings, beside: Sequence[Path] = (), methods: Sequence[str] | None = None) -> Path:
     """Write `report.html` into the run's folder and return its path; `beside`: folders of other runs to show too.
 
-    Without the data set's frames the page has no videos, and says so. Raises CacheError where the run is not
-    evaluated yet, ConfigError where a run beside it was evaluated on other videos.
+    `methods`: what to show beside the head, by default the baseline. Without the data set's frames the page has no
+    videos, and says so. Raises CacheError where the run is not evaluated yet, ConfigError where a run beside it was
+    evaluated on other videos.
     """
     videos = open_evaluation_set(settings)
-    sides = read_sides(settings, videos, beside)
+    sides = read_sides(settings, videos, beside, methods)
     problem, scrubbed = None, list[ScrubbedVideo]()
     try:
         scrubbed = _scrubbed(settings, videos, sides)
