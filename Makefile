@@ -91,6 +91,7 @@ predict: $(STAMP)  ## your own video: VIDEO=clip.mp4 (or a folder, or a list) [H
 	$(PY) -m evaluate predict --head "$(HEAD)" --output "$(OUTPUT)" --score $(SCORE) "$(HEAD_CONFIG)" "$$features/video" $(OVERRIDES)
 
 compare: $(STAMP)  ## RUNS="runs/a runs/b": what differs, whether it is real, where it comes from
+	@$(if $(RUNS),,$(error no runs to compare. Hint: RUNS="runs/a runs/b", or RUNS="name=runs/a-* other=runs/b-*"))
 	@$(PY) -m evaluate compare $(RUNS) --output $(COMPARISON) $(if $(DIFFER),--allow-differences)
 
 # Frozen against fine-tuned demo detector, each with three seeds of a head: two lanes of one core each.

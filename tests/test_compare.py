@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -161,6 +162,13 @@ def test_what_is_no_run_or_has_no_such_method_is_refused(runs: Path, tmp_path: P
         read_groups([str(runs / "other")], ["clips"])
     with pytest.raises(ConfigError, match="a run is given twice"):
         read_groups([str(runs / "other"), f"{runs}/kind-0/../other"], [])
+
+
+def test_make_compare_without_runs_says_how_to_name_them(tmp_path: Path) -> None:
+    (tmp_path / ".installed").touch()
+    command = ["make", "-C", str(Path(__file__).parent.parent), "compare", f"VENV={tmp_path}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and 'no runs to compare. Hint: RUNS="runs/a runs/b"' in done.stderr
 
 
 def test_the_command_refuses_unequal_terms_unless_told(

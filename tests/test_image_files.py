@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +99,10 @@ def test_broken_lists(tmp_path: Path, content: str, words: str) -> None:
 
 
 def test_empty_folders_odd_ones_out_and_broken_images(tmp_path: Path) -> None:
+    (tmp_path / "clips" / "first").mkdir(parents=True)
+    with pytest.raises(FrameError, match=r"no images(.|\n)*hint: .*`ls -d .*/clips/\* > videos.txt`"):
+        look_through(tmp_path / "clips")
+    shutil.rmtree(tmp_path / "clips")
     with pytest.raises(FrameError, match="no images"):
         look_through(tmp_path)
     Image.fromarray(noise(1, (40, 40))[0]).save(tmp_path / "1.jpg")

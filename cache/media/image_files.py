@@ -89,7 +89,13 @@ def images_in(folder: Path) -> list[Path]:
     found = [path for path in folder.iterdir() if is_image(path) and not path.name.startswith(".")]
     if not found:
         listed = ", ".join(IMAGE_SUFFIXES)
-        raise FrameError("no images in this folder", where=folder, expected=f"files that end in {listed}")
+        several = f"a folder is one video; several go into a list: `ls -d {folder}/* > videos.txt`, then videos.txt"
+        raise FrameError(
+            "no images in this folder",
+            where=folder,
+            expected=f"files that end in {listed}",
+            hint=several if any(folder.iterdir()) else None,
+        )
     return sorted(found, key=lambda path: _natural(path.name))
 
 
