@@ -7,6 +7,7 @@ peak is measured, on CPU that of the process above its level at rest; streaming 
 
 from __future__ import annotations
 
+import ctypes
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from train_head.heads.streaming import predict_stream
 
 _SHORT, _LONG = 48, 144  # frames that the line is drawn through; the default windows divide them
 _STREAMED = 480
+_MMAP_THRESHOLD = -3  # glibc's name for it in `mallopt`
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -63,9 +65,19 @@ def max_frames(memory: int, device: str, windows: Sequence[int], shares: Sequenc
     return 0
 
 
+def _return_freed_memory() -> None:
+    """Map every tensor by itself (glibc), so that memory is the system's again once it is freed.
+
+    What the heap happens to hold on to is another share of the peak in every process: no two tables agreed.
+    """
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(_MMAP_THRESHOLD, 1 << 16)
+
+
 @torch.no_grad()
 def _fit(window: int, kept: float, device: str) -> Fit:
     torch.set_num_threads(1)
+    _return_freed_memory()
     place = torch.device(device)
     problem = VideoProblem(window=window)
     problem = replace(problem, queries=round(kept * problem.queries))
