@@ -81,6 +81,16 @@ def test_tracks_go_on_where_their_masks_agree(matching: Matching) -> None:
     }
 
 
+def test_tracks_go_on_from_an_iou_of_a_tenth_and_the_earlier_clip_decides_shared_frames() -> None:
+    wide, hw = np.arange(40), (1, 40)
+    first, *later = (masks.encode(((wide >= left) & (wide < left + 20))[None]) for left in (0, 16, 17))
+    for mask, num_tracks in zip(later, (1, 2), strict=True):  # IoU 4 / 36 = .11, then 3 / 37 = .08
+        clips = [clip(range(2), [[0.9]], [[first, first]]), clip(range(1, 3), [[0.9]], [[mask, mask]])]
+        tracks = link(clips, hw, Matching.hungarian, top_k=10)
+        whole = [(first, first, mask)] if num_tracks == 1 else [(first, first, None), (None, mask, mask)]
+        assert sorted(map(list, tracks.masks), key=str) == sorted(map(list, whole), key=str)
+
+
 def test_adjacent_clips_compare_their_nearest_frames() -> None:
     clips = [clip(range(t, t + 1), [[0.9], [0.8]], [[block(t % 2)], [block(4)]]) for t in range(3)]
     swapped = clip(range(3, 4), [[0.8], [0.9]], [[block(4)], [block(1)]])

@@ -134,6 +134,21 @@ def test_objects_of_other_occlusion_levels_are_ignored() -> None:
     assert VideoEvaluation(labelled, predictions).metrics() == evaluation.metrics()
 
 
+def test_crowds_are_in_no_part() -> None:
+    labels, objects = _two_videos()
+    crowd = Object(video=2, category=8, cells=np.ones((1, 1, 4), dtype=bool), scale=300, crowd=True)
+    with_crowd = as_files_have_it([2, 5], [*objects, crowd])[0]
+    levels = [("none",), ("severe",), ("none", "none"), ("none", "severe"), ("slight",)]
+
+    def named(labels: Labels) -> list[tuple[str, str, int]]:
+        tracks = [dataclasses.replace(t, occlusion=level) for t, level in zip(labels.tracks, levels, strict=False)]
+        parts = parts_of(dataclasses.replace(labels, tracks=tuple(tracks)))
+        return [(p.kind, p.name, p.num_objects) for p in parts if p.kind != "occlusion (mBOR)"]  # of boxes, crowds too
+
+    assert len(with_crowd.tracks) == len(labels.tracks) + 1
+    assert named(with_crowd) == named(labels)
+
+
 def test_thirds_are_even_and_keep_equal_values_together() -> None:
     assert thirds([1, 2, 3, 4, 5, 6]) == [(1, 2), (3, 4), (5, 6)]
     assert thirds([7, 7, 7, 7]) == [(7, 7)]

@@ -6,9 +6,12 @@ import argparse
 import json
 import re
 import shutil
+import statistics
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from cache.errors import CacheError, ConfigError
@@ -17,10 +20,14 @@ from evaluate.compare import command
 from evaluate.compare.checks import differences, require_pairs
 from evaluate.compare.groups import read_groups
 from evaluate.compare.report import table, write_comparison
-from evaluate.compare.result import compare
+from evaluate.compare.result import _spread, compare
+from evaluate.compare.videos import changed_videos
+from evaluate.metrics.video_ap import VideoEvaluation
 from evaluate.pictures.overlays import predicted_tracks
 from evaluate.score import score
 from evaluate.stage import evaluate
+from tests.naive_video_ap import Object, naive_metrics
+from tests.track_samples import CATEGORIES, as_files_have_it
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +110,34 @@ def test_tables_say_what_the_scorer_says(runs: Path, tiny_data: Path, tmp_path: 
     for text in (page, paths.markdown.read_text()):  # as in captions, tracks.json and --score
         assert "of score 0.005 or more" in text
     assert "| mine | 2 |" in paths.markdown.read_text() and "mine" in table(comparison)
+
+
+def test_the_spread_is_the_sample_standard_deviation() -> None:
+    assert _spread(np.array([0.1, 0.2, 0.6])) == pytest.approx(statistics.stdev([0.1, 0.2, 0.6]))
+    assert _spread(np.array([0.1])) is None and _spread(np.array([np.nan, np.nan])) is None
+
+
+def test_a_video_s_influence_is_the_difference_with_it_less_that_without_it() -> None:
+    """The first group finds the objects of videos 2 and 3, the second one those of 1, 3 and 4."""
+    cells = np.ones((1, 1, 1), dtype=bool)
+    objects = [Object(video=v, category=3, cells=cells, scale=1) for v in (1, 2, 3, 4)]
+    found = [[Object(video=v, category=3, cells=cells, scale=1, score=0.9) for v in of] for of in ([2, 3], [1, 3, 4])]
+    evaluations = [VideoEvaluation(*as_files_have_it([1, 2, 3, 4], objects + of)) for of in found]
+    entries = [SimpleNamespace(labels=each.labels, evaluation=each) for each in evaluations]
+    groups = [SimpleNamespace(name=name, entries=[entry]) for name, entry in zip("ab", entries, strict=True)]
+
+    def difference(videos: list[int]) -> float:
+        first, second = (naive_metrics(videos, CATEGORIES, objects + of)["AP"] for of in found)
+        assert first is not None and second is not None
+        return second - first
+
+    whole = [1, 2, 3, 4]
+    changed = changed_videos(groups, 4)  # type: ignore[arg-type]
+    for video in changed:
+        without = [other for other in whole if other != video.video_id]
+        assert video.influence == pytest.approx(difference(whole) - difference(without), abs=1e-9)
+    assert [video.influence > 0 for video in sorted(changed, key=lambda v: v.video_id)] == [True, False, False, True]
+    assert changed[0].video_id == 2 and (changed[0].ap_first, changed[0].ap_group) == pytest.approx((1, 0))
 
 
 def test_names_are_escaped(runs: Path, tmp_path: Path) -> None:

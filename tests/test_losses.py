@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import permutations
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from tests.test_losses_parity import FixedPoints, step
 from train_head.losses.criterion import LossNormalisers, LossWeights, VitaCriterion
 from train_head.losses.matcher import CostWeights, assign, point_costs
 from train_head.losses.points import PointConfig, RandomPoints
+from train_head.losses.similarity import num_similarity_pairs
 from train_head.losses.targets import ClipTargets, clip_targets
 
 
@@ -152,3 +154,15 @@ def test_missing_frame_matches_and_mixed_clips_are_refused() -> None:
         step(golden_head(), *inputs, points, VitaCriterion(weights=LossWeights()))
     with pytest.raises(AnnotationError, match="2 objects in 2 frames"):
         replace(target, labels_N=torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(("num_queries", "num_objects", "matched"), [(4, 3, 3), (4, 7, 4)])
+def test_pairs_of_similarity_count_as_many_video_queries_as_can_be_matched(
+    num_queries: int, num_objects: int, matched: int
+) -> None:
+    queries_LTN = torch.full((2, 3, num_objects), -1)
+    queries_LTN[0, 0, :2] = 1  # two embeddings of frames in the first layer
+    queries_LTN[1, :, 0] = 2  # three in the second
+    target = SimpleNamespace(frame_queries_LTN=queries_LTN, num_objects=num_objects)
+    pairs = num_similarity_pairs([target, target], num_queries)  # type: ignore[list-item]
+    assert float(pairs) == pytest.approx(2 * ((2 + matched) ** 2 + (3 + matched) ** 2))

@@ -29,14 +29,16 @@ from evaluate.report import figures
 from evaluate.report.figures import category_bars, learning_curves, similarity_heat_maps
 from evaluate.report.scrubber import ScrubbedSide, ScrubbedVideo, scrub_video, within_budget
 from evaluate.report.sides import read_sides
-from evaluate.report.similarity import SimilarityMatrix, _compare
+from evaluate.report.similarity import SimilarityMatrix, _compare, video_of_many_objects
 from evaluate.report.write import write_report
 from evaluate.score import percent
 from evaluate.stage import evaluate
 from evaluate.stored import load_metrics
 from evaluate.tables import metrics_table, run_summary
 from tests.conftest import tiny_settings
+from tests.naive_video_ap import Object
 from tests.report_run import HOSTILE, hostile_run
+from tests.track_samples import as_files_have_it
 from train_head.data.video_sets import open_evaluation_set
 from train_head.losses.matcher import ClipMatch
 
@@ -55,6 +57,21 @@ def test_the_similarity_matrix_by_hand() -> None:
     cosines = _compare((frames_TQC, videos_VC), False, matches_TN, match, "v", ["cat", "dog"])
     assert cosines is not None and cosines.values_FM == pytest.approx(dots)
     assert _compare((frames_TQC, videos_VC), True, torch.full((2, 2), -1), match, "v", ["cat", "dog"]) is None
+
+
+def test_the_similarity_figure_takes_the_video_of_most_objects_up_to_eight() -> None:
+    cells = np.ones((1, 1, 1), dtype=bool)
+
+    def chosen(counts: dict[int, int], crowds: dict[int, int]) -> int | None:
+        objects = [Object(video=v, category=3, cells=cells, scale=1) for v, n in counts.items() for _ in range(n)]
+        objects += [Object(video=v, category=3, cells=cells, scale=1, crowd=True)
+                    for v, n in crowds.items() for _ in range(n)]  # fmt: skip
+        video = video_of_many_objects(as_files_have_it(list(counts), objects)[0])
+        return None if video is None else video.id
+
+    assert chosen({1: 3, 2: 8, 3: 9, 4: 2}, {}) == 2
+    assert chosen({1: 3, 2: 1, 3: 2}, {2: 5, 1: 9}) == 1  # crowds do not count
+    assert chosen({1: 1, 2: 9}, {1: 1}) is None
 
 
 def square_tracks() -> list[DrawnTrack]:

@@ -285,3 +285,15 @@ def test_everything_is_on_disk_before_the_marker(tmp_path: Path, monkeypatch: py
     before = {path for what, path in happened[:marker] if what == "fsync"}
     assert {str(path) for path in folder.rglob("*")} - {str(folder / "zarr.json")} <= before
     assert ("fsync", str(folder)) in happened[marker:]
+
+
+def test_a_run_takes_over_what_its_own_dead_workers_left_on_other_hosts(tmp_path: Path) -> None:
+    locks = VideoLocks(tmp_path)
+    (tmp_path / LOCKS).mkdir()
+    for name, run in {"mine": locks.run, "theirs": "another"}.items():
+        owner = Owner(host="node17", pid=4321, since="2026-11-22T10:00:00+00:00", run=run)
+        (tmp_path / LOCKS / name).write_text(json.dumps(asdict(owner)))
+    locks.claim("mine")
+    with pytest.raises(VideoBusy, match="process 4321 on node17"):
+        locks.claim("theirs")
+    locks.release("mine")
