@@ -107,7 +107,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 
 def _plot(arguments: argparse.Namespace) -> int:
-    from evaluate.pictures.plot import plot
+    from evaluate.plot import plot
 
     print(f"written: {plot(arguments.what, arguments.sources, arguments.output, arguments.low, arguments.high)}")
     return 0

@@ -93,7 +93,7 @@ def test_splits_share_one_fit(caches: dict[str, Path], codec: str) -> None:
     assert (caches[codec] / "train" / CALIBRATION).read_bytes() == (caches[codec] / "valid" / CALIBRATION).read_bytes()
 
 
-def test_the_measurements_are_stored(caches: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_measurements_are_stored(caches: dict[str, Path]) -> None:
     for codec, path in caches.items():
         calibration = read_calibration(path / "train")
         assert calibration is not None

@@ -43,7 +43,7 @@ def test_every_fault_is_found_in_one_run(tiny_data: Path, tmp_path: Path) -> Non
     assert labels["videos"][0]["file_names"][1] in found["data train"]
 
 
-def test_a_bucket_is_tried_and_one_that_is_not_there_named(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
+def test_a_bucket_is_tried_and_one_that_is_not_there_named(tiny_data: Path, tmp_path: Path) -> None:
     with local_s3("doctor") as bucket:
         assert "cache.path" not in reds(tiny_settings(tiny_data, f"{bucket}/a", tmp_path))
         assert list(RemoteStore(url=bucket).listing()) == []

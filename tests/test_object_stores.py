@@ -78,7 +78,7 @@ def test_a_cache_is_uploaded_read_staged_and_pruned(
     assert objects(address) == files_below(folder)
 
 
-def test_an_extraction_writes_there_and_goes_on(address: str, tmp_path: Path) -> None:
+def test_an_extraction_writes_there_and_goes_on(address: str) -> None:
     for expected in (["1", "2", "3"], []):
         with opened_writer(
             Path(address),

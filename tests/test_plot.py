@@ -9,7 +9,7 @@ from PIL import Image
 
 from cache.errors import CacheError, ConfigError
 from evaluate.pictures.charts import drawing
-from evaluate.pictures.plot import AXES, convergence, gap, plot, read_ablation, read_convergence, read_gap, variants
+from evaluate.plot import AXES, convergence, gap, plot, read_ablation, read_convergence, read_gap, variants
 
 
 def run_with_ap(folder: Path, aps: dict[int, float]) -> Path:

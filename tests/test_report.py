@@ -117,7 +117,7 @@ def test_a_page_of_too_many_pictures_is_thinned(tmp_path: Path) -> None:
     assert len(json.dumps(asdict(kept))) < 12_100_000
 
 
-def test_precision_over_recall_is_that_of_cocoeval(tiny_run: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_precision_over_recall_is_that_of_cocoeval(tiny_run: Settings) -> None:
     from evaluate.metrics.video_ap import VideoEvaluation
     from evaluate.stored import load_predictions
 
