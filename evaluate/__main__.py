@@ -38,24 +38,8 @@ def main() -> int:
     predict.add_argument("overrides", nargs="*", metavar="key=value", help="settings that differ from the config")
     score.add_arguments(verbs.add_parser("score", help="AP and AR of any result file on any YTVIS label file"))
     compare.add_arguments(verbs.add_parser("compare", help="runs against each other: intervals, parts, errors"))
-    plot = verbs.add_parser("plot", help="a figure for a paper: convergence, windows, pruning, gap closed")
-    plot.add_argument("what", choices=("convergence", "windows", "pruning", "gap"), help="convergence: VITA's Fig. 5")
-    words = "name=run,run,pattern* (the seeds of one line), or a run's folder; of gap: comparison.json"
-    plot.add_argument("sources", nargs="+", metavar="SOURCE", help=words)
-    plot.add_argument("--output", type=Path, required=True, help="file to write: .png, .svg or .pdf")
-    plot.add_argument("--low", help="of gap: the row that stands for 0 %% (default: the first)")
-    plot.add_argument("--high", help="of gap: the row that stands for 100 %% (default: the one of highest AP)")
-    bench = verbs.add_parser("bench", help="inference of a video against the plain way, in one run")
-    bench.add_argument("--output", type=Path, help="write the figures here too (JSON)")
-    bench.add_argument("--small", action="store_true", help="a tiny video: shows in seconds that the bench runs")
-    memory = verbs.add_parser("bench-memory", help="peak memory against the length of the video")
-    frames = verbs.add_parser("max-frames", help="the longest video that fits: at once and streaming")
-    frames.add_argument("--memory", default="12GiB", help="such as 12GiB")
-    frames.add_argument("--windows", type=int, nargs="+", default=[3, 6, 12], help="frames that see each other")
-    kept = "shares of the frame queries that pruning keeps"
-    frames.add_argument("--kept", type=float, nargs="+", default=[1.0, 0.75, 0.25], help=kept)
-    for verb in (memory, frames):
-        verb.add_argument("--device", type=Device, default=Device.auto, choices=list(Device), metavar="auto|cpu|cuda")
+    _add_plot(verbs)
+    _add_benchmarks(verbs)
     add_verbose(verbs)
     arguments = parser.parse_args()
     commands = {
@@ -71,6 +55,30 @@ def main() -> int:
         "max-frames": _max_frames,
     }
     return run_command(lambda: commands[arguments.verb](arguments), verbose=arguments.verbose)
+
+
+def _add_plot(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plot = verbs.add_parser("plot", help="a figure for a paper: convergence, windows, pruning, gap closed")
+    plot.add_argument("what", choices=("convergence", "windows", "pruning", "gap"), help="convergence: VITA's Fig. 5")
+    words = "name=run,run,pattern* (the seeds of one line), or a run's folder; of gap: comparison.json"
+    plot.add_argument("sources", nargs="+", metavar="SOURCE", help=words)
+    plot.add_argument("--output", type=Path, required=True, help="file to write: .png, .svg or .pdf")
+    plot.add_argument("--low", help="of gap: the row that stands for 0 %% (default: the first)")
+    plot.add_argument("--high", help="of gap: the row that stands for 100 %% (default: the one of highest AP)")
+
+
+def _add_benchmarks(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = verbs.add_parser("bench", help="inference of a video against the plain way, in one run")
+    bench.add_argument("--output", type=Path, help="write the figures here too (JSON)")
+    bench.add_argument("--small", action="store_true", help="a tiny video: shows in seconds that the bench runs")
+    memory = verbs.add_parser("bench-memory", help="peak memory against the length of the video")
+    frames = verbs.add_parser("max-frames", help="the longest video that fits: at once and streaming")
+    frames.add_argument("--memory", default="12GiB", help="such as 12GiB")
+    frames.add_argument("--windows", type=int, nargs="+", default=[3, 6, 12], help="frames that see each other")
+    kept = "shares of the frame queries that pruning keeps"
+    frames.add_argument("--kept", type=float, nargs="+", default=[1.0, 0.75, 0.25], help=kept)
+    for verb in (memory, frames):
+        verb.add_argument("--device", type=Device, default=Device.auto, choices=list(Device), metavar="auto|cpu|cuda")
 
 
 def _run(arguments: argparse.Namespace) -> int:
