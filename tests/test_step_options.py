@@ -112,6 +112,7 @@ def test_a_traced_head_trains_alike(tiny_data: Path, tiny_cache: Path, tmp_path:
 
 def test_a_head_of_real_width_is_one_graph() -> None:
     """Where sizes are worth a CPU's own products and attention, compilation must not meet them."""
+    torch.compiler.reset()  # of what other tests have compiled
     head = VitaHead(HeadConfig(num_classes=4, enc_layers=1, dec_layers=1))
     graphs = CompileCounter()
     head.compile(backend=graphs, fullgraph=True)

@@ -151,5 +151,6 @@ def window_runs(num_frames: int, window: int, shifted: bool) -> tuple[tuple[int,
     if window == 0:
         return ((num_frames, 1),)
     first = min(window // 2, num_frames) if shifted else 0
-    full, rest = divmod(num_frames - first, window)
+    full = (num_frames - first) // window  # no divmod: torch.compile has none of numbers that vary
+    rest = num_frames - first - full * window
     return tuple((length, count) for length, count in ((first, 1), (window, full), (rest, 1)) if length * count)
