@@ -6,9 +6,10 @@ import json
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from yaml import YAMLError
 
 from configs.schema import Settings
@@ -27,9 +28,16 @@ def is_among(key: str, names: Iterable[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def flat(settings: Any) -> dict[str, Any]:
-    """Plain values by dotted name, of `Settings` or of what a run has stored."""
-    node = settings if OmegaConf.is_config(settings) else OmegaConf.structured(settings)
+@cache
+def default_settings() -> DictConfig:
+    """All settings with their types, as they are without a config; not to be changed."""
+    settings: DictConfig = OmegaConf.structured(Settings)
+    return settings
+
+
+def flat(settings: Settings | DictConfig) -> dict[str, Any]:
+    """Plain values by dotted name, of settings or of what a run has stored."""
+    node = settings if isinstance(settings, DictConfig) else OmegaConf.structured(settings)
     return _leaves(OmegaConf.to_container(node, enum_to_str=True))
 
 
@@ -42,7 +50,7 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
 
 def changed_settings(settings: Settings) -> dict[str, Any]:
     """Settings that are not the default."""
-    defaults = flat(Settings)
+    defaults = flat(default_settings())
     return {key: value for key, value in flat(settings).items() if value != defaults[key]}
 
 

@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from cache.errors import ConfigError
-from configs.changes import flat
+from configs.changes import default_settings, flat
 from configs.schema import DetectorEngine, Settings
 
 CONFIG_FOLDER = Path(__file__).parent
@@ -45,7 +45,7 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
     that the overrides name and that is not there.
     """
     path = find_config(config)
-    merged = OmegaConf.structured(Settings)
+    merged: Any = default_settings()
     known = _all_keys(merged)
     overridden = _parse_overrides(overrides)
     for where, part in ((str(path), _parse_file(path)), (COMMAND_LINE, overridden)):

@@ -7,9 +7,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from cache.errors import ConfigError
-from configs.changes import flat
+from configs.changes import default_settings, flat
 from configs.load import CONFIG_FOLDER, find_config, load_settings
-from configs.schema import Device, Precision, Settings
+from configs.schema import Device, Precision
 
 
 @pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -22,7 +22,7 @@ def test_every_config_loads_and_says_what_it_is(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_config_states_only_what_differs_from_the_defaults(path: Path) -> None:
-    defaults, stated = flat(Settings), flat(OmegaConf.load(path))
+    defaults, stated = flat(default_settings()), flat(OmegaConf.load(path))
     assert [key for key, value in stated.items() if value == defaults[key]] == []
 
 

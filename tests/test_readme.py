@@ -19,8 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from configs.changes import flat
-from configs.schema import Settings
+from configs.changes import default_settings, flat
 from tests.object_store import local_s3
 from tests.readme_shell import ROOT, Shell, opened_shell, stood_in, write_program
 
@@ -187,9 +186,9 @@ def test_symptoms_are_what_commands_say() -> None:
 
 def test_settings_that_texts_name_exist() -> None:
     named = {match[1] for part in code()[1] if (match := re.match(r"([a-z]+\.\w+)(=|$)", part))}
-    packages = {key.partition(".")[0] for key in flat(Settings) if "." in key}
+    packages = {key.partition(".")[0] for key in flat(default_settings()) if "." in key}
     settings = {name for name in named if name.partition(".")[0] in packages and not name.endswith((".py", ".json"))}
-    assert len(settings) > 20 and settings - flat(Settings).keys() == set()
+    assert len(settings) > 20 and settings - flat(default_settings()).keys() == set()
 
 
 def tracked_files() -> list[Path]:

@@ -17,7 +17,7 @@ from cache.labels.splits import Split
 from cache.layout import write_file_atomically
 from cache.storage.locks import held_alone
 from configs.cards import write_run_card
-from configs.changes import WITHOUT_EFFECT, flat, is_among
+from configs.changes import WITHOUT_EFFECT, default_settings, flat, in_yaml, is_among
 from configs.schema import Settings
 
 if TYPE_CHECKING:
@@ -73,10 +73,10 @@ def write_config(folder: Path, settings: Settings) -> None:
 
 
 def _differences(stored: Any, wanted: DictConfig) -> list[str]:
-    before = {**flat(Settings), **flat(stored)}  # with settings that are younger than the run
+    before = {**flat(default_settings()), **flat(stored)}  # with settings that are younger than the run
     now = flat(wanted)
     return [
-        f"{key} was {before.get(key)}, now {now.get(key)}"
+        f"{key} was {in_yaml(before.get(key))}, now {in_yaml(now.get(key))}"
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not is_among(key, _FREE)
     ]

@@ -53,7 +53,7 @@ class SideReport:
     parts: dict[str, float]  # seconds, of `ours` only
     pace: SustainedSteps | None  # of `ours` and `cheap` only
     flops: float  # multiplications and additions of one step's matrix products, of `ours` only
-    flops_per_second: float  # of one large product, now
+    flops_per_second: float  # of one large product, now, in the process of `ours` only
     losses: dict[str, tuple[float, float]]  # dense and ours, from the same points, of `dense` only
 
 
@@ -241,7 +241,7 @@ def _serve(name: SideName, problem: Problem, folder: Path, parent: Connection) -
             parts=_median_parts(side) if name is SideName.ours else {},
             pace=sustain(side.trainer, side.batches) if name in (SideName.ours, SideName.cheap) else None,
             flops=side.flops() if name is SideName.ours else 0.0,
-            flops_per_second=product_rate(device),
+            flops_per_second=product_rate(device) if name is SideName.ours else 0.0,
             losses=losses,
         )
     )
