@@ -98,7 +98,7 @@ def to_all(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGINT)
 
 
-@pytest.mark.parametrize("send", [to_it_alone, to_all])
+@pytest.mark.parametrize("send", [pytest.param(to_it_alone, marks=pytest.mark.slow), to_all])
 def test_the_runs_of_a_stopped_sweep_end_with_it(
     send: Callable[[subprocess.Popen[str]], None], tiny_data: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:

@@ -214,13 +214,14 @@ def test_a_worse_head_never_replaces_the_best_of_before_a_kill(
     assert (best.step, best.best_ap) == (2, 0.5)
 
 
+@pytest.mark.parametrize("stride", [3, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_evaluation_is_made_up_for_wherever_it_was_killed(
-    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stride: int, tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after the first, second, ... checkpoint, evaluation or line of the log, up to a run that is not."""
+    """Killed after the first checkpoint, evaluation or line of the log, a later one, ... up to a run that is not."""
     words = ("train.iterations=3", "train.evaluate_every=1", "train.workers=0", "loss.num_points=16")
     scores = {1: 0.2, 2: 0.5, 3: 0.1}
-    events, fatal, survived = 0, 0, False
+    events, fatal, survived = 0, 1 - stride, False
 
     def dying(function: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*arguments: Any) -> Any:
@@ -236,7 +237,7 @@ def test_an_evaluation_is_made_up_for_wherever_it_was_killed(
     monkeypatch.setattr(trainer, "save_checkpoint", dying(save_checkpoint))
     monkeypatch.setattr(MetricsLog, "write", dying(MetricsLog.write))
     while not survived:
-        run, events, fatal = tmp_path / f"{fatal}", 0, fatal + 1
+        run, events, fatal = tmp_path / f"{fatal}", 0, fatal + stride
         settings = tiny_settings(tiny_data, tiny_cache, tmp_path, f"name={run.name}", *words)
         evaluator = dying(lambda run=run: scores[load_checkpoint(run / CHECKPOINT).step])
         try:
