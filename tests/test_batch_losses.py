@@ -170,7 +170,8 @@ def test_clips_that_share_a_generator_draw_as_they_do_one_by_one() -> None:
     assert_alike(*results)
 
 
-@pytest.mark.parametrize("logit_type", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("logit_type", [torch.bfloat16, torch.float32])
 def test_the_compiled_visit_equals_the_plain_one(logit_type: torch.dtype, capsys: pytest.CaptureFixture[str]) -> None:
     """Through Inductor's C++ here; on CUDA the same graph becomes a Triton kernel."""
     logits = (8 * torch.randn(3, 20, 501, generator=torch.Generator().manual_seed(0))).to(logit_type)
