@@ -122,7 +122,7 @@ bench: $(STAMP)  ## a training step against the live detector; reading, workers,
 	$(PY) -m train_head.bench.loader --json runs/bench_loader.json $(if $(SMALL),--scale 0.01)
 	$(PY) -m train_head bench --output runs/bench_step.json $(if $(SMALL),--small)
 	$(PY) -m evaluate bench --output runs/bench_inference.json $(if $(SMALL),--small)
-	$(PY) -m extract bench --output runs/bench_extraction.json $(CONFIG) $(if $(SMALL),--small cache.calibration_frames=6) $(OVERRIDES)
+	$(PY) -m extract bench --output runs/bench_extraction.json $(if $(SMALL),--small) $(CONFIG) $(if $(SMALL),cache.calibration_frames=6) $(OVERRIDES)
 
 test: $(STAMP)  ## the test suite, CPU only
 	$(PY) -m pytest -m "not slow" -rs -n 3 --dist loadfile

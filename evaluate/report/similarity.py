@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from cache.errors import shown
 from cache.labels.tracks import Labels, Video
 from cache.layout import video_group_name
 from cache.media.geometry import transform_of
@@ -94,6 +95,7 @@ def _clip(videos: VideoSet, video: Video) -> Clip:
         index=0,
         key=cached.name,
         name=video.name,
+        cache=shown(videos.feature_cache.path),
         num_tracks=len(videos.labels.tracks_of(video.id)),
         frames=frames,
         frame_queries_TLQC=torch.from_numpy(cached.frame_queries(frames)),
