@@ -59,8 +59,9 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
             raise ConfigError(reason, where=f"{where}, setting {error.full_key or '?'}") from error
     settings = cast(Settings, OmegaConf.to_object(merged))
     origin = _Origin(str(path), frozenset(_all_keys(overridden)))
-    _validate(settings, flat(merged), origin)
-    _require_named_labels(Path(settings.data.root), flat(merged), origin)
+    values = flat(merged)
+    _validate(settings, values, origin)
+    _require_named_labels(Path(settings.data.root), values, origin)
     return settings
 
 

@@ -121,8 +121,8 @@ def shown_methods(run: Path, split: str, asked: Sequence[str] | None = None) -> 
 def methods_left_out(run: Path, split: str | None = None) -> dict[str, str]:
     """Methods that could predict nothing (where `split` is given, for that split), and why."""
     stored = {path.parent.name: json.loads(path.read_text()) for path in run.glob(f"*/{METRICS_NAME}")}
-    return {method: of[_LEFT_OUT] for method, of in stored.items()
-            if _LEFT_OUT in of and split in (None, of["split"])}  # fmt: skip
+    found = {method: of for method, of in stored.items() if _LEFT_OUT in of and split in (None, of["split"])}
+    return {method: of[_LEFT_OUT] for method, of in found.items()}
 
 
 def require_predictions(run: Path, method: str) -> Path:

@@ -80,10 +80,8 @@ def _duration(videos: Iterable[VideoAttributes], pace: float) -> str:
 def _compared(settings: Settings, calibration: Calibration) -> list[tuple[str, Distortion, str]]:
     """The codecs that cache.codec can name, what each of them is, and a mark at the one that it names."""
     default_step = f"1/{1 / settings.cache.logit_step:g}"
-    wanted, automatic = (
-        settings.cache.codec,
-        calibration.rows[smallest_faithful(calibration.rows, calibration.min_mask_iou)],
-    )
+    wanted = settings.cache.codec.value
+    automatic = calibration.rows[smallest_faithful(calibration.rows, calibration.min_mask_iou)]
     named = [(row.codec, row.label, row) for row in calibration.rows if row.setting in ("", default_step)]
     named = [*reversed(named), (CodecName.auto.value, f"auto: {automatic.label}", automatic)]
-    return [(label, row, "*" if name == wanted.value else " ") for name, label, row in named]
+    return [(label, row, "*" if name == wanted else " ") for name, label, row in named]

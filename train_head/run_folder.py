@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from cache.errors import ConfigError
 from cache.fingerprint import Provenance
@@ -47,9 +47,8 @@ def open_run(settings: Settings, holdout: Split | None) -> Path:
     run of this name differs.
     """
     folder = Path(settings.runs) / settings.name
-    resolved = OmegaConf.structured(settings)
     if (folder / CONFIG).exists() and (folder / METRICS_LOG).exists():
-        differences = _differences(OmegaConf.load(folder / CONFIG), resolved)
+        differences = _differences(OmegaConf.load(folder / CONFIG), settings)
         if differences:
             raise ConfigError(
                 f"a run of this name has other settings: {'; '.join(differences)}",
@@ -72,7 +71,7 @@ def write_config(folder: Path, settings: Settings) -> None:
     write_file_atomically(folder / CONFIG, OmegaConf.to_yaml(OmegaConf.structured(settings)).encode())
 
 
-def _differences(stored: Any, wanted: DictConfig) -> list[str]:
+def _differences(stored: Any, wanted: Settings) -> list[str]:
     before = {**flat(default_settings()), **flat(stored)}  # with settings that are younger than the run
     now = flat(wanted)
     return [

