@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ import traceback
 from collections.abc import Callable
 
 from cache.errors import VideoBusy, VitaCacheError, first_line
+from cache.progress import is_main
 
 INTERRUPTED = 130
 BUSY = 75  # EX_TEMPFAIL of sysexits.h
@@ -50,18 +50,6 @@ def run_command(command: Callable[[], int], *, verbose: bool = False) -> int:
         if isinstance(error, VideoBusy):
             return BUSY
         return 2 if isinstance(error, VitaCacheError | OSError) else 1
-
-
-@functools.cache
-def warn_once(text: str) -> None:
-    """Print a warning, however often a command comes upon its cause; of several processes the main one does."""
-    if is_main():
-        print(f"warning: {text}")
-
-
-def is_main() -> bool:
-    """Whether this is the one process that speaks, where torchrun has started several."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _own_command() -> str:

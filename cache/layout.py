@@ -24,6 +24,7 @@ FORMAT_VERSION = 1
 METADATA = "zarr.json"
 DETECTOR, CODEC, VIDEOS, ANNOTATIONS = "detector", "codec", "videos", "annotations.json"
 CARD = "README.md"  # for people; no reader looks at it
+EXTRACTION_RECORD = "extraction.json"  # what extracting has cost
 SKIPPED = "skipped.json"  # videos that could not be read, and why
 FRAME_QUERIES, MASK_FEATURES = "frame_queries", "mask_features"
 CHECKSUMS = "content_crc32c"  # attribute of a video: what all elements of each field add up to

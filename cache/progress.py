@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import sys
 from collections.abc import Collection, Iterator
 from time import monotonic
@@ -67,3 +69,15 @@ def with_progress(items: Collection[Item], title: str, *, unit: str) -> Iterator
 def say(text: str) -> None:
     """Print a line, above the bar where there is one."""
     tqdm.write(text)
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Print a warning, however often a command comes upon its cause; of several processes the main one does."""
+    if is_main():
+        print(f"warning: {text}")
+
+
+def is_main() -> bool:
+    """Whether this is the one process that speaks, where torchrun has started several."""
+    return os.environ.get("RANK", "0") == "0"

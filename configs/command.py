@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cache.command import is_main
 from cache.errors import ConfigError
+from cache.progress import is_main
 from configs.changes import in_words
 from configs.load import load_settings
 from configs.schema import Device, Precision, Settings

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cache.layout import EXTRACTION_RECORD
 from configs.schema import Settings
 from configs.splits import all_caches
 from evaluate.metrics.weighted import HEADLINE
@@ -65,7 +66,7 @@ def read_metrics(run: Path) -> dict[str, dict[str, Any]]:
 
 def extraction_costs(settings: Settings) -> list[StageCost]:
     """What the extraction of every split took, as far as it is recorded."""
-    records = {split.name: split.features / "extraction.json" for split in all_caches(settings)}
+    records = {split.name: split.features / EXTRACTION_RECORD for split in all_caches(settings)}
     stored = {name: json.loads(record.read_text()) for name, record in records.items() if record.exists()}
     return [StageCost(stage=f"extract {n}", seconds=each["seconds"], bytes=each["bytes"]) for n, each in stored.items()]
 

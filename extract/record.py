@@ -6,11 +6,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from cache.layout import SKIPPED, write_file_atomically
+from cache.layout import EXTRACTION_RECORD, SKIPPED, write_file_atomically
 from cache.storage.locks import locked
 from cache.writer import CacheWriter
-
-EXTRACTION_RECORD = "extraction.json"
 
 
 @dataclass(frozen=True, kw_only=True)

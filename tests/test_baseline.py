@@ -30,8 +30,8 @@ from evaluate.tracks.predictors import baseline_predictor
 from tests.conftest import tiny_settings
 from train_head.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from train_head.data.video_sets import open_evaluation_set
+from train_head.heads.mask_folding import MapDecoding
 from train_head.losses.detector_predictions import FrozenHeads
-from train_head.losses.mask_folding import MapDecoding
 
 
 def test_shuffled_queries_are_followed_back() -> None:

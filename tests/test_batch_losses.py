@@ -20,11 +20,11 @@ from train_head.build import trained_parameters
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
 from train_head.heads.contract import HeadOutputs
+from train_head.heads.mask_folding import MapDecoding, MaskWeights
 from train_head.joint import LiveSource
 from train_head.losses import batch_losses, clip_losses, logit_visits
 from train_head.losses.criterion import LossNormalisers, VitaCriterion, VitaLosses
 from train_head.losses.logit_visits import fused_visit, visit_logits
-from train_head.losses.mask_folding import MapDecoding, MaskWeights
 from train_head.losses.points import PointConfig, PointSource, RandomPoints
 from train_head.losses.targets import ClipTargets, clip_targets
 from train_head.trainer import Trainer

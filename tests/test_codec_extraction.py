@@ -31,9 +31,9 @@ from tests.conftest import tiny_settings
 from train_head.build import decoding_of, map_channels
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
+from train_head.heads.mask_folding import MapDecoding
 from train_head.losses.detector_predictions import FrozenHeads
 from train_head.losses.frame_losses import frame_normalisers
-from train_head.losses.mask_folding import MapDecoding
 from train_head.trainer import train
 
 FRAMES = "cache.calibration_frames=12"

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from cache.errors import ConfigError
 from cache.heads import DetectorHeads
 from configs.schema import FrameMatching
+from train_head.heads.mask_folding import MapDecoding
 from train_head.losses.detector_predictions import FrozenHeads
 from train_head.losses.frame_matches import frame_points, label_map, match_frames
-from train_head.losses.mask_folding import MapDecoding
 from train_head.losses.matcher import CostWeights
 from train_head.losses.targets import ClipTargets, clip_targets
 

@@ -11,8 +11,8 @@ import torch
 
 from train_head.heads.contract import HeadConfig, HeadOutputs
 from train_head.heads.layers import MultiheadAttention, SelfAttentionLayer, window_runs
+from train_head.heads.mask_folding import MapDecoding, fold_mask_embeddings
 from train_head.heads.vita import VitaHead, strip_release_prefix
-from train_head.losses.mask_folding import MapDecoding, fold_mask_embeddings
 
 GOLDEN = Path(__file__).parent / "golden" / "vita_head"
 TOLERANCE = 2e-5

@@ -24,7 +24,7 @@ from train_head.heads.example_head import GruHead
 from train_head.heads.frame_spill import TokenBlock
 from train_head.heads.kinds import HEADS, build_head
 from train_head.heads.layers import MultiheadAttention
-from train_head.losses.mask_folding import MapDecoding
+from train_head.heads.mask_folding import MapDecoding
 from train_head.parameter_table import head_parameters
 from train_head.release import export_file
 from train_head.trainer import train

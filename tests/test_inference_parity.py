@@ -15,7 +15,7 @@ from cache.labels.masks import mask
 from evaluate.tracks.inference import VideoTracks, predict_video
 from tests.test_head_parity import golden_head
 from train_head.heads.frame_spill import TokenBlock
-from train_head.losses.mask_folding import MapDecoding
+from train_head.heads.mask_folding import MapDecoding
 
 GOLDEN = Path(__file__).parent / "golden" / "vita_infer"
 IMAGE_HW, ORIGINAL_HW = (90, 160), (180, 320)

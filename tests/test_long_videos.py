@@ -21,8 +21,8 @@ from evaluate.tracks.inference import predict_video
 from evaluate.tracks.mask_store import MaskStore, StoredMasks
 from evaluate.tracks.read_ahead import read_ahead
 from tests.test_streaming import SLOTS, blocks_of, small_head
+from train_head.heads.mask_folding import MapDecoding
 from train_head.heads.vita import VitaHead
-from train_head.losses.mask_folding import MapDecoding
 
 
 @functools.cache

@@ -14,9 +14,9 @@ from torch import Tensor
 from configs.schema import PaddedArea
 from tests.test_head_parity import GOLDEN, golden_head
 from train_head.bench.problem import FixedPoints
+from train_head.heads.mask_folding import MapDecoding
 from train_head.heads.vita import VitaHead
 from train_head.losses.criterion import LossNormalisers, VitaCriterion, VitaLosses
-from train_head.losses.mask_folding import MapDecoding
 from train_head.losses.points import RandomPoints
 from train_head.losses.targets import ClipTargets, clip_targets
 

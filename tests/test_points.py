@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.test_head_parity import GOLDEN
+from train_head.heads.mask_folding import MaskWeights
 from train_head.losses import frame_sums
 from train_head.losses.frame_sums import add_up, many_point_sums, point_sums
-from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.points import (
     LossPoints,
     PointConfig,

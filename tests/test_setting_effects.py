@@ -22,8 +22,8 @@ from train_head.bench.problem import FixedPoints
 from train_head.build import build_criterion, learning_rate
 from train_head.data.video_sets import chosen_videos, open_evaluation_set
 from train_head.heads.contract import HeadOutputs
+from train_head.heads.mask_folding import MaskWeights
 from train_head.losses.criterion import LossNormalisers
-from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.matcher import CostWeights
 from train_head.losses.targets import clip_targets
 

@@ -17,7 +17,7 @@ from cache.codecs.spectral import Spectral
 from cache.errors import CacheError
 from cache.storage.compression import compress
 from tests.codec_samples import NUM_CHANNELS, embeddings, features, mixing, statistics
-from train_head.losses.map_planes import MapPlanes
+from train_head.heads.map_planes import MapPlanes
 
 STEP = 1 / 64
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from cache.errors import CacheError, ConfigError, FrameError, VideoBusy
 from cache.fingerprint import Provenance
-from cache.layout import VIDEOS
+from cache.layout import EXTRACTION_RECORD, VIDEOS
 from cache.reader import FeatureCache
 from cache.storage.locks import LOCKS, Owner, VideoLocks, sweep_locks
 from cache.writer import CacheWriter
@@ -30,7 +30,6 @@ from extract.batches import BatchRunner
 from extract.detector.engines import open_detector
 from extract.detector.frozen import FrameDetector, FrameFeatures
 from extract.jobs import open_jobs
-from extract.record import EXTRACTION_RECORD
 from extract.stage import extract
 from extract.workers.pool import Equipment, VideoWorker
 from tests.cache_samples import files_below, open_writer, write_video

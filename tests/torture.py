@@ -27,14 +27,13 @@ from tqdm import tqdm
 
 from cache.codecs.rate_distortion import CALIBRATION
 from cache.errors import VideoBusy
-from cache.layout import ANNOTATIONS, CARD, METADATA
+from cache.layout import ANNOTATIONS, CARD, EXTRACTION_RECORD, METADATA
 from cache.reader import FeatureCache
 from cache.upkeep.transfer import export_hdf5, import_hdf5
 from cache.upkeep.verification import verify_root, verify_video
 from configs.schema import Settings
 from extract.demo.videos import write_split
 from extract.detector.engines import configured_detector
-from extract.record import EXTRACTION_RECORD
 from extract.stage import extract
 from tests.cache_samples import FILE_EVENTS
 from tests.conftest import tiny_settings

@@ -6,7 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from cache.command import add_verbose, is_main, run_command
+from cache.command import add_verbose, run_command
+from cache.progress import is_main
 from configs.command import announced_settings
 from configs.load import load_settings
 from configs.schema import Device

@@ -18,9 +18,9 @@ from cache.layout import video_group_name
 from cache.reader import FeatureCache
 from configs.schema import LossSettings, Settings
 from train_head.heads.contract import HeadConfig
+from train_head.heads.map_planes import MapPlanes
+from train_head.heads.mask_folding import MapDecoding
 from train_head.losses.criterion import LossWeights, VitaCriterion
-from train_head.losses.map_planes import MapPlanes
-from train_head.losses.mask_folding import MapDecoding
 from train_head.losses.matcher import CostWeights
 from train_head.losses.points import PointConfig
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from cache.codecs.float16 import Float16
-from cache.command import is_main
 from cache.errors import AnnotationError, ConfigError
 from cache.fingerprint import Fingerprint
 from cache.labels.category_map import category_pairs
 from cache.labels.tracks import Labels
 from cache.layout import cropped_map_hw
+from cache.progress import is_main
 from configs.cards import write_detector_card, write_run_card
 from configs.command import precision_name
 from configs.schema import DetectorEngine, Settings
@@ -38,9 +38,9 @@ from train_head.data.upload import Copy
 from train_head.data.video_sets import chosen_videos
 from train_head.draws import StepDraw
 from train_head.heads.contract import HeadOutputs
+from train_head.heads.mask_folding import MapDecoding, fold_mask_embeddings
 from train_head.losses.criterion import LossNormalisers, VitaLosses
 from train_head.losses.frame_losses import expected_matches, frame_losses, with_frame_matches
-from train_head.losses.mask_folding import MapDecoding, fold_mask_embeddings
 from train_head.losses.points import RandomPoints
 from train_head.losses.targets import ClipTargets
 from train_head.trainer import run_training

@@ -18,10 +18,10 @@ from train_head.build import build_criterion, point_config
 from train_head.data.sources import AnyClip, ClipFeatures, FeatureSource
 from train_head.distributed import Group
 from train_head.heads.contract import HeadOutputs, TrackHead
+from train_head.heads.mask_folding import MaskWeights
 from train_head.losses.criterion import LossNormalisers, VitaLosses
 from train_head.losses.frame_losses import frame_normalisers
 from train_head.losses.host_copies import send
-from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.points import PointSource, RandomPoints
 from train_head.losses.targets import ClipTargets
 

@@ -8,8 +8,7 @@ import time
 from multiprocessing import forkserver, resource_tracker
 from types import FrameType, TracebackType
 
-from cache.command import is_main
-from cache.progress import say
+from cache.progress import is_main, say
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ONE_REQUEST = 1.0  # seconds: a terminal or a cluster signals all processes, and a sweep or torchrun passes it on

@@ -17,9 +17,8 @@ from typing import Generic
 import torch
 from torch import Tensor, nn
 
-from cache.command import is_main
 from cache.errors import ConfigError
-from cache.progress import StageProgress, say
+from cache.progress import StageProgress, is_main, say
 from configs.command import device_name, precision_name
 from configs.schema import Settings
 from train_head.allocation import keep_freed_memory

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 
-from cache.command import warn_once
 from cache.errors import AnnotationError, some
 from cache.labels import masks
 from cache.labels.json_entries import Entry, entries, read_json, show
 from cache.labels.masks import Rle
 from cache.labels.tracks import Category, Labels, Occlusion, Track, Video, mask_areas
+from cache.progress import warn_once
 
 
 def load_labels(path: Path | str) -> Labels:

@@ -25,8 +25,8 @@ from evaluate.bench.dense import DenseTracks, dense_tracks
 from evaluate.tracks.inference import VideoTracks, predict_video
 from train_head.heads.contract import HeadConfig
 from train_head.heads.frame_spill import TokenBlock
+from train_head.heads.mask_folding import MapDecoding
 from train_head.heads.vita import VitaHead
-from train_head.losses.mask_folding import MapDecoding
 
 Found = TypeVar("Found")
 

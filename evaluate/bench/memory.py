@@ -19,7 +19,7 @@ from torch import Tensor
 from evaluate.bench.inference import SMALL, VideoProblem
 from evaluate.tracks.inference import predict_video
 from train_head.heads.frame_spill import TokenBlock
-from train_head.losses.mask_folding import MapDecoding
+from train_head.heads.mask_folding import MapDecoding
 
 Found = TypeVar("Found")
 REAL = VideoProblem(enc_layers=2, dec_layers=2, top_k=3)  # few layers and tracks save hours, and hold as many frames

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from evaluate.tracks.inference import VideoTracks, assemble_tracks, best_labels
 from evaluate.tracks.mask_decoding import MaskDecoder
+from train_head.heads.mask_folding import MapDecoding
 from train_head.losses.detector_predictions import FrozenHeads
-from train_head.losses.mask_folding import MapDecoding
 
 
 def follow_queries(normed_tQC: Tensor, before_QC: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from cache.labels.masks import Rle
 from evaluate.tracks.mask_decoding import MaskDecoder
 from train_head.heads.contract import TrackHead
 from train_head.heads.frame_spill import TokenBlock
-from train_head.losses.mask_folding import MapDecoding
+from train_head.heads.mask_folding import MapDecoding
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,9 @@ from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
 from train_head.data.video_sets import VideoSet
 from train_head.heads.contract import TrackHead
 from train_head.heads.frame_spill import TokenBlock
+from train_head.heads.mask_folding import MapDecoding
 from train_head.losses.detector_predictions import FrozenHeads
 from train_head.losses.frame_matches import label_map
-from train_head.losses.mask_folding import MapDecoding
 
 VideoPredictor = Callable[[CachedVideo], VideoTracks]
 

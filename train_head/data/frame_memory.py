@@ -15,9 +15,9 @@ from configs.schema import FrameMatching, Settings
 from train_head.build import cost_weights
 from train_head.data.clips import Clip
 from train_head.data.video_sets import VideoSet
+from train_head.heads.mask_folding import MapDecoding
 from train_head.losses.detector_predictions import FrozenHeads
 from train_head.losses.frame_matches import frame_points, label_map, match_frames
-from train_head.losses.mask_folding import MapDecoding
 from train_head.losses.matcher import CostWeights
 from train_head.losses.targets import ClipTargets
 

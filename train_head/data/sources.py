@@ -24,9 +24,9 @@ from train_head.data.clips import Clip, ClipConfig, ClipDataset, ClipStream
 from train_head.data.frame_memory import build_frame_memory
 from train_head.data.upload import Copy
 from train_head.data.video_sets import VideoSet
+from train_head.heads.mask_folding import MapDecoding
 from train_head.losses.criterion import LossNormalisers, VitaLosses
 from train_head.losses.detector_predictions import FrozenHeads
-from train_head.losses.mask_folding import MapDecoding
 from train_head.losses.targets import ClipTargets
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from cache.codecs import Codec
-from cache.command import warn_once
 from cache.errors import AnnotationError, CacheError, ConfigError, FingerprintMismatch, IncompleteVideo, shown, some
 from cache.labels.splits import Split, holdout_split
 from cache.labels.tracks import Labels
 from cache.layout import SKIPPED, video_group_name
 from cache.preload import require_memory
+from cache.progress import warn_once
 from cache.reader import FeatureCache
 from cache.upkeep.staging import local_copy
 from configs.changes import in_yaml

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cache.errors import ConfigError
 from configs.schema import HeadKind
 from train_head.heads.frame_spill import TokenBlock
-from train_head.losses.mask_folding import MapDecoding, MaskWeights, fold_mask_embeddings
+from train_head.heads.mask_folding import MapDecoding, MaskWeights, fold_mask_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from train_head.heads.mask_folding import MaskWeights
 from train_head.losses.frame_sums import few_point_sums, many_point_sums
-from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.matcher import ClipMatch, assign, point_costs
 from train_head.losses.points import (
     LossPoints,

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 
 from configs.schema import PaddedArea
 from train_head.heads.contract import HeadOutputs
+from train_head.heads.mask_folding import MaskWeights
 from train_head.losses.batch_losses import batch_losses, match_batch
 from train_head.losses.clip_losses import clip_losses, match_clips
 from train_head.losses.host_copies import send
-from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.matcher import ClipMatch, CostWeights
 from train_head.losses.points import PointSource
 from train_head.losses.problem import LossProblem

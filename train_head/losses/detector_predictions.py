@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cache.heads import DetectorHeads
 from train_head.heads.layers import Perceptron
-from train_head.losses.mask_folding import MapDecoding, MaskWeights, fold_mask_embeddings
+from train_head.heads.mask_folding import MapDecoding, MaskWeights, fold_mask_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)

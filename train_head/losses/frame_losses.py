@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from train_head.heads.contract import HeadOutputs
+from train_head.heads.mask_folding import MaskWeights
 from train_head.losses.criterion import LossNormalisers, VitaCriterion, VitaLosses
 from train_head.losses.host_copies import send
-from train_head.losses.mask_folding import MaskWeights
 from train_head.losses.matcher import ClipMatch
 from train_head.losses.points import RandomPoints
 from train_head.losses.targets import ClipTargets

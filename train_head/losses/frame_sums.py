@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train_head.losses.mask_folding import MaskWeights
+from train_head.heads.mask_folding import MaskWeights
 from train_head.losses.points import LossPoints, choose_uncertain, map_neighbours
 from train_head.products import product
 

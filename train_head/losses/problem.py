@@ -14,7 +14,7 @@ from torch import Tensor
 
 from configs.schema import PaddedArea
 from train_head.heads.contract import HeadOutputs
-from train_head.losses.mask_folding import MaskWeights
+from train_head.heads.mask_folding import MaskWeights
 from train_head.losses.matcher import ClipMatch, CostWeights
 from train_head.losses.points import PointSource
 from train_head.losses.targets import ClipTargets

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from train_head.losses.map_planes import MapPlanes
+from train_head.heads.map_planes import MapPlanes
 from train_head.products import product
 
 
