@@ -125,7 +125,7 @@ bench: $(STAMP)  ## a training step against the live detector; reading, workers,
 	$(PY) -m extract bench --output runs/bench_extraction.json $(if $(SMALL),--small) $(CONFIG) $(if $(SMALL),cache.calibration_frames=6) $(OVERRIDES)
 
 test: $(STAMP)  ## the test suite, CPU only
-	$(PY) -m pytest -m "not slow" -rs -n 3 --dist loadfile
+	$(PY) -m pytest -m "not slow" -rs -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)  ## ruff and mypy
 	$(PY) -m ruff check .

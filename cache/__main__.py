@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     command = verb("bench", "measure reading against bare preadv and other libraries")
     command.add_argument("--folder", type=Path, help="where to write the test data (1 GB); default: the system's")
     command.add_argument("--json", type=Path, help="also write the figures to this file")
-    command.add_argument("--scale", type=float, default=1.0, help="share of the frames and videos")
+    command.add_argument("--scale", type=float, default=1.0, help="share of the frames, videos and turns")
     for name, text in (
         ("doctor", "check machine, libraries, disk, data and weights (`python -m extract doctor`)"),
         ("estimate", "say what an extraction would need: bytes by codec, hours (`python -m extract estimate`)"),

@@ -1,6 +1,6 @@
 """`python -m MODULE ...` as a fresh process without the seconds of importing PyTorch: forked from one that has it.
 
-`write_interpreter` writes a `python` that hands its words, folder, environment and standard streams to the server.
+`served_interpreter` writes a `python` that hands its words, folder, environment and standard streams to the server.
 """
 
 from __future__ import annotations
@@ -13,10 +13,14 @@ import runpy
 import shlex
 import signal
 import socket
+import subprocess
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+ROOT = Path(__file__).parent.parent
 _MESSAGE = 100_000  # bytes of words and environment at most
 _PRELOADED = (
     *("cache.__main__", "extract.stage", "train_head.trainer", "train_head.joint", "torch.utils.tensorboard"),
@@ -24,8 +28,20 @@ _PRELOADED = (
 )
 
 
-def write_interpreter(path: Path, address: Path) -> None:
-    """An executable at `path`: `-m MODULE ...` goes to the server at `address`, anything else to this interpreter."""
+@contextmanager
+def served_interpreter(folder: Path, root: Path = ROOT) -> Iterator[Path]:
+    """`python` in a folder, and its server, to the block's end: it runs the code in `root`."""
+    python, address = folder / "python", folder / "socket"
+    _write_interpreter(python, address)
+    words = [sys.executable, "-m", "tests.fork_server", str(address)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, cwd=root, stdout=subprocess.PIPE, env=environment) as server:
+        assert server.stdout is not None and server.stdout.readline() == b"ready\n"
+        yield python
+        server.terminate()
+
+
+def _write_interpreter(path: Path, address: Path) -> None:
     own = f"{shlex.quote(sys.executable)}"
     ask = f"{own} -IS {shlex.quote(__file__)} {shlex.quote(str(address))}"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from omegaconf import OmegaConf
 from extract.demo.clip import write_clip
 from extract.demo.stills import write_stills
 from tests.detector_samples import checkpoint_bytes, official_state
-from tests.fork_server import write_interpreter
+from tests.fork_server import served_interpreter
 from tests.test_release import golden_head_state
 
 ROOT = Path(__file__).parent.parent
@@ -38,8 +38,6 @@ STAND_INS = {
     r" seed=0,1,2": " seed=0,1",
     r"evaluate_every=\d+": "evaluate_every=2",
     r"^make bench$": "make bench SMALL=1",
-    r"^python -m cache bench$": "python -m cache bench --scale 0.01",
-    r"^python -m extract bench demo$": "python -m extract bench --small demo",
     r"^(python -m evaluate max-frames .*)": r"\1 --windows 3 --kept 0.05",
     r"^make demo-compare": "make demo-compare train.iterations=2 train.decay_steps=[1]",
     r"--nproc-per-node=8": "--nproc-per-node=2",
@@ -102,18 +100,13 @@ def opened_shell(root: Path, tiny_data: Path) -> Iterator[Shell]:
     torch.save({"model": official_state("r50") | golden_head_state(), "iteration": 7}, root / "vita.pth")
     write_clip(root / "clip.mp4", seed=1, num_frames=4)
     programs = root / ".venv" / "bin"
-    write_interpreter(programs / "python", root / "socket")
+    programs.mkdir(parents=True)
     write_program(programs / "torchrun", 'exec python -m torch.distributed.run "$@"')
     (programs / "ray").symlink_to(Path(sys.executable).parent / "ray")
     (programs / "activate").touch()
     (root / ".venv" / ".installed").touch()
-    words = [sys.executable, "-m", "tests.fork_server", str(root / "socket")]
-    with subprocess.Popen(
-        words, cwd=root, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    ) as server:
-        assert server.stdout is not None and server.stdout.readline() == b"ready\n"
+    with served_interpreter(programs, root):
         yield Shell(root=root)
-        server.terminate()
 
 
 def write_program(path: Path, body: str) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,12 +63,3 @@ def test_docker_s_shared_memory_is_too_small_for_workers(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=64 * 2**20))
     assert "shared" not in reds(tiny_settings(tiny_data, tiny_cache, tmp_path))  # the demo has no workers
     assert "shared" in reds(tiny_settings(tiny_data, tiny_cache, tmp_path, "train.workers=null"))
-
-
-def test_exit_status_and_a_line_per_check(tmp_path: Path) -> None:
-    """By way of `cache`, which hands it on to `extract`."""
-    command = [sys.executable, "-m", "cache", "doctor", "demo", f"data.root={tmp_path}"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ended.returncode == 1
-    assert "FAIL data train" in ended.stdout and "remedy: `make demo-data`" in ended.stdout
-    assert "\033" not in ended.stdout  # colours are for terminals

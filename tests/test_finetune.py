@@ -33,7 +33,7 @@ from extract.detector.trainable import TrainableDetector, with_classes
 from extract.fingerprint import fingerprint
 from extract.stage import extract
 from tests.conftest import tiny_settings
-from tests.train_until import interrupt, on_two_processes
+from tests.train_until import interrupt
 from train_head.__main__ import main
 from train_head.build import trained_parameters
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
@@ -43,7 +43,7 @@ from train_head.data.live_clips import LiveClip
 from train_head.data.sources import CachedSource
 from train_head.data.video_sets import open_training_set
 from train_head.joint import DETECTOR, LiveSource, finetune
-from train_head.run_folder import open_run, read_metrics_log
+from train_head.run_folder import open_run
 from train_head.step import StepLosses
 from train_head.trainer import Trainer, train
 
@@ -338,12 +338,3 @@ def test_every_clip_cuts_its_image_out_anew_and_the_labels_follow(
 def test_impossible_settings_are_refused(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="evaluate_every"):
         finetune(small(tiny_data, tiny_cache, tmp_path, "train.evaluate_every=1"))
-
-
-def test_two_processes_fine_tune_as_one(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
-    settings = small(tiny_data, tiny_cache, tmp_path, "name=one", "train.batch_clips=2", "train.log_every=1")
-    run = finetune(settings)
-    ended = on_two_processes("train_head", "finetune", run / "config.yaml", "name=two")
-    assert ended.returncode == 0, ended.stderr[-2000:]
-    alone, together = ([entry["loss"] for entry in read_metrics_log(folder)] for folder in (run, tmp_path / "two"))
-    assert together == pytest.approx(alone, rel=1e-5)

@@ -38,6 +38,9 @@ NOT_RUN = {
     "make torture": "minutes; test_torture.py runs the same with fewer kills",
     "make detectron2": "compiles for minutes, from the network; the engine is tested where it is installed",
     "python -m train_head bench --device cuda": "needs CUDA; `make bench` runs the same on the CPU",
+    "python -m cache bench": "`make bench` runs it",
+    "python -m extract bench": "`make bench` runs it",
+    "make extract extract.workers": "test_workers.py runs the same",
     "python -m evaluate bench-memory": "minutes; test_long_videos.py measures in small",
     "source .venv/bin/activate": "the shell of these tests has done so",
     "pip install": "asks the network; its extras and files are looked up below",
@@ -45,7 +48,7 @@ NOT_RUN = {
     "kubectl": "needs Kubernetes; what it starts in the pod runs with the cluster below",
     "tensorboard": "serves until it is stopped; test_commands.py reads what it shows",
 }
-ON_A_CLUSTER = ("make extract extract.workers", "make extract extract.ray_address")  # beside the Slurm script's
+ON_A_CLUSTER = "make extract extract.ray_address"  # beside the Slurm script's
 STATUS = {"python -m cache diff": 1}  # they differ; anything else ends with 0
 PROGRAMS = ("make ", "python ", "torchrun ", "pip ", "pip-audit ", "source ", "kubectl ", "tensorboard ")
 
@@ -72,7 +75,7 @@ def commands() -> list[str]:
     return [c for c in dict.fromkeys([*lines, *said]) if c and (c in lines or c not in mentions)]
 
 
-HERE = [command for command in commands() if not command.startswith((*NOT_RUN, *ON_A_CLUSTER))]
+HERE = [command for command in commands() if not command.startswith((*NOT_RUN, ON_A_CLUSTER))]
 SCRIPTS = [body for language, body in fences() if language == "bash"]
 
 
@@ -115,9 +118,9 @@ def test_the_slurm_script_makes_a_cluster_that_extracts(shell: Shell, tmp_path: 
     write_program(tmp_path / "srun", f'{options} --include-dashboard=false\nexec "$@" {small}')
     (script,) = SCRIPTS
     pods = [re.sub(r"^kubectl exec \S+ -- ", "", c) for c in commands() if c.startswith("kubectl")]
-    own, joining = (next(c for c in commands() if c.startswith(start)) for start in ON_A_CLUSTER)
+    (joining,) = (c for c in commands() if c.startswith(ON_A_CLUSTER))
     address = f"export RAY_ADDRESS=127.0.0.1:{port}"  # else `auto` may find that of another test on this machine
-    lines = ["set -e", script.replace("6379", str(port)), own, address, joining, *pods]
+    lines = ["set -e", script.replace("6379", str(port)), address, joining, *pods]
     with tempfile.TemporaryDirectory(prefix="ray") as folder:  # short: sockets lie in it
         environment = {**shell.environment(), "RAY_TMPDIR": folder, "HOME": folder, "RAY_USAGE_STATS_ENABLED": "0"}
         environment["PATH"] = f"{tmp_path}:{environment['PATH']}"

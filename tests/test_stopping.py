@@ -17,8 +17,8 @@ from omegaconf import OmegaConf
 from cache.command import INTERRUPTED, run_command
 from cache.errors import ConfigError
 from tests.conftest import tiny_settings
-from tests.train_until import ROOT, on_two_processes
-from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint
+from tests.train_until import ROOT
+from train_head.checkpoint import CHECKPOINT, load_checkpoint
 from train_head.run_folder import METRICS_LOG, read_metrics_log
 from train_head.trainer import train
 
@@ -76,23 +76,6 @@ def test_data_workers_outlive_a_sigterm_to_all() -> None:
     words = [sys.executable, "-m", "tests.slow_clips"]
     ended = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, start_new_session=True, check=False)
     assert ended.stdout.splitlines()[-1:] == ["20 True"], ended.stderr
-
-
-def test_two_processes_train_and_evaluate_as_one_command(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
-    words = ("name=two", "train.workers=0", "train.iterations=4", "train.evaluate_every=2")
-    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, *words)
-    config = tmp_path / "config.yaml"
-    OmegaConf.save(OmegaConf.structured(settings), config)
-    ended = on_two_processes("train_head", "train", config)
-    assert ended.returncode == 0, ended.stderr[-4000:]
-    assert ended.stdout.count("trained: ") == 1 and ended.stdout.count("settings: ") == 1
-    assert "steps 0 to" not in ended.stdout + ended.stderr  # without -v
-    log = read_metrics_log(tmp_path / "two")
-    assert [entry["step"] for entry in log if "AP" in entry] == [2, 4]
-    assert load_checkpoint(tmp_path / "two" / BEST).best_ap == max(entry["AP"] for entry in log if "AP" in entry)
-    train(tiny_settings(tiny_data, tiny_cache, tmp_path, *words, "name=one"))
-    losses = [[e["loss"] for e in read_metrics_log(tmp_path / name) if "loss" in e] for name in ("one", "two")]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_evaluation_while_training_is_refused_before_the_first_step(

@@ -79,17 +79,6 @@ def test_a_sweep_without_jobs_is_refused(jobs: int) -> None:
         sweep("demo", ["seed=0,1"], jobs)
 
 
-def test_a_run_that_fails_costs_the_others_nothing(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny_data, tiny_cache, tmp_path, "name=tiny", "train.workers=0", "train.iterations=2")
-    command = [sys.executable, "-m", "train_head", "sweep", config, "train.batch_clips=2,3", "train.accumulate=2"]
-    log = tmp_path / "runs" / "tiny-train.batch_clips=3" / LOG
-    done = subprocess.run([*command, "--jobs", "2"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert [line.split()[:2] for line in done.stdout.splitlines()[-1:]] == [["train.batch_clips=2", "1"]]
-    assert f"error: 1 of 2 runs failed: tiny-train.batch_clips=3 in `train_head train` ({log})" in done.stderr
-    assert "train.batch_clips cannot be shared evenly" in log.read_text()
-
-
 def to_it_alone(process: subprocess.Popen[str]) -> None:
     process.terminate()
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import distributed
 from transformers import SwinConfig, SwinModel
 
@@ -23,7 +22,7 @@ from cache.storage.locks import ROOT_LOCK, Owner
 from configs.schema import Settings
 from evaluate.stage import evaluate, score_head
 from tests.conftest import tiny_settings
-from tests.train_until import before_step, interrupt, on_two_processes
+from tests.train_until import before_step, interrupt
 from train_head import trainer
 from train_head.build import TrainedPart, build_optimizer, feature_sizes, learning_rate
 from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint, save_checkpoint
@@ -101,27 +100,6 @@ def test_accumulated_micro_batches_train_like_one_batch(tiny_data: Path, tiny_ca
     assert_same_training(tmp_path, "whole", "parts")
     with pytest.raises(ConfigError, match=r"batch_clips(.|\n)*multiple"):
         train(tiny_settings(tiny_data, tiny_cache, tmp_path, "train.accumulate=3", "name=odd"))
-
-
-def test_runs_killed_on_any_number_of_processes_go_on_with_any_other(
-    tiny_data: Path, tiny_cache: Path, tmp_path: Path
-) -> None:
-    """Steps 1 and 2 on two processes, 3 and 4 on one, 5 and 6 on two; each is killed a step after its checkpoint."""
-    words = ("train.batch_clips=4", "train.checkpoint_every=2", "train.workers=0")
-    train(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=whole", *words))
-    broken = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=broken", *words)
-    config = tmp_path / "broken.yaml"
-    OmegaConf.save(OmegaConf.structured(broken), config)
-    said = on_two_processes("tests.train_until", 3, config).stderr
-    assert (tmp_path / "broken" / CHECKPOINT).exists(), said[-4000:]
-    assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 2
-    with pytest.raises(KeyboardInterrupt), before_step(5, interrupt):
-        train(broken)
-    assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 4
-    said = on_two_processes("tests.train_until", 7, config).stderr
-    assert load_checkpoint(tmp_path / "broken" / CHECKPOINT).step == 6, said[-4000:]
-    assert_same_training(tmp_path, "whole", "broken")
-    assert [entry["step"] for entry in read_metrics_log(tmp_path / "broken")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_two_trainers_of_one_run_are_refused(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from train_head.run_folder import read_metrics_log
 from train_head.trainer import train
 
 ROUNDS = 4
-"""Of two processes, before one is left alone to finish."""
+"""Of killed processes at most, before one is left alone to finish."""
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Torture:
 
     folder: Path
     rng: random.Random
+    rounds: int
     deaths: dict[str, int] = field(default_factory=lambda: {"extract": 0, "train": 0, "export": 0})
 
     def attack(self, name: str, work: Callable[[], object], path: Path, events: int, seconds: float, many: int) -> None:
@@ -183,7 +184,7 @@ def torture_extraction(torture: Torture, data: Path, kills: int, codec: str) -> 
     goal = torture.deaths["extract"] + kills
     while torture.deaths["extract"] < goal:
         shutil.rmtree(features, ignore_errors=True)
-        for _ in range(ROUNDS):
+        for _ in range(torture.rounds):
             torture.attack("extract", lambda: extract_beside(killed), features, 150, seconds, many=2)
             for split, files in expected.items():
                 require_whole(features / split, files)
@@ -207,7 +208,7 @@ def torture_training(torture: Torture, settings: Settings, kills: int) -> None:
     settings.name = "killed"
     while torture.deaths["train"] < goal:
         shutil.rmtree(runs / "killed", ignore_errors=True)
-        for _ in range(ROUNDS):
+        for _ in range(torture.rounds):
             torture.attack("train", lambda: train(settings), runs / "killed", 40, seconds, many=1)
             if (runs / "killed" / CHECKPOINT).exists():
                 load_checkpoint(runs / "killed" / CHECKPOINT)
@@ -247,7 +248,7 @@ def main() -> None:
         data, few = Path(folder) / "data", max(1, chosen.kills // 5)
         write_split(data, "train", 3, num_frames=4)
         write_split(data, "valid", 1, num_frames=4)
-        torture = Torture(folder=Path(folder), rng=random.Random(chosen.seed))
+        torture = Torture(folder=Path(folder), rng=random.Random(chosen.seed), rounds=min(ROUNDS, few + 1))
         configured_detector(tiny_settings(data, data, data))  # imports what children then need not
         torture_extraction(torture, data, chosen.kills - few, "float16")
         torture_extraction(torture, data, few, "logit")

@@ -40,12 +40,12 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def on_two_processes(*words: object) -> subprocess.CompletedProcess[str]:
-    """`torchrun -m WORDS` with two processes on this machine."""
+def on_two_processes(python: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    """`torchrun -m WORDS` with two processes of an interpreter on this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
+    command = [str(python), "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1"]
     command += [f"--master-port={port}", "-m", *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False)

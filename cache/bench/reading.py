@@ -79,7 +79,8 @@ def _read(path: str) -> str:
 def bench(folder: Path | None, output: Path | None, scale: float) -> int:
     """Measure in a temporary folder below `folder`, print the table, and write JSON to `output`."""
     with tempfile.TemporaryDirectory(dir=folder, prefix="vita-cache-bench-") as temporary:
-        results = [found for sample in standard_samples(scale) for found in measure(sample, Path(temporary))]
+        turns = max(6, int(TURNS * scale))
+        results = [found for sample in standard_samples(scale) for found in measure(sample, Path(temporary), turns)]
         opening = open_many(Path(temporary) / "many", max(2, int(NUM_VIDEOS * scale)))
     facts = machine()
     print("  ".join(f"{key} {value}" for key, value in facts.items()))
@@ -99,16 +100,16 @@ def bench(folder: Path | None, output: Path | None, scale: float) -> int:
     return 0
 
 
-def measure(sample: Sample, folder: Path) -> list[Measurement]:
-    """Read random clips, then the whole video, with every reader."""
+def measure(sample: Sample, folder: Path, num_clips: int) -> list[Measurement]:
+    """Read random clips, then the whole video a sixth as often, with every reader."""
     stored = store_fields(sample, folder)
     by_field = [field.readers() for field in stored]
     names = [name for name in by_field[0] if sample.compressed or name != UNPACKED]
     readers = {name: [readers[name] for readers in by_field] for name in names}
     rng = np.random.default_rng(1)
-    clips = [sorted(rng.choice(sample.num_frames, CLIP_FRAMES, replace=False).tolist()) for _ in range(TURNS)]
+    clips = [sorted(rng.choice(sample.num_frames, CLIP_FRAMES, replace=False).tolist()) for _ in range(num_clips)]
     found = []
-    for task, turns in (("random clip", clips), ("whole video", [range(sample.num_frames)] * (TURNS // 6))):
+    for task, turns in (("random clip", clips), ("whole video", [range(sample.num_frames)] * (num_clips // 6))):
         buffers = [np.zeros((len(turns[0]), *field.shape[1:]), field.dtype) for field in stored]
         quartiles = _in_turns(readers, buffers, turns)
         limit = UNPACKED if sample.compressed else LIMIT

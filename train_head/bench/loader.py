@@ -59,15 +59,15 @@ def clip_frames(index: int, num_frames: int) -> list[int]:
     return sorted(chosen.tolist())
 
 
-def clips_per_second(clips: RandomClips, workers: int) -> float:
+def clips_per_second(clips: RandomClips, workers: int, per_round: int) -> float:
     """The best of some rounds, once the workers have started, checksums are verified, and masks are remembered."""
     rounds, speeds = 1 + ROUNDS, []
-    loaded = load_clips(clips, range(rounds * CLIPS), workers=workers, held=1, device=torch.device("cpu"))
+    loaded = load_clips(clips, range(rounds * per_round), workers=workers, held=1, device=torch.device("cpu"))
     for _ in range(rounds):
         started = time.perf_counter()
-        for _ in range(CLIPS):
+        for _ in range(per_round):
             next(loaded)
-        speeds.append(CLIPS / (time.perf_counter() - started))
+        speeds.append(per_round / (time.perf_counter() - started))
     return max(speeds[1:])
 
 
@@ -87,7 +87,7 @@ def limit(fields: Sequence[StoredField]) -> float:
 def main() -> None:
     """Measure, print, and write JSON."""
     parser = argparse.ArgumentParser(prog="python -m train_head.bench.loader", description=__doc__.partition("\n")[0])
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the stored frames")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the stored frames and of the clips")
     parser.add_argument("--json", type=Path, help="write the figures to this file too")
     chosen = parser.parse_args()
     counts = sorted({0, 1, 2, usual_workers(torch.device("cpu")), usual_workers(torch.device("cuda"))})
@@ -99,7 +99,7 @@ def main() -> None:
         print(f"{bare:8.1f} clips/s  bare preadv, features alone")
         speeds = {}
         for workers in counts:
-            speeds[workers] = clips_per_second(RandomClips(fields), workers)
+            speeds[workers] = clips_per_second(RandomClips(fields), workers, max(4, int(CLIPS * chosen.scale)))
             print(f"{speeds[workers]:8.1f} clips/s  {workers} workers, {speeds[workers] / bare:.2f} of preadv")
     if chosen.json is not None:
         chosen.json.parent.mkdir(parents=True, exist_ok=True)

@@ -29,6 +29,7 @@ from train_head.bench.sustained import SustainedSteps
 from train_head.products import has_bfloat16
 
 _TURN_SECONDS = {"cpu": 4.0, "cuda": 1.0}
+_DETECTOR_MODULE = "extract.detector.frozen"  # which the live side imports
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def _device_words(name: str) -> str:
 def compare(problem: Problem, turns: int) -> Comparison:
     """Let all sides take their steps in turns."""
     context = get_context("forkserver")  # the sides' imports, which take seconds, happen once
-    context.set_forkserver_preload([serve.__module__])
+    context.set_forkserver_preload([serve.__module__, _DETECTOR_MODULE])
     with tempfile.TemporaryDirectory(prefix="vita-head-bench-") as folder:
         write_bench_cache(Path(folder), problem)
         ends, processes = {}, []
