@@ -124,6 +124,8 @@ bench: $(STAMP)  ## a training step against the live detector; reading, workers,
 	$(PY) -m evaluate bench --output runs/bench_inference.json $(if $(SMALL),--small)
 	$(PY) -m extract bench --output runs/bench_extraction.json $(if $(SMALL),--small) $(CONFIG) $(if $(SMALL),cache.calibration_frames=6) $(OVERRIDES)
 
+# Each of the many processes of the suite would compile this repository anew.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(STAMP)  ## the test suite, CPU only
 	$(PY) -m pytest -m "not slow" -rs -n 3 --dist loadfile --no-loadscope-reorder
 

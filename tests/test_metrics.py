@@ -103,7 +103,7 @@ def _assert_equal(metrics: VideoMetrics, naive: dict[str, float | None]) -> None
 
 
 @given(scenes(), st.integers(1, 3))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_metrics_equal_the_naive_ones(scene: tuple[list[int], list[Object]], frames_per_chunk: int) -> None:
     videos, objects = scene
     labels, predictions = as_files_have_it(videos, objects)

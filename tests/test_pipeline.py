@@ -118,6 +118,7 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(tiny_run: S
         tiny_run.train.learning_rate /= 2
 
 
+@pytest.mark.slow  # test_torture.py kills more often, of a process that need not import anything
 def test_killed_extraction_goes_on_and_ends_in_the_same_bytes(
     tiny_data: Path, tiny_cache: Path, tmp_path: Path
 ) -> None:
