@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from cache.errors import ConfigError
 from cache.fingerprint import sha256_file
+from cache.labels.splits import Split
 from cache.labels.tracks import Category, Labels, Video
 from cache.layout import video_group_name, write_file_atomically
 from cache.media.footage import Footage, read_record
@@ -122,7 +123,7 @@ def _video_set(feature_cache: FeatureCache, footage: Sequence[Footage], categori
         tracks=(),
         has_tracks=False,
     )
-    return VideoSet(split="video", feature_cache=feature_cache, labels=labels, holdout=None)
+    return VideoSet(split="video", feature_cache=feature_cache, labels=labels, holdout=Split.undivided(labels))
 
 
 def _write_tracks(path: Path, labels: Labels, piece: Footage, tracks: Sequence[TrackPrediction]) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import CorruptData, FrameError, IncompleteVideo
+from cache.errors import ConfigError, CorruptData, FrameError, IncompleteVideo
 from cache.fingerprint import Provenance
 from cache.layout import SKIPPED
 from cache.reader import FeatureCache
@@ -62,10 +62,25 @@ def test_training_and_evaluation_do_without_skipped_videos(
     assert [video.id for video in LabelFiles().of(damaged)[1].videos] == [2]  # as `evaluate compare` reads them
 
 
+def test_a_run_does_not_go_on_with_videos_that_were_mended_since(
+    damaged: Settings, tiny_cache: Path, tmp_path: Path
+) -> None:
+    features = tmp_path / "features"
+    shutil.copytree(damaged.cache.path, features)
+    words = ("train.iterations=2", "train.workers=0")
+    settings = tiny_settings(Path(damaged.data.root), features, tmp_path, *words)
+    split = train(settings) / "split.json"
+    shutil.copytree(tiny_cache / "train" / "videos" / "2", features / "train" / "videos" / "2")
+    with pytest.raises(ConfigError, match=rf"{split}: .*other videos: new 2\n"):
+        train(settings)
+    split.unlink()
+    train(settings)
+    assert json.loads(split.read_text())["train_ids"] == [1, 2, 3, 4, 5]
+
+
 def test_skipped_videos_stay_on_their_side_of_the_hold_out(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:
     words = ("data.valid_labels=null", "data.valid_frames=null", "data.holdout=0.4")
     whole = open_evaluation_set(tiny_settings(tiny_data, tiny_cache, tmp_path, *words))
-    assert whole.holdout is not None
     features = tmp_path / "features"
     shutil.copytree(tiny_cache, features)
     lost, *kept = whole.video_ids
@@ -79,7 +94,6 @@ def test_skipped_videos_stay_on_their_side_of_the_hold_out(tiny_data: Path, tiny
             open_evaluation_set(settings)
     training = open_training_set(settings)
     assert (training.video_ids, training.skipped_ids) == (whole.holdout.train_ids, ())
-    assert training.holdout is not None
     assert (training.holdout.skipped_ids, training.holdout.holdout_ids) == ((lost,), tuple(kept))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,8 @@ from cache.errors import AnnotationError, ConfigError
 from cache.labels.annotations import parse_labels
 from cache.labels.splits import holdout_split
 from cache.labels.tracks import Labels
+from tests.conftest import tiny_settings
+from train_head.data.video_sets import open_training_set
 
 
 def _many_videos(numbers: range) -> Labels:
@@ -47,3 +50,13 @@ def test_impossible_holdouts_are_refused() -> None:
             holdout_split(_many_videos(range(5)), fraction, seed=0)
     with pytest.raises(AnnotationError, match="1 videos in 1 folders"):
         holdout_split(_many_videos(range(1)), 0.5, seed=0)
+
+
+def test_what_is_held_out_is_not_mixed_in_from_another_cache(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mix = f"train.mix=[{{cache: {tiny_cache / 'train'}}}, {{cache: {tiny_cache / 'valid'}}}]"
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "data.holdout=0.4", mix)
+    own, again, others = ({video.name for video in s.labels.videos} for s in open_training_set(settings).sources)
+    assert 0 < len(own) < 5 and own == again and len(others) == 2
+    assert f"{5 - len(own)} of 5 videos are held out" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
 
-from cache.errors import ConfigError
+from cache.errors import ConfigError, some
 from cache.fingerprint import Provenance
 from cache.labels.splits import Split
 from cache.layout import write_file_atomically
@@ -40,11 +40,11 @@ def sole_trainer(folder: Path) -> Iterator[None]:
         yield
 
 
-def open_run(settings: Settings, holdout: Split | None) -> Path:
-    """Create the run's folder, or check that the training that was begun there belongs to the same settings.
+def open_run(settings: Settings, split: Split) -> Path:
+    """Create the run's folder, or check that the training that was begun there belongs to the same settings and videos.
 
     A head that was imported and never trained here goes on with any. Raises ConfigError naming each setting in which a
-    run of this name differs.
+    run of this name differs, or the videos.
     """
     folder = Path(settings.runs) / settings.name
     if (folder / CONFIG).exists() and (folder / METRICS_LOG).exists():
@@ -55,14 +55,14 @@ def open_run(settings: Settings, holdout: Split | None) -> Path:
                 where=folder,
                 hint="choose another name=..., or delete the folder to train anew",
             )
+        _require_same_videos(folder / SPLIT, split)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         provenance = Provenance.gather({"cache": settings.cache.path, "data": settings.data.root})
         write_file_atomically(folder / PROVENANCE, json.dumps(asdict(provenance), indent=2).encode())
         write_config(folder, settings)  # last: nothing is written twice
     write_run_card(folder, settings)
-    if holdout is not None:
-        write_file_atomically(folder / SPLIT, json.dumps(holdout.to_json(), indent=1).encode())
+    write_file_atomically(folder / SPLIT, json.dumps(split.to_json(), indent=1).encode())
     return folder
 
 
@@ -79,6 +79,19 @@ def _differences(stored: Any, wanted: Settings) -> list[str]:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key) and not is_among(key, _FREE)
     ]
+
+
+def _require_same_videos(path: Path, split: Split) -> None:
+    """Other videos are other clips: such as those that extraction left out, and could read since."""
+    began = json.loads(path.read_text())["train_ids"] if path.exists() else list(split.train_ids)
+    if began != list(split.train_ids):
+        changes = {"new": set(split.train_ids) - set(began), "gone": set(began) - set(split.train_ids)}
+        told = [f"{word} {some(sorted(ids))}" for word, ids in changes.items() if ids] or ["another order"]
+        raise ConfigError(
+            f"a run of this name trains on other videos: {'; '.join(told)}",
+            where=path,
+            hint="choose another name=..., or delete this file to go on with other videos",
+        )
 
 
 class MetricsLog:

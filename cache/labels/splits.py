@@ -1,4 +1,4 @@
-"""A hold-out split by video, for data sets whose validation labels are not public."""
+"""Which videos train, and a hold-out split by video for data sets whose validation labels are not public."""
 
 from __future__ import annotations
 
@@ -21,6 +21,13 @@ class Split:
     rule: str
     skipped_ids: tuple[int, ...] = ()
     """Of videos that are on neither side, since extraction could not read them."""
+    holdout_folders: frozenset[str] = frozenset()
+    """Of what is held out, in whichever cache: another data set, or another size, may have its own ids."""
+
+    @classmethod
+    def undivided(cls, labels: Labels) -> Split:
+        """Nothing is held out."""
+        return cls(train_ids=tuple(labels.video_by_id), holdout_ids=(), rule="none held out")
 
     def without(self, skipped_ids: Collection[int]) -> Split:
         """The same split, where these videos are on neither side."""
@@ -62,6 +69,7 @@ def holdout_split(labels: Labels, fraction: float, seed: int) -> Split:
         train_ids=tuple(video.id for video in labels.videos if video.name not in held_out),
         holdout_ids=tuple(video.id for video in labels.videos if video.name in held_out),
         rule=_RULE.format(seed=seed, fraction=fraction),
+        holdout_folders=frozenset(held_out),
     )
 
 

@@ -75,7 +75,7 @@ class FeatureSource(Protocol[AnyClip]):
     """
 
     labels: Labels
-    holdout: Split | None
+    holdout: Split
     sizes: FeatureSizes
     decoding: MapDecoding
     fingerprint: Fingerprint

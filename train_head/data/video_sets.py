@@ -35,7 +35,7 @@ class VideoSet:
     split: str
     feature_cache: FeatureCache
     labels: Labels  # of these videos only
-    holdout: Split | None  # how the train videos were divided, where they were, and which are on neither side
+    holdout: Split  # how the train videos were divided, and which are on neither side
     skipped_ids: tuple[int, ...] = ()  # of videos of the split that extraction could not read: not among `labels`
     sources: tuple[ClipSource, ...] = ()  # what clips of the training set are drawn from; these videos come first
 
@@ -112,10 +112,10 @@ def _unlabelled(paths: SplitPaths) -> bool:
         return False
 
 
-def chosen_videos(settings: Settings, split: str, labels: Labels) -> tuple[Labels, Split | None]:
-    """The videos of a split among those of its label file, and how they were drawn where some are held out."""
+def chosen_videos(settings: Settings, split: str, labels: Labels) -> tuple[Labels, Split]:
+    """The videos of a split among those of its label file, and how they were drawn."""
     if split == "valid" or settings.data.holdout == 0:
-        return labels, None
+        return labels, Split.undivided(labels)
     holdout = holdout_split(labels, settings.data.holdout, settings.data.holdout_seed)
     return labels.subset(holdout.train_ids if split == "train" else holdout.holdout_ids), holdout
 
@@ -152,8 +152,7 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
     skipped = feature_cache.skipped()
     labels, skipped_ids = _extracted(feature_cache, labels, skipped, split)
     if left_out := without_skipped(every, skipped)[1]:
-        undivided = Split(train_ids=tuple(every.video_by_id), holdout_ids=(), rule="none held out")
-        holdout = (holdout or undivided).without(left_out)
+        holdout = holdout.without(left_out)
     if split == "train" and not labels.has_tracks:
         raise AnnotationError("the train split has no annotations", where=feature_cache.path)
     for video in labels.videos:
@@ -168,7 +167,7 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
 
 
 def _open_mixed(settings: Settings, videos: VideoSet, path: Path, ratio: float) -> ClipSource:
-    """Open another cache to train on; its frames may have other sizes, and all else is as in the train cache."""
+    """Open another cache to train on, but for what is held out; its frames may have other sizes, all else is alike."""
     other = FeatureCache.open(local_copy(path, settings.cache.stage_to), preload=settings.cache.preload)
     wanted = replace(videos.feature_cache.fingerprint, short_edge=other.fingerprint.short_edge)
     hint = (
@@ -176,7 +175,12 @@ def _open_mixed(settings: Settings, videos: VideoSet, path: Path, ratio: float) 
         f"detector.* of this config and cache.codec_from={videos.feature_cache.path}"
     )
     other.fingerprint.require(wanted, where=path, hint=hint)
-    labels, _ = _extracted(other, other.labels(), other.skipped(), f"mixed in from {shown(path)}")
+    name = f"mixed in from {shown(path)}"
+    labels, _ = _extracted(other, other.labels(), other.skipped(), name)
+    held_out = [video.id for video in labels.videos if video.name in videos.holdout.holdout_folders]
+    if held_out:
+        warn_once(f"split {name}: {len(held_out)} of {len(labels.videos)} videos are held out ({some(held_out)})")
+        labels = labels.subset(labels.video_by_id.keys() - set(held_out))
     here, there = ({(c.id, c.name) for c in held.categories} for held in (videos.labels, labels))
     if here != there:
         raise AnnotationError(
