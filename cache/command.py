@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -18,7 +20,9 @@ INTERRUPTED = 130
 BUSY = 75  # EX_TEMPFAIL of sysexits.h
 _TYPED = "MAKE_TYPED"  # environment variable: the words of the `make` command that started this one (Makefile)
 
-PART_OF = "PART_OF_A_COMMAND"  # environment variable, set: another command started this one, and says how to go on
+PART_OF = "PART_OF_A_COMMAND"
+"""Environment variable, set: another command started this one, says how to go on, and does not outlive it."""
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def add_verbose(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -35,6 +39,8 @@ def run_command(command: Callable[[], int], *, verbose: bool = False) -> int:
     Errors are one line and a hint; `verbose` adds the traceback, and what is logged below the level of a warning.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    if PART_OF in os.environ and sys.platform == "linux":  # SIGTERM when what started this ends, however it does
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         return command()
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cache.command import BUSY, INTERRUPTED, run_command
+from cache.command import BUSY, INTERRUPTED, PART_OF, run_command
 from cache.errors import ConfigError, VideoBusy
 from configs.changes import changed_settings, in_words
 from configs.load import load_settings
@@ -63,6 +64,20 @@ def test_a_stopped_command_says_how_to_go_on(
     monkeypatch.setattr(sys, "orig_argv", ["/a b/python", "-m", "train_head", "train", "demo", "data.views=[]"])
     assert run_command(stopped) == INTERRUPTED
     assert "'/a b/python' -m train_head train demo 'data.views=[]'\n" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to tell of the other's end")
+def test_a_command_ends_with_the_one_that_started_it() -> None:
+    sleep = "lambda: print(1, flush=True) or time.sleep(60)"
+    member = f"import time; from cache.command import run_command; run_command({sleep})"
+    killed = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {member!r}])"
+    environment = {**os.environ, PART_OF: "sweep"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", killed], cwd=ROOT, env=environment, stdout=pipe) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"1\n"
+        process.kill()
+        assert select.select([process.stdout], [], [], 10)[0]  # its end: nobody can write any more
+        assert process.stdout.read() == b""
 
 
 def test_started_by_make_it_names_the_make_command(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from cache.command import INTERRUPTED
@@ -55,10 +56,17 @@ def test_every_combination_has_a_run_of_its_own() -> None:
         plan("demo", ["seed=0,1,0"])
 
 
-def test_jobs_share_cores_and_gpus() -> None:
-    lanes = lane_environments(3, ["4", "7"])
+def test_jobs_share_threads_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads are those that one run would take, not the machine's: a cluster's job may have few of its cores."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    torch.set_num_threads(7)
+    try:
+        lanes = lane_environments(3, ["4", "7"])
+    finally:
+        torch.set_num_threads(1)
     assert [lane["CUDA_VISIBLE_DEVICES"] for lane in lanes] == ["4", "7", "4"]
-    assert all(int(lane["OMP_NUM_THREADS"]) >= 1 for lane in lanes)
+    assert [lane["OMP_NUM_THREADS"] for lane in lanes] == ["2"] * 3
+    assert lane_environments(3, [])[0]["OMP_NUM_THREADS"] == "1"
     assert lane_environments(2, []) == lane_environments(2, [])[:1] * 2
 
 

@@ -132,13 +132,13 @@ def lane_environments(jobs: int, gpus: Sequence[str]) -> list[dict[str, str]]:
     """What the runs of each of `jobs` lanes find in their environment: a share of the cores, and one GPU in turn."""
     if jobs == 1:
         return [dict(os.environ)]
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+    threads = {"OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // jobs)), **os.environ}
     devices = [{"CUDA_VISIBLE_DEVICES": gpus[lane % len(gpus)]} if gpus else {} for lane in range(jobs)]
     return [{**threads, **device} for device in devices]
 
 
 class Members:
-    """The processes of a sweep's runs, which end with it."""
+    """The processes of a sweep's runs, which end with it: asked to, or by themselves where it is killed (PART_OF)."""
 
     def __init__(self) -> None:
         self._lock, self._running, self._stopped = Lock(), set[subprocess.Popen[bytes]](), False
