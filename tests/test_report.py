@@ -311,3 +311,4 @@ def test_without_frames_the_page_says_so(tiny_cache: Path, tiny_run: Settings, t
     elsewhere = tiny_settings(tmp_path, tiny_cache, Path(tiny_run.runs), "name=tiny")
     page = write_report(elsewhere).read_text()
     assert "Without pictures" in page and "data.root" in page and '<h2 id="metrics">' in page
+    assert "detector.short_edge=null\n" in page  # settings as a command line understands them
