@@ -14,11 +14,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from omegaconf import OmegaConf
 
 from cache.errors import CacheError, ConfigError
 from cache.labels.tracks import Labels
 from cache.layout import write_file_atomically
+from configs.changes import WITHOUT_EFFECT, flat, is_among
 from configs.schema import Settings
 from evaluate.metrics.video_ap import VideoMetrics, evaluate_tracks
 from evaluate.metrics.weighted import HEADLINE
@@ -27,6 +30,8 @@ from train_head.data.video_sets import VideoSet
 
 HEAD, BASELINE = "head", "baseline"
 METRICS_NAME = "metrics.json"
+_EVALUATED_WITH = "settings"
+"""In metrics.json: those of the evaluation, which may be others than the run was trained with."""
 _LEFT_OUT = "left_out"
 """In metrics.json of a method without predictions: why it has none."""
 _METHOD = re.compile(r"[a-z0-9][a-z0-9_.-]*")
@@ -58,7 +63,12 @@ def store_predictions(
     _set_aside(folder, videos.split)
     write_results(folder / RESULTS_NAME, predictions)
     metrics = evaluate_tracks(videos.labels, predictions) if videos.labels.has_tracks else None
-    _write_metrics(folder, videos, metrics, {"trained": trained, "seconds": seconds})
+    evaluated_with = {
+        key: value
+        for key, value in flat(settings).items()
+        if is_among(key, ["evaluate"]) and not is_among(key, ["evaluate.split", *WITHOUT_EFFECT])
+    }
+    _write_metrics(folder, videos, metrics, {"trained": trained, "seconds": seconds, _EVALUATED_WITH: evaluated_with})
     return metrics
 
 
@@ -148,6 +158,14 @@ def load_metrics(run: Path, method: str) -> dict[str, Any]:
     path = method_folder(run, method) / METRICS_NAME
     content: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     return content
+
+
+def as_evaluated(settings: Settings, run: Path, method: str) -> Settings:
+    """The settings, but for those that a method of a run was evaluated with."""
+    merged = OmegaConf.structured(settings)
+    for key, value in load_metrics(run, method).get(_EVALUATED_WITH, {}).items():
+        OmegaConf.update(merged, key, value)
+    return cast(Settings, OmegaConf.to_object(merged))
 
 
 def labels_digest(labels: Labels) -> str:

@@ -8,6 +8,7 @@ import re
 import shutil
 import statistics
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ from evaluate.compare.result import _spread, compare
 from evaluate.compare.videos import changed_videos
 from evaluate.metrics.video_ap import VideoEvaluation
 from evaluate.pictures.overlays import predicted_tracks
+from evaluate.report.write import write_report
 from evaluate.score import score
 from evaluate.stage import evaluate
 from tests.naive_video_ap import Object, naive_metrics
@@ -152,15 +154,26 @@ def test_names_are_escaped(runs: Path, tmp_path: Path) -> None:
     [
         ({"iterations: 6": "iterations: 5"}, r"train\.iterations differs: 6 in kind-0; 5 in other"),
         ({"iterations: 6": "iterations: 9"}, "other stopped at step 6 of 9"),
-        ({"top_k: 10": "top_k: 20"}, r"evaluate\.top_k differs: 10 in kind-0; 20 in other"),
-        ({"repeats: true": "repeats: false"}, r"evaluate\.repeats differs"),
-        ({"checkpoint: last": "checkpoint: best"}, r"evaluate\.checkpoint differs"),
     ],
 )
 def test_unequal_terms_are_named(edited: Path, changes: dict[str, str], reason: str) -> None:
     edit(edited / "other" / "config.yaml", changes)
     found = differences(read_groups([str(edited / "kind-0"), str(edited / "other")], []))
     assert found and any(re.search(reason, sentence) for sentence in found)
+
+
+def test_unequal_evaluations_are_named(edited: Path, tiny_run: Settings) -> None:
+    """What a run was evaluated with counts, not what it was trained with."""
+    settings = replace(tiny_run, name="other", runs=str(edited))
+    evaluate(replace(settings, evaluate=replace(tiny_run.evaluate, top_k=2, repeats=False, keep_queries=0.5)))
+    assert "evaluate.top_k=2\n" in write_report(settings).read_text()
+    groups = read_groups([str(edited / "kind-0"), str(edited / "other")], [])
+    found = differences(groups)
+    assert [sentence.partition(" ")[0] for sentence in found] == ["evaluate.top_k", "evaluate.repeats"]
+    assert [group.entries[0].settings.evaluate.keep_queries for group in groups] == [1, 0.5]
+    edit(edited / "other" / "metrics.json", {'"evaluate.checkpoint": "last"': '"evaluate.checkpoint": "best"'})
+    found = differences(read_groups([str(edited / "kind-0"), str(edited / "other")], []))
+    assert "evaluate.checkpoint differs: last in kind-0; best in other" in found
 
 
 def test_changed_labels_are_named(edited: Path) -> None:
@@ -209,7 +222,7 @@ def test_make_compare_without_runs_says_how_to_name_them(tmp_path: Path) -> None
 def test_the_command_refuses_unequal_terms_unless_told(
     edited: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    edit(edited / "other" / "config.yaml", {"top_k: 10": "top_k: 20"})
+    edit(edited / "other" / "metrics.json", {'top_k": 10': 'top_k": 20'})
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     given = [str(edited / "kind-0"), str(edited / "other"), "--output", str(tmp_path / "out"), "--resamples", "5"]

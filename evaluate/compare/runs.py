@@ -17,7 +17,14 @@ from configs.load import load_settings
 from configs.schema import Settings, Split
 from evaluate.metrics.video_ap import VideoEvaluation
 from evaluate.results import TrackPrediction
-from evaluate.stored import HEAD, load_metrics, load_predictions, require_predictions, shown_methods
+from evaluate.stored import (
+    HEAD,
+    as_evaluated,
+    load_metrics,
+    load_predictions,
+    require_predictions,
+    shown_methods,
+)
 from evaluate.tables import extraction_costs
 from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint
 from train_head.data.video_sets import chosen_videos, evaluation_split, without_skipped
@@ -89,12 +96,7 @@ def read_entries(run: Path, methods: Sequence[str] | None, label_files: LabelFil
     """
     if not (run / CONFIG).is_file():
         raise ConfigError("no run here", where=run, expected=f"a folder with {CONFIG}", hint="name folders of runs/")
-    settings = load_settings(str(run / CONFIG))
-    chosen = Split(load_metrics(run, HEAD).get("split", settings.evaluate.split))
-    place = run.resolve()  # whatever the folder was called when it was trained
-    settings = replace(
-        settings, runs=str(place.parent), name=place.name, evaluate=replace(settings.evaluate, split=chosen)
-    )
+    settings = _settings(run, HEAD)
     split, labels = label_files.of(settings)
     names = shown_methods(run, split, methods)
     for method in names:
@@ -105,7 +107,6 @@ def read_entries(run: Path, methods: Sequence[str] | None, label_files: LabelFil
     entry = partial(
         Entry,
         run=run,
-        settings=settings,
         split=split,
         labels=labels,
         fingerprint=checkpoint.fingerprint,
@@ -124,8 +125,16 @@ def read_entries(run: Path, methods: Sequence[str] | None, label_files: LabelFil
             cache_bytes=sum(cost.bytes for cost in extraction) if extraction else None,
             inference_seconds=scored.get("seconds"),
         )
-        entries.append(entry(method=method, trained=trained, scored=scored, costs=costs))
+        own = _settings(run, method)
+        entries.append(entry(method=method, settings=own, trained=trained, scored=scored, costs=costs))
     return entries
+
+
+def _settings(run: Path, method: str) -> Settings:
+    """A run's settings, but for those that a method was evaluated with, and for the folder, wherever it is by now."""
+    settings, place = as_evaluated(load_settings(str(run / CONFIG)), run, method), run.resolve()
+    split = Split(load_metrics(run, method).get("split", settings.evaluate.split))
+    return replace(settings, runs=str(place.parent), name=place.name, evaluate=replace(settings.evaluate, split=split))
 
 
 def _tuning(run: Path, settings: Settings, checkpoint: Checkpoint) -> Checkpoint | None:

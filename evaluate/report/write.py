@@ -28,7 +28,7 @@ from evaluate.report import figures, numbers
 from evaluate.report.scrubber import ScrubbedVideo, scrub_video, within_budget
 from evaluate.report.sides import Scored, Side, read_sides, score_sides
 from evaluate.report.similarity import SimilarityMatrix, similarity_matrix, video_of_many_objects
-from evaluate.stored import HEAD, methods_left_out
+from evaluate.stored import HEAD, as_evaluated, methods_left_out
 from evaluate.tables import stage_costs
 from train_head.checkpoint import CHECKPOINT, load_checkpoint
 from train_head.data.video_sets import VideoSet, evaluation_split, open_evaluation_set
@@ -44,6 +44,7 @@ def write_report(settings: Settings, beside: Sequence[Path] = (), methods: Seque
     videos, and says so. Raises CacheError where the run is not evaluated yet, ConfigError where a run beside it was
     evaluated on other videos.
     """
+    settings = as_evaluated(settings, Path(settings.runs) / settings.name, HEAD)
     videos = open_evaluation_set(settings)
     sides = read_sides(settings, videos, beside, methods)
     problem, scrubbed = None, list[ScrubbedVideo]()
