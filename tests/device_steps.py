@@ -23,7 +23,7 @@ def open_trainer(stored: Settings, device: str, precision: Precision = Precision
     settings = deepcopy(stored)
     settings.train.precision, settings.name = precision, f"{device}-{precision.value}-{stored.train.iterations}"
     source = CachedSource(settings, open_training_set(settings), torch.device(device))
-    return Trainer(settings, source, open_run(settings, None), device=torch.device(device))
+    return Trainer(settings, source, open_run(settings, source.holdout), device=torch.device(device))
 
 
 @dataclass(frozen=True)

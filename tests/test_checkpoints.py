@@ -16,6 +16,7 @@ from evaluate.stage import score_head
 from tests.conftest import tiny_settings
 from tests.train_until import interrupt
 from train_head.checkpoint import BEST, CHECKPOINT, load_checkpoint, save_checkpoint
+from train_head.data.video_sets import open_training_set
 from train_head.heads.vita import strip_release_prefix
 from train_head.release import export_file
 from train_head.run_folder import METRICS_LOG, MetricsLog, open_run
@@ -93,12 +94,12 @@ def test_lack_of_memory_is_not_taken_for_a_damaged_file(tiny_run: Settings, monk
 
 def test_what_changes_no_weight_may_change_when_a_run_goes_on(tiny_run: Settings, tmp_path: Path) -> None:
     path = trained_copy(tiny_run, tmp_path)
-    settings = replace(tiny_run, runs=str(tmp_path))
+    settings, split = replace(tiny_run, runs=str(tmp_path)), open_training_set(tiny_run).holdout
     moved = replace(settings.detector, weights="elsewhere/detector", batch_frames=1)
     staged = replace(settings.cache, stage_to="/local", ignore_space=True)
-    assert open_run(replace(settings, detector=moved, cache=staged), None) == path.parent
+    assert open_run(replace(settings, detector=moved, cache=staged), split) == path.parent
     with pytest.raises(ConfigError, match="seed was 0, now 1"):
-        open_run(replace(settings, seed=1), None)
+        open_run(replace(settings, seed=1), split)
 
 
 def test_a_run_that_is_killed_while_it_is_resumed_keeps_its_history(

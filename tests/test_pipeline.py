@@ -163,6 +163,9 @@ def test_hold_out_without_validation_labels(tiny_data: Path, tiny_cache: Path, t
     assert sorted(split["train_ids"] + split["holdout_ids"]) == [1, 2, 3, 4, 5]
     predicted = json.loads((tmp_path / "hold_out" / "results.json").read_text())
     assert {entry["video_id"] for entry in predicted} == set(split["holdout_ids"])
+    settings.data.holdout = 0.9
+    with pytest.raises(ConfigError, match=r"of \d videos to evaluate on were trained on: (.|\n)*data\.holdout_seed"):
+        evaluate(settings)
     nothing = tiny_settings(tiny_data, tiny_cache, tmp_path, *hold_out[:2], "name=nothing")
     with pytest.raises(ConfigError, match=r"data.holdout=0.1"):
         evaluate(nothing)

@@ -248,7 +248,7 @@ def test_gradients_that_are_not_finite_change_nothing(tiny_data: Path, tiny_cach
     """The loss is finite; the message names the step's own videos."""
     settings = tiny_settings(tiny_data, tiny_cache, tmp_path, "name=broken", "train.workers=0")
     source = CachedSource(settings, open_training_set(settings), torch.device("cpu"))
-    trainer = Trainer(settings, source, open_run(settings, None))
+    trainer = Trainer(settings, source, open_run(settings, source.holdout))
     batches = trainer._batches()
     trainer.training_step(next(batches))
     trainer.save()

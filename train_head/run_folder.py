@@ -81,11 +81,17 @@ def _differences(stored: Any, wanted: Settings) -> list[str]:
     ]
 
 
+def read_train_ids(folder: Path) -> tuple[int, ...] | None:
+    """The ids of the videos that a run trains on; None where that is not written down (an imported head)."""
+    path = folder / SPLIT
+    return tuple(json.loads(path.read_text())["train_ids"]) if path.exists() else None
+
+
 def _require_same_videos(path: Path, split: Split) -> None:
     """Other videos are other clips: such as those that extraction left out, and could read since."""
-    began = json.loads(path.read_text())["train_ids"] if path.exists() else list(split.train_ids)
-    if began != list(split.train_ids):
-        changes = {"new": set(split.train_ids) - set(began), "gone": set(began) - set(split.train_ids)}
+    began = read_train_ids(path.parent)
+    if began is not None and began != split.train_ids:
+        changes = {"new": set(split.train_ids).difference(began), "gone": set(began).difference(split.train_ids)}
         told = [f"{word} {some(sorted(ids))}" for word, ids in changes.items() if ids] or ["another order"]
         raise ConfigError(
             f"a run of this name trains on other videos: {'; '.join(told)}",

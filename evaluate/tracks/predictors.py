@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from cache.errors import ConfigError, some
 from cache.labels.category_map import category_pairs
 from cache.reader import CachedVideo
 from configs.command import device_name
 from configs.schema import CheckpointChoice, EvaluateSettings, FrameMatching, Settings
+from configs.schema import Split as SplitName
 from evaluate.tracks.baseline import track_without_training
 from evaluate.tracks.inference import VideoTracks, predict_video
 from evaluate.tracks.read_ahead import read_ahead
@@ -27,6 +29,7 @@ from train_head.heads.frame_spill import TokenBlock
 from train_head.heads.mask_folding import MapDecoding
 from train_head.losses.detector_predictions import FrozenHeads
 from train_head.losses.frame_matches import label_map
+from train_head.run_folder import SPLIT, read_train_ids
 
 VideoPredictor = Callable[[CachedVideo], VideoTracks]
 
@@ -110,11 +113,13 @@ def checkpoint_path(settings: Settings) -> Path:
 def head_predictor(settings: Settings, videos: VideoSet) -> HeadPredictor:
     """The head in the run's checkpoint.
 
-    Raises WeightsError where there is none, FingerprintMismatch for a cache of other features or categories.
+    Raises WeightsError where there is none, FingerprintMismatch for a cache of other features or categories,
+    ConfigError where held-out videos were trained on.
     """
     device = torch.device(device_name(settings.device))
     path = checkpoint_path(settings)
     checkpoint = load_checkpoint(path)
+    _require_unseen(path.parent, videos)
     checkpoint.require_cache(videos.feature_cache, path, any_codec=True)
     checkpoint.require_categories([category.name for category in videos.labels.categories], path)
     heads = videos.feature_cache.heads
@@ -125,6 +130,17 @@ def head_predictor(settings: Settings, videos: VideoSet) -> HeadPredictor:
         choices=settings.evaluate,
         device=device,
     )
+
+
+def _require_unseen(run: Path, videos: VideoSet) -> None:
+    """Raise ConfigError where the run trained on videos that these settings hold out."""
+    seen = sorted(set(read_train_ids(run) or ()).intersection(videos.video_ids))
+    if videos.split == SplitName.holdout.value and seen:
+        raise ConfigError(
+            f"{len(seen)} of {len(videos.video_ids)} videos to evaluate on were trained on: {some(seen)}",
+            where=run / SPLIT,
+            hint="use the data.holdout and data.holdout_seed of the training, or train anew with these",
+        )
 
 
 def known_categories(videos: VideoSet) -> list[tuple[int, int]]:
