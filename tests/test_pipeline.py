@@ -24,6 +24,7 @@ from evaluate.report.write import write_report
 from evaluate.score import score
 from evaluate.stage import evaluate
 from evaluate.tables import run_summary
+from evaluate.tracks.predictors import head_predictor
 from extract.__main__ import main as extract_main
 from extract.stage import extract
 from tests.conftest import tiny_settings
@@ -151,6 +152,14 @@ def test_killed_extraction_goes_on_and_ends_in_the_same_bytes(
     for split in ("train", "valid"):
         assert array_bytes(features / split) == array_bytes(tiny_cache / split)
         assert array_bytes(features / split)
+
+
+def test_settings_of_another_head_are_told(tiny_run: Settings, capsys: pytest.CaptureFixture[str]) -> None:
+    head_predictor(tiny_run, open_evaluation_set(tiny_run))
+    assert "warning" not in capsys.readouterr().out
+    other = replace(tiny_run, head=replace(tiny_run.head, window=3, enc_layers=9))
+    head_predictor(other, open_evaluation_set(tiny_run))
+    assert "keeps its settings, whatever these say: head.enc_layers is 2, head.window is 6" in capsys.readouterr().out
 
 
 def test_hold_out_without_validation_labels(tiny_data: Path, tiny_cache: Path, tmp_path: Path) -> None:

@@ -229,9 +229,10 @@ def test_imported_head_scores_from_the_cache_as_from_pixels(release: Release, mo
 
 
 def test_an_imported_head_has_a_config_to_compare_and_to_predict_with(
-    release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    release: Release, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(monkeypatch, *import_arguments(release, "imported"))
+    assert "warning: its config evaluates on train videos" in capsys.readouterr().out
     folder = release.root / "runs" / "imported"
     config, wanted = str(folder / CONFIG), release.settings("name=imported")
     settings = load_settings(config)

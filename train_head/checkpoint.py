@@ -93,6 +93,11 @@ class Checkpoint:
             hint="train a head on these labels (`make train name=...`), or use the labels that it was trained on",
         )
 
+    def other_settings(self, asked: HeadSettings) -> list[str]:
+        """What this head has, of all settings of the head that are asked for otherwise."""
+        mine = dataclasses.asdict(self.config)
+        return [_in_words(name, mine[name]) for name, value in dataclasses.asdict(asked).items() if value != mine[name]]
+
     def require_config(self, wanted: HeadConfig, where: Path) -> None:
         """Raise ConfigError where the settings ask for another head than this."""
         mine, others = dataclasses.asdict(self.config), dataclasses.asdict(wanted)

@@ -34,6 +34,7 @@ from train_head.run_folder import PROVENANCE, write_config
 
 _LISTED = 5
 _HOLDOUT = 0.1  # as in the configs of data sets whose validation labels are not public
+_SEEN = "\nwarning: its config evaluates on train videos, which a released head has been trained on"
 
 
 def import_file(source: Path, run: Path, features: Path, *, num_heads: int, window: int) -> str:
@@ -64,13 +65,14 @@ def import_file(source: Path, run: Path, features: Path, *, num_heads: int, wind
     run.mkdir(parents=True, exist_ok=True)
     provenance = Provenance.gather({"release": str(source), "cache": str(features)})
     write_file_atomically(run / PROVENANCE, json.dumps(asdict(provenance), indent=2).encode())
-    write_config(run, imported_settings(run, source, feature_cache, config))
+    settings = imported_settings(run, source, feature_cache, config)
+    write_config(run, settings)
     save_checkpoint(run / CHECKPOINT, checkpoint)
     write_import_card(run, source, features)
     return (
         f"{run / CHECKPOINT}: {config.enc_layers} encoder + {config.dec_layers} decoder layers, "
         f"{config.num_queries} video queries, {config.num_classes} categories; assumed: {config.num_heads} attention "
-        f"heads, window {config.window}\n{detector}"
+        f"heads, window {config.window}\n{detector}{_SEEN if settings.data.holdout else ''}"
     )
 
 

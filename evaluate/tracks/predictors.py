@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cache.errors import ConfigError, some
 from cache.labels.category_map import category_pairs
+from cache.progress import warn_once
 from cache.reader import CachedVideo
 from configs.command import device_name
 from configs.schema import CheckpointChoice, EvaluateSettings, FrameMatching, Settings
@@ -120,6 +121,8 @@ def head_predictor(settings: Settings, videos: VideoSet) -> HeadPredictor:
     path = checkpoint_path(settings)
     checkpoint = load_checkpoint(path)
     _require_unseen(path.parent, videos)
+    if ignored := checkpoint.other_settings(settings.head):
+        warn_once(f"a trained head keeps its settings, whatever these say: {', '.join(ignored)}")
     checkpoint.require_cache(videos.feature_cache, path, any_codec=True)
     checkpoint.require_categories([category.name for category in videos.labels.categories], path)
     heads = videos.feature_cache.heads
