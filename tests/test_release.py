@@ -21,6 +21,8 @@ from cache.layout import VideoAttributes
 from cache.writer import CacheWriter
 from configs.load import load_settings
 from configs.schema import Settings
+from evaluate.compare.checks import differences
+from evaluate.compare.groups import read_groups
 from evaluate.compare.runs import LabelFiles, read_entries
 from evaluate.predict import predict
 from evaluate.stage import evaluate
@@ -242,6 +244,7 @@ def test_an_imported_head_has_a_config_to_compare_and_to_predict_with(
     evaluated = evaluate(load_settings(config, ["evaluate.split=train"])).metrics["head"]
     (entry,) = read_entries(folder, [], LabelFiles())
     assert evaluated is not None and entry.evaluation.metrics().AP == evaluated.AP
+    assert differences(read_groups([str(folder)], [])) == []  # it has no steps, and has not stopped before its last
     frames = release.root / "frames" / "1"
     features = extract_footage(config, [str(frames), f"cache.path={tmp_path / 'cache'}"], head=folder)
     (written,) = predict(settings, folder, features, tmp_path / "out", 0.0)

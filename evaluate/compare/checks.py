@@ -70,7 +70,7 @@ def _of_one(entry: Entry, digest: str) -> list[str]:
     """What makes a run's numbers not what its settings say."""
     sentences = []
     iterations = entry.settings.train.iterations
-    if entry.trained and entry.steps < iterations:
+    if entry.trained and 0 < entry.steps < iterations:  # an imported head has no steps
         sentences.append(f"{entry.run.name} stopped at step {entry.steps} of {iterations}")
     if entry.scored.get("labels_sha256", digest) != digest:
         sentences.append(f"{entry.run.name} ({entry.method}) was evaluated before its labels changed")
