@@ -122,8 +122,17 @@ def stored_methods(run: Path, split: str | None = None) -> list[str]:
 def shown_methods(run: Path, split: str, asked: Sequence[str] | None = None) -> list[str]:
     """The head and the methods `asked` for; by default the baseline where the run keeps it of the split.
 
-    Ablations leave a dozen methods, which would crowd out what a page is about.
+    Ablations leave a dozen methods, which would crowd out what a page is about. Raises CacheError where a method's
+    predictions are of another split.
     """
+    for method in asked or ():
+        if (own := load_metrics(run, method).get("split", split)) != split:
+            hint = (
+                "evaluate both on one split: `make evaluate`, or `python -m evaluate ablate`, with evaluate.split=..."
+            )
+            raise CacheError(
+                f"predictions of {method} are of another split", where=run, expected=split, got=own, hint=hint
+            )
     beside = [method for method in stored_methods(run, split) if method == BASELINE] if asked is None else asked
     return list(dict.fromkeys([HEAD, *beside]))
 

@@ -298,6 +298,12 @@ def test_methods_of_another_split_are_left_out(tiny_run: Settings, tmp_path: Pat
     assert [e.method for e in read_entries(tmp_path / "tiny", asked, LabelFiles())] == ["head", *asked]
     of_train(tmp_path / "tiny" / "clips5-greedy")
     assert [side.title for side in read_sides(settings, videos, [])] == ["head", "baseline"]
+    for read in (
+        lambda: read_sides(settings, videos, [], ["clips5-greedy"]),
+        lambda: read_entries(tmp_path / "tiny", ["clips5-greedy"], LabelFiles()),
+    ):
+        with pytest.raises(CacheError, match=r"clips5-greedy are of another split \(expected valid, got train\)"):
+            read()
     assert "clips5-greedy" not in run_summary(settings)
     assert [entry.method for entry in read_entries(tmp_path / "tiny", None, LabelFiles())] == ["head", "baseline"]
     of_train(tmp_path / "tiny")
