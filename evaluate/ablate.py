@@ -123,7 +123,9 @@ def _association(found: _Run) -> Iterator[Row]:
         seconds = time.perf_counter() - started  # the head once, both links
         for matching, tracks in predictions.items():
             method = f"clips{length}-{matching.value}"
-            metrics = store_predictions(found.settings, found.videos, method, tracks, seconds=seconds, trained=True)
+            metrics = store_predictions(
+                found.settings, found.videos, method, tracks, seconds=seconds, step=found.predictor.step
+            )
             assert metrics is not None  # `ablate` asks for labels
             yield found.row(f"clips of {length}, {matching.value}", metrics, seconds)
     yield found.whole_videos("whole videos", found.predictor)

@@ -34,7 +34,8 @@ def evaluate(settings: Settings) -> Evaluation:
     run = Path(settings.runs) / settings.name
     videos = open_evaluation_set(settings)
     metrics: dict[str, VideoMetrics | None] = {}
-    predictors: dict[str, VideoPredictor] = {HEAD: head_predictor(settings, videos)}
+    head = head_predictor(settings, videos)
+    predictors: dict[str, VideoPredictor] = {HEAD: head}
     if known_categories(videos):
         predictors[BASELINE] = baseline_predictor(settings, videos)
     else:  # scores of zero alone, whose order would decide its AP
@@ -44,7 +45,7 @@ def evaluate(settings: Settings) -> Evaluation:
         predictions = predict_videos(videos, predictor, f"evaluate {method}")
         seconds = time.perf_counter() - started
         metrics[method] = store_predictions(
-            settings, videos, method, predictions, seconds=seconds, trained=method == HEAD
+            settings, videos, method, predictions, seconds=seconds, step=head.step if method == HEAD else None
         )
     return Evaluation(
         folder=run,

@@ -51,12 +51,12 @@ def store_predictions(
     predictions: Sequence[TrackPrediction],
     *,
     seconds: float,
-    trained: bool,
+    step: int | None,
 ) -> VideoMetrics | None:
     """Write a method's predictions for the videos of a set, score them where the labels are public.
 
     `method` names the row in tables and the folder (see `method_folder`); `seconds` is what inference took;
-    `trained` says whether the run's head took part, so that its parameters and training time are counted.
+    `step` is that of the run's head, None where none took part: its parameters and training time are then not counted.
     `python -m evaluate compare <run> --with <method>` then compares them. Returns None without public labels.
     """
     folder = method_folder(Path(settings.runs) / settings.name, method)
@@ -68,7 +68,12 @@ def store_predictions(
         for key, value in flat(settings).items()
         if is_among(key, ["evaluate"]) and not is_among(key, ["evaluate.split", *WITHOUT_EFFECT])
     }
-    _write_metrics(folder, videos, metrics, {"trained": trained, "seconds": seconds, _EVALUATED_WITH: evaluated_with})
+    _write_metrics(
+        folder,
+        videos,
+        metrics,
+        {"trained": step is not None, "step": step, "seconds": seconds, _EVALUATED_WITH: evaluated_with},
+    )
     return metrics
 
 

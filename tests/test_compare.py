@@ -184,6 +184,12 @@ def test_changed_labels_are_named(edited: Path) -> None:
     assert found == ["other (head) was evaluated before its labels changed"]
 
 
+def test_predictions_of_an_earlier_step_are_named(edited: Path) -> None:
+    edit(edited / "other" / "metrics.json", {'"step": 6': '"step": 4'})
+    found = differences(read_groups([str(edited / "kind-0"), str(edited / "other")]))
+    assert found == ["other (head) was evaluated at step 4 and trained to step 6 since: evaluate it again"]
+
+
 def test_a_named_group_of_unlike_runs_is_named(runs: Path) -> None:
     groups = read_groups([f"mixed={runs / 'kind-0'},{runs / 'other'}"], [])
     assert differences(groups) == ["the runs of mixed differ in loss.sim_weight"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from cache.errors import ConfigError
+from configs.schema import CheckpointChoice
 from evaluate.compare.groups import Group, described
 from evaluate.compare.runs import Entry
 from evaluate.stored import labels_digest
@@ -72,6 +73,10 @@ def _of_one(entry: Entry, digest: str) -> list[str]:
     iterations = entry.settings.train.iterations
     if entry.trained and 0 < entry.steps < iterations:  # an imported head has no steps
         sentences.append(f"{entry.run.name} stopped at step {entry.steps} of {iterations}")
+    evaluated = entry.scored.get("step", entry.steps)
+    if entry.trained and evaluated != entry.steps and entry.settings.evaluate.checkpoint is CheckpointChoice.last:
+        what = f"{entry.run.name} ({entry.method}) was evaluated at step {evaluated}"
+        sentences.append(f"{what} and trained to step {entry.steps} since: evaluate it again")
     if entry.scored.get("labels_sha256", digest) != digest:
         sentences.append(f"{entry.run.name} ({entry.method}) was evaluated before its labels changed")
     return sentences

@@ -44,6 +44,8 @@ class HeadPredictor:
     decoding: MapDecoding
     choices: EvaluateSettings
     device: torch.device
+    step: int
+    """Of its training."""
     advance: Callable[[int], object] = lambda _: None
     """Told the number of frames of every block whose masks are decoded."""
 
@@ -132,6 +134,7 @@ def head_predictor(settings: Settings, videos: VideoSet) -> HeadPredictor:
         decoding=decoding_of(videos.codec, map_channels(heads)).to(device),
         choices=settings.evaluate,
         device=device,
+        step=checkpoint.step,
     )
 
 
