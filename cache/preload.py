@@ -12,16 +12,17 @@ from cache.reader import FeatureCache
 _MEMORY = Path("/proc/meminfo")
 
 
-def require_memory(feature_cache: FeatureCache, names: Sequence[str], processes: int) -> None:
-    """Raise CacheError where memory is too short for so many processes that each keep these videos.
+def require_memory(held: Sequence[tuple[FeatureCache, Sequence[str]]], processes: int) -> None:
+    """Raise CacheError where memory is too short for so many processes that each keep these videos of some caches.
 
     Where the system does not tell what is available, nothing is checked.
     """
-    available, needed = available_bytes(), processes * held_bytes(feature_cache, names)
+    available, needed = available_bytes(), processes * sum(held_bytes(*videos) for videos in held)
     if available is not None and needed > available:
+        count = sum(len(names) for _, names in held)
         raise CacheError(
-            f"cache.preload keeps {len(names)} videos in the memory of each of {processes} processes",
-            where=feature_cache.path,
+            f"cache.preload keeps {count} videos in the memory of each of {processes} processes",
+            where=held[0][0].path,
             expected=f"{needed / 1e9:.2f} GB",
             got=f"{available / 1e9:.2f} GB available",
             hint="set cache.preload=false (cache.stage_to brings the cache to a local disk), or lower train.workers",

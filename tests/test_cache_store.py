@@ -164,9 +164,9 @@ def test_preloading_is_refused_where_memory_is_short(path: Path, monkeypatch: py
     assert held_bytes(feature_cache, ["1", "2"]) == held
     assert (available_bytes() or 2**40) > 2**20
     monkeypatch.setattr("cache.preload.available_bytes", lambda: 3 * held)
-    require_memory(feature_cache, ["1", "2"], 3)
+    require_memory([(feature_cache, ["1", "2"])], 3)
     with pytest.raises(CacheError, match=r"2 videos in the memory of each of 4 processes[\s\S]*cache\.preload=false"):
-        require_memory(feature_cache, ["1", "2"], 4)
+        require_memory([(feature_cache, ["1", "2"])], 4)
 
 
 def test_memory_does_not_grow_with_the_video(path: Path) -> None:

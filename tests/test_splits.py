@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import AnnotationError, ConfigError
+from cache.errors import AnnotationError, CacheError, ConfigError
 from cache.labels.annotations import parse_labels
 from cache.labels.splits import holdout_split
 from cache.labels.tracks import Labels
+from cache.preload import held_bytes
 from tests.conftest import tiny_settings
 from train_head.data.video_sets import open_training_set
 
@@ -60,3 +61,17 @@ def test_what_is_held_out_is_not_mixed_in_from_another_cache(
     own, again, others = ({video.name for video in s.labels.videos} for s in open_training_set(settings).sources)
     assert 0 < len(own) < 5 and own == again and len(others) == 2
     assert f"{5 - len(own)} of 5 videos are held out" in capsys.readouterr().out
+
+
+def test_preloading_counts_what_is_mixed_in(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mix = f"train.mix=[{{cache: {tiny_cache / 'valid'}}}]"
+    settings = tiny_settings(tiny_data, tiny_cache, tmp_path, mix, "cache.preload=true")
+    sources = open_training_set(settings).sources
+    held = [held_bytes(s.feature_cache, [str(video.id) for video in s.labels.videos]) for s in sources]
+    monkeypatch.setattr("cache.preload.available_bytes", lambda: sum(held))
+    open_training_set(settings)
+    monkeypatch.setattr("cache.preload.available_bytes", lambda: sum(held) - 1)
+    with pytest.raises(CacheError, match="keeps 7 videos in the memory of each of 1 processes"):
+        open_training_set(settings)

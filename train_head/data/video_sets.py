@@ -58,7 +58,17 @@ def open_training_set(settings: Settings) -> VideoSet:
     pseudo = pseudo_split(settings)
     mixed += [] if pseudo is None else [(pseudo.features, settings.pseudo.ratio)]
     own = ClipSource(feature_cache=videos.feature_cache, labels=videos.labels, views=views)
-    return replace(videos, sources=(own, *(_open_mixed(settings, videos, path, ratio) for path, ratio in mixed)))
+    sources = (own, *(_open_mixed(settings, videos, path, ratio) for path, ratio in mixed))
+    if settings.cache.preload:
+        workers = max(1, num_workers(settings.train.workers, torch.device(device_name(settings.device))))
+        require_memory(list(map(_held, sources)), workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return replace(videos, sources=sources)
+
+
+def _held(videos: ClipSource | VideoSet) -> tuple[FeatureCache, list[str]]:
+    """What a process keeps with `cache.preload`: a cache, and its names of the videos, views included."""
+    ids = {str(video.id) for video in videos.labels.videos}
+    return videos.feature_cache, [n for n in videos.feature_cache.video_names() if n.partition("@")[0] in ids]
 
 
 def open_evaluation_set(settings: Settings) -> VideoSet:
@@ -68,7 +78,10 @@ def open_evaluation_set(settings: Settings) -> VideoSet:
     settings ask for.
     """
     split, paths = evaluation_split(settings)
-    return _open(settings, paths, split)
+    videos = _open(settings, paths, split)
+    if settings.cache.preload:
+        require_memory([_held(videos)], 1)
+    return videos
 
 
 def open_labelled_set(settings: Settings, asked: str) -> VideoSet:
@@ -157,12 +170,6 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
         raise AnnotationError("the train split has no annotations", where=feature_cache.path)
     for video in labels.videos:
         feature_cache.video(video_group_name(video.id))
-    if settings.cache.preload:
-        ids = {str(video.id) for video in labels.videos}
-        names = [name for name in feature_cache.video_names() if name.partition("@")[0] in ids]
-        device = torch.device(device_name(settings.device))
-        workers = max(1, num_workers(settings.train.workers, device)) if split == "train" else 1
-        require_memory(feature_cache, names, workers * int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     return VideoSet(split=split, feature_cache=feature_cache, labels=labels, holdout=holdout, skipped_ids=skipped_ids)
 
 
