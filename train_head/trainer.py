@@ -196,7 +196,7 @@ class Trainer(Generic[AnyClip]):
             raise KeyboardInterrupt
         if self.group.is_main:
             if done.step < train.iterations:
-                print(f"train: the time budget of {train.time_budget:.0f} s is spent at step {done.step}")
+                print(f"train: the time budget of {train.time_budget:g} s is spent at step {done.step}")
             print(self.source.finish(self.folder), end="")
         self.save()  # of the last step only now: a run that is killed in `finish` has to come here again
 
