@@ -29,7 +29,7 @@ from cache.layout import Size, crop_map
 from cache.media.geometry import Transform, network_size
 from cache.progress import with_progress
 from cache.reader import FeatureCache
-from cache.storage.stores import extraction_store
+from cache.storage.stores import open_store
 from configs.command import device_name
 from configs.schema import CacheSettings, CodecName, Settings
 from configs.splits import all_caches, train_split
@@ -106,7 +106,7 @@ def held_codec(settings: Settings) -> ChosenCodec | None:
     is another codec than the settings ask for.
     """
     paths = [paths.features for paths in all_caches(settings)]
-    paths = [path for path in paths if extraction_store(path).attributes("") is not None][:1]
+    paths = [path for path in paths if open_store(path).attributes("") is not None][:1]
     paths += [] if settings.cache.codec_from is None else [Path(settings.cache.codec_from)]
     if not paths:
         return None

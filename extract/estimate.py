@@ -12,7 +12,7 @@ from itertools import cycle, islice
 from cache.codecs.rate_distortion import Calibration, Distortion, format_table, smallest_faithful
 from cache.layout import VideoAttributes
 from cache.room import free_bytes
-from cache.storage.stores import extraction_store
+from cache.storage.stores import open_store
 from configs.command import device_name
 from configs.schema import CodecName, Settings
 from extract.batches import BatchRunner
@@ -46,7 +46,7 @@ def print_estimate(settings: Settings) -> None:
     pace = seconds_per_pixel(BatchRunner(detector, settings.detector.batch_frames, decode), jobs)
     for load in work:
         videos = [job.attributes for job in load.jobs]
-        begun = " (continued)" if extraction_store(load.split.features).attributes("") is not None else ""
+        begun = " (continued)" if open_store(load.split.features).attributes("") is not None else ""
         print(f"{load.split.name}{begun}: {len(videos)} videos, {load.frames} frames, {_duration(videos, pace)}")
         for label, row, mark in _compared(settings, calibration):
             size = stored_bytes(videos, row.bytes_per_location, cost)

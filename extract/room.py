@@ -14,7 +14,7 @@ from cache.layout import Size, VideoAttributes
 from cache.remote_writer import LOCAL_VIDEOS
 from cache.room import require_room
 from cache.storage.connection import remote_url
-from cache.storage.stores import extraction_store
+from cache.storage.stores import open_store
 from configs.schema import Settings
 from configs.splits import SplitPaths
 from extract.calibration import ChosenCodec
@@ -39,7 +39,7 @@ class Workload:
     @classmethod
     def of(cls, asked: SplitJobs) -> Workload:
         """What is asked for and not complete in the split's cache."""
-        complete = {name for name, done in extraction_store(asked.split.features).videos() if done}
+        complete = {name for name, done in open_store(asked.split.features).videos() if done}
         return cls(split=asked.split, jobs=tuple(job for job in asked.jobs if job.name not in complete))
 
 

@@ -10,13 +10,16 @@ from pathlib import Path
 import torch
 
 from cache.codecs.rate_distortion import format_table
-from cache.errors import FrameError, VideoBusy
+from cache.errors import CacheError, FrameError, VideoBusy
 from cache.fingerprint import Fingerprint, Provenance
 from cache.layout import ANNOTATIONS
 from cache.reader import FeatureCache
 from cache.remote_writer import opened_writer
+from cache.storage.contract import Store
 from cache.storage.folder import FolderStore
+from cache.storage.hdf5 import Hdf5Store
 from cache.storage.locks import sweep_locks
+from cache.storage.stores import open_store
 from cache.writer import check_continuation, video_sources
 from configs.cards import write_cache_card
 from configs.schema import Settings
@@ -107,9 +110,14 @@ def _extract_split(
 ) -> Outcome:
     split = asked.split
     wanted = replace(wanted, short_edge=asked.short_edge or 0)
-    if _is_read_only(split.features) and _lacks_nothing(asked, wanted):
-        print(f"extract {split.name}: all {len(asked.jobs)} videos are in {split.features} already")
+    store = open_store(split.features)
+    if _is_read_only(store) and _lacks_nothing(store, asked, wanted):
+        print(f"extract {split.name}: all {len(asked.jobs)} videos are in {store.path} already")
         return Outcome()
+    if isinstance(store, Hdf5Store):
+        what = f"the file lacks videos of {split.labels} or has other labels, and nothing is added to an HDF5 file"
+        hint = f"`python -m cache import {store.path} {split.features}` makes it a folder; then run the same command"
+        raise CacheError(what, where=store.path, hint=hint)
     with opened_writer(
         split.features,
         settings.cache.stage_to,
@@ -128,12 +136,13 @@ def _extract_split(
     return outcome
 
 
-def _is_read_only(features: Path) -> bool:
-    return features.is_dir() and not os.access(features, os.W_OK)
+def _is_read_only(store: Store) -> bool:
+    if isinstance(store, FolderStore):
+        return store.path.is_dir() and not os.access(store.path, os.W_OK)
+    return isinstance(store, Hdf5Store)
 
 
-def _lacks_nothing(asked: SplitJobs, wanted: Fingerprint) -> bool:
+def _lacks_nothing(store: Store, asked: SplitJobs, wanted: Fingerprint) -> bool:
     """Whether a cache holds all videos and these labels. Raises FingerprintMismatch where it holds other features."""
-    store = FolderStore(path=asked.split.features)
     complete = check_continuation(store, wanted, video_sources(asked.labels_json))
     return store.read_file(ANNOTATIONS) == asked.labels_json and complete >= {job.name for job in asked.jobs}

@@ -22,6 +22,7 @@ from cache.labels.annotations import load_labels
 from cache.layout import View
 from cache.reader import FeatureCache
 from cache.remote_writer import LOCAL_VIDEOS
+from cache.upkeep.transfer import export_hdf5
 from configs.splits import SplitPaths
 from extract.__main__ import main as extract_main
 from extract.batches import BatchRunner
@@ -185,6 +186,21 @@ def test_a_complete_cache_on_a_read_only_disk_needs_no_extraction(
     assert "all 2 videos are in" in capsys.readouterr().out
     with pytest.raises(OSError, match="Read-only"):
         extract(tiny_settings(tiny_data, small_disk, small_disk), only=["train"])
+
+
+def test_a_cache_in_one_file_is_not_extracted_again(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_hdf5(FeatureCache.open(tiny_cache / "valid"), tmp_path / "valid.h5")
+    settings = tiny_settings(tiny_data, tmp_path, tmp_path)
+    extract(settings, only=["valid"])
+    assert f"all 2 videos are in {tmp_path}/valid.h5 already" in capsys.readouterr().out
+    labels = json.loads((tiny_data / "valid.json").read_bytes())
+    settings.data.valid_labels = str(tmp_path / "other.json")
+    Path(settings.data.valid_labels).write_text(json.dumps(labels | {"annotations": labels["annotations"][1:]}))
+    with pytest.raises(CacheError, match=r"has other labels(.|\n)*cache import .*/valid\.h5 .*/valid`"):
+        extract(settings, only=["valid"])
+    assert {entry.name for entry in tmp_path.iterdir()} == {"other.json", "valid.h5"}
 
 
 def leave_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:

@@ -29,9 +29,3 @@ def open_store(path: Path | str) -> Store:
     if local.suffix == HDF5_SUFFIX or (not (local / METADATA).exists() and beside.is_file()):
         return Hdf5Store(local if local.suffix == HDF5_SUFFIX else beside)
     return FolderStore(path=local)
-
-
-def extraction_store(path: Path | str) -> Store:
-    """The store that an extraction to `path` begins or continues: an address or a folder, never a file beside it."""
-    url = remote_url(path)
-    return FolderStore(path=Path(path)) if url is None else RemoteStore(url=url)
