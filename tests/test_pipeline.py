@@ -345,6 +345,20 @@ def test_stage_two_without_stage_one_says_what_to_run(tiny_data: Path, tiny_cach
         write_report(tiny_settings(tiny_data, tiny_cache, tmp_path, "name=untrained"))
 
 
+def test_a_label_file_that_the_cache_does_not_carry_is_told(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(tiny_data / "valid.json", tmp_path)
+    settings = tiny_settings(tmp_path, tiny_cache, tmp_path)
+    open_evaluation_set(settings)
+    assert capsys.readouterr().out == ""
+    with (tmp_path / "valid.json").open("a") as file:
+        file.write("\n")
+    open_evaluation_set(settings)
+    told = f"warning: {tmp_path}/valid.json differs from {tiny_cache}/valid/annotations.json, whose labels are used"
+    assert told in capsys.readouterr().out
+
+
 def test_a_damaged_checkpoint_is_refused(tiny_data: Path, tiny_cache: Path, tiny_run: Settings, tmp_path: Path) -> None:
     shutil.copytree(Path(tiny_run.runs) / "tiny", tmp_path / "tiny")
     checkpoint = tmp_path / "tiny" / CHECKPOINT

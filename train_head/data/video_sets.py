@@ -13,7 +13,7 @@ from cache.codecs import Codec
 from cache.errors import AnnotationError, CacheError, ConfigError, FingerprintMismatch, IncompleteVideo, shown, some
 from cache.labels.splits import Split, holdout_split
 from cache.labels.tracks import Labels
-from cache.layout import SKIPPED, video_group_name
+from cache.layout import ANNOTATIONS, SKIPPED, video_group_name
 from cache.preload import require_memory
 from cache.progress import warn_once
 from cache.reader import FeatureCache
@@ -160,6 +160,7 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
         local_copy(paths.features, settings.cache.stage_to), preload=settings.cache.preload
     )
     _require_settings(feature_cache, settings)
+    _warn_of_other_labels(feature_cache, paths.labels)
     every = feature_cache.labels()
     labels, holdout = chosen_videos(settings, split, every)
     skipped = feature_cache.skipped()
@@ -171,6 +172,15 @@ def _open(settings: Settings, paths: SplitPaths, split: str) -> VideoSet:
     for video in labels.videos:
         feature_cache.video(video_group_name(video.id))
     return VideoSet(split=split, feature_cache=feature_cache, labels=labels, holdout=holdout, skipped_ids=skipped_ids)
+
+
+def _warn_of_other_labels(feature_cache: FeatureCache, file: Path) -> None:
+    """Say where the settings' label file is another than the cache's, whose labels are used; it may be elsewhere."""
+    if file.is_file() and file.read_bytes() != feature_cache.labels_json():
+        carried = shown(feature_cache.path / ANNOTATIONS)
+        warn_once(
+            f"{file} differs from {carried}, whose labels are used: `make extract` puts the file there in seconds"
+        )
 
 
 def _open_mixed(settings: Settings, videos: VideoSet, path: Path, ratio: float) -> ClipSource:
