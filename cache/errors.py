@@ -18,8 +18,8 @@ def first_line(error: Exception) -> str:
 
 
 def shown(place: object) -> str:
-    """A path or address as text; a `Path` has lost one slash of `s3://bucket`."""
-    return re.sub(r"^(s3|gs|az|https?):/(?=[^/])", r"\1://", str(place))
+    """A path or address, or words with some; a `Path` has lost one slash of `s3://bucket`."""
+    return re.sub(r"\b(s3|gs|az|https?):/(?=[^/])", r"\1://", str(place))
 
 
 class VitaCacheError(ValueError):
@@ -38,7 +38,7 @@ class VitaCacheError(ValueError):
         hint: str | None = None,
     ) -> None:
         """Compose the message `where: what (expected ..., got ...). hint`."""
-        text = f"{shown(where)}: {what}" if where is not None else what
+        text = f"{where}: {what}" if where is not None else what
         if expected is not None and got is not None:
             text += f" (expected {expected}, got {got})"
         elif expected is not None:
@@ -47,7 +47,7 @@ class VitaCacheError(ValueError):
             text += f" (got {got})"
         if hint is not None:
             text += f"\n  hint: {hint}"
-        super().__init__(text)
+        super().__init__(shown(text))
         self.what, self.where, self.hint = what, where, hint
 
 

@@ -23,7 +23,7 @@ from cache.codecs.rate_distortion import (
     smallest_faithful,
 )
 from cache.codecs.spectral import Spectral
-from cache.errors import AnnotationError, FingerprintMismatch, FrameError
+from cache.errors import AnnotationError, FingerprintMismatch, FrameError, shown
 from cache.labels.tracks import Video
 from cache.layout import Size, crop_map
 from cache.media.geometry import Transform, network_size
@@ -129,7 +129,7 @@ def held_codec(settings: Settings) -> ChosenCodec | None:
             got=first.fingerprint.codec,
             hint="extract into another cache.path",
         )
-    reason = f"codec: {codec}, with which {paths[0]} was begun"
+    reason = f"codec: {codec}, with which {shown(paths[0])} was begun"
     return ChosenCodec(codec=first.codec, calibration=read_calibration(paths[0]), reason=reason)
 
 

@@ -11,6 +11,7 @@ from typing import Protocol
 from cache.errors import ConfigError, shown
 from cache.layout import SKIPPED
 from cache.progress import StageProgress
+from cache.room import in_units
 from cache.storage.connection import remote_url
 from cache.writer import CacheWriter
 from configs.command import device_name
@@ -73,7 +74,7 @@ def fill(writer: CacheWriter, asked: SplitJobs, extractor: Extractor, title: str
     jobs, outcome = _missing(writer, asked.jobs), Outcome()
     started, frames = time.perf_counter(), 0
     if not jobs:
-        print(f"{title}: all {len(asked.jobs)} videos are in {writer.path} already")
+        print(f"{title}: all {len(asked.jobs)} videos are in {shown(asked.split.features)} already")
     try:
         with StageProgress(title, unit="frame", total=sum(len(job.files) for job in jobs)) as progress:
 
@@ -88,7 +89,7 @@ def fill(writer: CacheWriter, asked: SplitJobs, extractor: Extractor, title: str
             add_to_record(writer, time.perf_counter() - started, frames)
         missing = _missing(writer, jobs)
         if missing:
-            print(f"{title}: {_what_is_missing(writer, asked.jobs, missing, outcome)}", file=sys.stderr)
+            print(f"{title}: {_what_is_missing(writer, asked, missing, outcome)}", file=sys.stderr)
     return outcome
 
 
@@ -110,17 +111,15 @@ def _missing(writer: CacheWriter, jobs: Sequence[VideoJob]) -> list[VideoJob]:
     return [job for job in jobs if job.name in pending]
 
 
-def _what_is_missing(
-    writer: CacheWriter, jobs: Sequence[VideoJob], missing: Sequence[VideoJob], outcome: Outcome
-) -> str:
-    total, frames = (sum(len(job.files) for job in some) for some in (jobs, missing))
+def _what_is_missing(writer: CacheWriter, asked: SplitJobs, missing: Sequence[VideoJob], outcome: Outcome) -> str:
+    total, frames = (sum(len(job.files) for job in some) for some in (asked.jobs, missing))
     size = writer.total_bytes() / (total - frames) * frames if total > frames else 0
-    room = f", about {size / 1e9:.3f} GB" if size else ""
-    text = f"{len(missing)} of {len(jobs)} videos ({frames} frames{room}) are not in the cache yet"
+    room = f", about {in_units(round(size))}" if size else ""
+    text = f"{len(missing)} of {len(asked.jobs)} videos ({frames} frames{room}) are not in the cache yet"
     for busy in list(outcome.busy.values())[:1]:
         text += f"; {len(outcome.busy)} of them are being extracted by others: {busy}"
     if outcome.skipped:
-        place = shown(writer.path / SKIPPED)
+        place = shown(asked.split.features / SKIPPED)
         text += (
             f"\n  {len(outcome.skipped)} of them cannot be read: {place} says why; mended, the same command adds them"
         )

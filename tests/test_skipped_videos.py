@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from evaluate.tables import evaluation_table
 from extract.record import write_skipped
 from extract.stage import extract
 from tests.conftest import tiny_settings
+from tests.object_store import local_s3
 from train_head.data.video_sets import open_evaluation_set, open_training_set
 from train_head.trainer import train
 
@@ -108,6 +110,19 @@ def test_the_record_follows_a_cache_and_forgets_what_was_mended(damaged: Setting
     (copy / SKIPPED).write_text("[]")
     with pytest.raises(CorruptData, match="record of skipped videos"):
         FeatureCache.open(copy).skipped()
+
+
+def test_the_record_in_a_bucket(damaged: Settings, tiny_data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with local_s3("skipped") as bucket:
+        path = f"{bucket}/features"
+        settings = replace(damaged, cache=replace(damaged.cache, path=path))
+        with pytest.raises(FrameError):
+            extract(settings, only=["valid"])
+        assert f"{path}/valid/skipped.json says why" in capsys.readouterr().err  # not the temporary folder's
+        assert list(FeatureCache.open(f"{path}/valid").skipped()) == ["1"]
+        extract(replace(settings, data=replace(settings.data, root=str(tiny_data))), only=["valid"])
+        assert f"with which {path}/valid was begun" in capsys.readouterr().out
+        assert FeatureCache.open(f"{path}/valid").skipped() == {}
 
 
 def test_another_session_keeps_what_it_did_not_extract(damaged: Settings, capsys: pytest.CaptureFixture[str]) -> None:

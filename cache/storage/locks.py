@@ -68,7 +68,7 @@ class VideoLocks:
             descriptor = None
         if descriptor is None:
             who = "another process" if owner is None else str(owner)
-            hint = "let it finish; if it is dead and was on another machine: python -m extract run --clear-dead-locks"
+            hint = "let it finish; if it died on another machine: python -m extract run CONFIG --clear-dead-locks"
             raise VideoBusy(f"another process is writing this video: {who}", where=file, hint=hint)
         self._held[name] = descriptor
         _sign(descriptor, self.run)

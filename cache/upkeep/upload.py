@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cache.errors import CacheError, FingerprintMismatch, VideoBusy, shown, some
+from cache.errors import CacheError, FingerprintMismatch, VideoBusy, some
 from cache.layout import ANNOTATIONS, CODEC, DETECTOR, METADATA, VIDEOS
 from cache.progress import with_progress
 from cache.reader import FeatureCache
@@ -28,7 +28,7 @@ def upload(folder: Path, address: str, *, replace: bool = False) -> None:
     feature_cache = FeatureCache.open(folder)
     store, url = feature_cache.store, remote_url(address)
     if not isinstance(store, FolderStore):
-        first = f"python -m cache {'import' if isinstance(store, Hdf5Store) else 'stage'} {shown(folder)} FOLDER"
+        first = f"python -m cache {'import' if isinstance(store, Hdf5Store) else 'stage'} {folder} FOLDER"
         raise CacheError("only a cache in a folder can be uploaded", where=folder, hint=f"first `{first}`")
     if url is None:
         raise CacheError("not an address", where=address, expected="s3://..., gs://... or az://...")

@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cache.codecs.rate_distortion import Calibration, read_calibration
-from cache.errors import FrameError
+from cache.errors import FrameError, shown
 from cache.fingerprint import Provenance
 from cache.labels.tracks import Labels, Video
 from cache.layout import write_file_atomically
@@ -95,7 +95,7 @@ def _facts(settings: Settings, videos: VideoSet, run: Path) -> dict[str, str]:
         "head": f"{num_parameters(checkpoint) / 1e6:.2f} M parameters, {checkpoint.step} steps "
         f"in {checkpoint.seconds:.0f} s, seed {settings.seed}",
         "detector": f"{'fine-tuned' if checkpoint.detector else 'frozen'}: {detector_in_words(held)}",
-        "features": f"{videos.feature_cache.path}, codec {videos.feature_cache.root.codec_name}",
+        "features": f"{shown(videos.feature_cache.path)}, codec {videos.feature_cache.root.codec_name}",
     }
 
 
