@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache.layout import EXTRACTION_RECORD
+from cache.storage.stores import open_store
+from cache.upkeep.inspection import ExtractionRecord
 from configs.schema import Settings
 from configs.splits import all_caches
 from evaluate.metrics.weighted import HEADLINE
@@ -66,9 +66,8 @@ def read_metrics(run: Path) -> dict[str, dict[str, Any]]:
 
 def extraction_costs(settings: Settings) -> list[StageCost]:
     """What the extraction of every split took, as far as it is recorded."""
-    records = {split.name: split.features / EXTRACTION_RECORD for split in all_caches(settings)}
-    stored = {name: json.loads(record.read_text()) for name, record in records.items() if record.exists()}
-    return [StageCost(stage=f"extract {n}", seconds=each["seconds"], bytes=each["bytes"]) for n, each in stored.items()]
+    records = {split.name: ExtractionRecord.read(open_store(split.features)) for split in all_caches(settings)}
+    return [StageCost(stage=f"extract {n}", seconds=r.seconds, bytes=r.bytes) for n, r in records.items() if r.bytes]
 
 
 def stage_costs(settings: Settings) -> list[StageCost]:

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from cache.errors import ConfigError, CorruptData, FrameError, IncompleteVideo
+from cache.errors import AnnotationError, ConfigError, CorruptData, FrameError, IncompleteVideo
 from cache.fingerprint import Provenance
-from cache.layout import SKIPPED
+from cache.layout import EXTRACTION_RECORD, SKIPPED
 from cache.reader import FeatureCache
 from cache.upkeep.transfer import export_hdf5
+from cache.upkeep.verification import verify_root
 from cache.writer import CacheWriter
 from configs.schema import Settings
 from evaluate.compare.runs import LabelFiles
 from evaluate.report.write import write_report
 from evaluate.stage import evaluate
-from evaluate.tables import evaluation_table
-from extract.record import write_skipped
+from evaluate.tables import evaluation_table, extraction_costs
+from extract.record import add_to_record, write_skipped
 from extract.stage import extract
 from tests.conftest import tiny_settings
 from tests.object_store import local_s3
@@ -137,3 +138,26 @@ def test_another_session_keeps_what_it_did_not_extract(damaged: Settings, capsys
     session = CacheWriter(held.path, held.fingerprint, held.codec, {}, Provenance.gather())
     write_skipped(session, {})  # as one that has left this video to another process
     assert record.read_text() == before
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"frames": "6", "more": 1}'])
+def test_a_damaged_record_of_costs_begins_anew(damaged: Settings, tmp_path: Path, content: str) -> None:
+    held = FeatureCache.open(Path(damaged.cache.path) / "valid")
+    path = tmp_path / "valid"
+    shutil.copytree(held.path, path)
+    (path / EXTRACTION_RECORD).write_text(content)
+    settings = replace(damaged, cache=replace(damaged.cache, path=str(tmp_path)))
+    assert extraction_costs(settings) == []
+    add_to_record(CacheWriter(path, held.fingerprint, held.codec, {}, Provenance.gather()), 2.0, 6)
+    (cost,) = extraction_costs(settings)
+    assert (cost.stage, cost.seconds) == ("extract valid", 2.0) and cost.bytes > 6 * 1000
+
+
+def test_a_damaged_record_of_skipped_videos_is_an_error_in_words(damaged: Settings, tmp_path: Path) -> None:
+    held = FeatureCache.open(Path(damaged.cache.path) / "valid")
+    path = tmp_path / "valid"
+    shutil.copytree(held.path, path)
+    (path / SKIPPED).write_text("{")
+    with pytest.raises(AnnotationError, match=r"valid/skipped\.json:1:2: malformed JSON"):
+        write_skipped(CacheWriter(path, held.fingerprint, held.codec, {}, Provenance.gather()), {})
+    assert [finding.rule for finding in verify_root(FeatureCache.open(path)) if not finding.warning] == ["skipped"]

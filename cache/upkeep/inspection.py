@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cache.fingerprint import Fingerprint
-from cache.layout import FRAME_QUERIES, MASK_FEATURES
+from cache.layout import EXTRACTION_RECORD, FRAME_QUERIES, MASK_FEATURES
 from cache.reader import CachedVideo, FeatureCache
+from cache.storage.contract import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,23 @@ class Summary:
     def bytes_per_frame(self) -> float:
         """Both arrays together; 0 for a cache without frames."""
         return (self.frame_query_bytes + self.mask_feature_bytes) / max(self.frames, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionRecord:
+    """What a cache's extraction has cost so far, over all sessions and processes."""
+
+    seconds: float = 0.0
+    frames: int = 0
+    bytes: int = 0
+
+    @classmethod
+    def read(cls, store: Store) -> ExtractionRecord:
+        """What the cache says of it; nothing where it says nothing, or its record is damaged."""
+        try:
+            return cls(**json.loads(store.read_file(EXTRACTION_RECORD) or b"{}"))
+        except (ValueError, TypeError):
+            return cls()
 
 
 def summarise(path: Path | str) -> Summary:

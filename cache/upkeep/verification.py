@@ -30,12 +30,13 @@ class Finding:
 
 
 def verify_root(feature_cache: FeatureCache) -> Iterator[Finding]:
-    """Check all but the videos: root, heads, codec, labels, unfinished videos, and how videos and labels agree."""
+    """Check all but the videos: root, heads, codec, records, labels, unfinished videos, how videos and labels agree."""
     where = shown(feature_cache.path)
     checks = (
         ("fingerprint", lambda: _check_digest(feature_cache)),
         ("detector", lambda: feature_cache.heads),
         ("codec", lambda: _check_codec(feature_cache)),
+        ("skipped", feature_cache.skipped),
     )
     for rule, check in checks:
         try:
