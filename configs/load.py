@@ -88,7 +88,8 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         if "=" not in override:
             raise ConfigError(f"'{override}' is not key=value", where=COMMAND_LINE)
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        # Shells leave the ~ within a word, and make does.
+        return OmegaConf.from_dotlist([word.replace("=~/", f"={Path.home()}/", 1) for word in overrides])
     except YAMLError as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=COMMAND_LINE) from error
 

@@ -102,8 +102,11 @@ def _complete(folder: Path, made_of: str) -> dict[str, int] | None:
     """How many tracks a folder holds, and how many are drawn, where it was made of just this and nothing is missing."""
     if not all((folder / name).exists() for name in (TRACKS, OVERLAY, SHEET, COMPLETE)):
         return None
-    stored = json.loads((folder / COMPLETE).read_text())
-    return {name: stored[name] for name in ("tracks", "drawn")} if stored["sha256"] == made_of else None
+    try:
+        stored = json.loads((folder / COMPLETE).read_text())
+        return {name: stored[name] for name in ("tracks", "drawn")} if stored["sha256"] == made_of else None
+    except (ValueError, KeyError, TypeError):  # Damaged, so nobody knows what the others were made of.
+        return None
 
 
 def _video_set(feature_cache: FeatureCache, footage: Sequence[Footage], categories: Sequence[str]) -> VideoSet:

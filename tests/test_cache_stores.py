@@ -287,9 +287,9 @@ def test_export_and_import_never_overwrite(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "x.h5").unlink()
     with pytest.raises(CacheError, match="no feature cache here"):
         FeatureCache.open(tmp_path / "x.h5")
-    export_hdf5(FeatureCache.open(plain), tmp_path / "x.h5")
+    export_hdf5(FeatureCache.open(plain), tmp_path / "new" / "x.h5")
     with pytest.raises(CacheError, match="not empty"):
-        import_hdf5(tmp_path / "x.h5", plain)
+        import_hdf5(tmp_path / "new" / "x.h5", plain)
 
 
 def test_an_export_that_fails_leaves_nothing(plain: Path, tmp_path: Path) -> None:

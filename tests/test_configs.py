@@ -46,6 +46,11 @@ def test_overrides_reach_nested_values_with_their_types() -> None:
     assert settings.train.decay_steps == [5, 7]
 
 
+def test_a_path_may_begin_at_home() -> None:
+    settings = load_settings("demo", ["cache.path=~/a", "cache.stage_to=~", "runs=b~/c"])
+    assert (settings.cache.path, settings.cache.stage_to, settings.runs) == (str(Path.home() / "a"), None, "b~/c")
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [

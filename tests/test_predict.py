@@ -122,6 +122,8 @@ def test_what_is_complete_is_kept_and_all_else_made_anew(tiny_run: Settings, own
     assert kept(fewer, 0.0) == [False, False]
     (tmp_path / "out" / "own" / "overlay.mp4").unlink()
     assert kept(fewer, 0.0) == [False, True]
+    (tmp_path / "out" / "own" / "complete.json").write_text("{")
+    assert kept(fewer, 0.0) == [False, True]
     checkpoint = load_checkpoint(head / CHECKPOINT)
     save_checkpoint(head / CHECKPOINT, replace(checkpoint, seconds=checkpoint.seconds + 1))
     assert kept(fewer, 0.0) == [False, False]

@@ -53,6 +53,7 @@ def export_hdf5(feature_cache: FeatureCache, file: Path) -> None:
     if file.exists():
         raise CacheError("the file exists already", where=file, hint="delete it, or choose another name")
     _require_room(feature_cache, file.parent)
+    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{file.name}.tmp")
     with ExitStack() as cleanup:
         cleanup.callback(temporary.unlink, missing_ok=True)
