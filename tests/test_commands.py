@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cache.command import BUSY, INTERRUPTED, PART_OF, run_command
+from cache.command import INTERRUPTED, PART_OF, run_command
 from cache.errors import ConfigError, VideoBusy
 from configs.changes import changed_settings, in_words
 from configs.load import load_settings
@@ -39,7 +39,7 @@ def failing(error: Exception) -> int:
     [
         (ConfigError("no such thing", where="a.yaml", hint="look"), 2, "error: a.yaml: no such thing\n  hint: look\n"),
         (FileNotFoundError(2, "No such file or directory", "x.json"), 2, "error: x.json: No such file or directory\n"),
-        (VideoBusy("2 videos are written by others"), BUSY, "error: 2 videos are written by others\n"),
+        (VideoBusy("2 videos are written by others"), 75, "error: 2 videos are written by others\n"),
         (KeyError("boxes"), 1, "error: KeyError: 'boxes'\n  hint: not a mistake of yours"),
     ],
 )
