@@ -10,8 +10,10 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from cache.errors import VideoBusy, VitaCacheError, first_line
 from cache.progress import is_main
@@ -42,7 +44,8 @@ def run_command(command: Callable[[], int], *, verbose: bool = False) -> int:
     if PART_OF in os.environ and sys.platform == "linux":  # SIGTERM when what started this ends, however it does
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
-        return command()
+        with _stopped_by_sigterm():
+            return command()
     except BrokenPipeError:  # the reader of our output, such as `head`, has seen enough
         return 0
     except KeyboardInterrupt:
@@ -56,6 +59,19 @@ def run_command(command: Callable[[], int], *, verbose: bool = False) -> int:
         if isinstance(error, VideoBusy):
             return BUSY
         return 2 if isinstance(error, VitaCacheError | OSError) else 1
+
+
+@contextmanager
+def _stopped_by_sigterm() -> Iterator[None]:
+    """Within, a cluster's SIGTERM does what Ctrl-C does: nothing temporary is left."""
+    if threading.current_thread() is not threading.main_thread():  # where Python allows no handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _own_command() -> str:

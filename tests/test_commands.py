@@ -80,6 +80,19 @@ def test_a_command_ends_with_the_one_that_started_it() -> None:
         assert process.stdout.read() == b""
 
 
+def test_a_clusters_sigterm_does_what_ctrl_c_does() -> None:
+    def stopped() -> int:
+        signal.raise_signal(signal.SIGTERM)
+        return 0
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        assert run_command(stopped) == INTERRUPTED
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_started_by_make_it_names_the_make_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,14 +6,13 @@ import itertools
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -96,7 +95,7 @@ def sweep(config: str, overrides: Sequence[str], jobs: int = 1) -> None:
         finally:
             lanes.put(environment)
 
-    with _stopped_by_sigterm(), ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(jobs) as pool:
         try:
             failures = list(pool.map(in_a_lane, runs, folders))
         except KeyboardInterrupt:
@@ -110,16 +109,6 @@ def sweep(config: str, overrides: Sequence[str], jobs: int = 1) -> None:
     if failed:
         hint = "the same command trains and evaluates what is missing"
         raise VitaCacheError(f"{len(failed)} of {len(runs)} runs failed: {some(failed)}", hint=hint)
-
-
-@contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """Within, SIGTERM does what Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def visible_gpus() -> list[str]:
