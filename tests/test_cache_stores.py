@@ -312,10 +312,19 @@ def test_an_export_that_fails_leaves_nothing(plain: Path, tmp_path: Path) -> Non
         ("caches/demo", None),
         ("/s3:/x", None),
         ("az://container/a/", "az://container/a"),
+        ("s3://bucket//a//b/", "s3://bucket/a/b"),  # as `Path` has it
+        ("caches/a#1", None),
     ],
 )
 def test_addresses_are_told_from_paths(path: Path | str, url: str | None) -> None:
     assert remote_url(path) == url
+
+
+@pytest.mark.parametrize("mark", ["#", "?"])
+def test_an_address_does_not_end_early(mark: str) -> None:
+    """Else the caches of both splits, and those of `a#1` and `a#2`, would be the one at `s3://bucket/a`."""
+    with pytest.raises(CacheError, match=rf"^s3://bucket/a\{mark}1/train: in an address"):
+        remote_url(Path(f"s3://bucket/a{mark}1") / "train")
 
 
 # Staging

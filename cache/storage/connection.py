@@ -44,12 +44,17 @@ _connected: set[int] = set()
 def remote_url(path: Path | str) -> str | None:
     """The address that a path means, None for a local path. A `Path` has lost one slash of `s3://`.
 
-    Raises CacheError for an address of another kind, which would else name a folder.
+    Raises CacheError for an address of another kind, which would else name a folder, and for one that ends early.
     """
     match = SCHEME.match(str(path))
     if match is None and _FOREIGN.match(str(path)):
         raise CacheError("not an address that is known", where=path, expected="s3://..., gs://... or az://...")
-    return None if match is None else f"{match[1]}://{str(path)[match.end() :].rstrip('/')}"
+    if match is None:
+        return None
+    parts = [part for part in str(path)[match.end() :].split("/") if part]
+    if any(mark in part for part in parts for mark in "?#"):
+        raise CacheError("in an address, ? and # end the path", where=path, hint="name a place without them")
+    return f"{match[1]}://{'/'.join(parts)}"
 
 
 def local_path(path: str, what: str) -> Path:
