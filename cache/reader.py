@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cache.codecs import Codec, codec_class, select_codec
 from cache.codecs.blocks import block_grid
-from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo
+from cache.errors import CacheError, CorruptData, FormatVersionError, IncompleteVideo, VitaCacheError
 from cache.fingerprint import Fingerprint
 from cache.heads import DetectorHeads
 from cache.labels.annotations import parse_labels
@@ -40,6 +40,8 @@ from cache.storage.frames import FrameArray, HeldFrames
 from cache.storage.stores import open_store
 
 RESUME_HINT = "run `make extract` with the same settings: it continues and extracts only what is missing"
+
+_RESTORE_HINT = "restore it from a copy of the cache, or extract into another cache.path"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +216,12 @@ class FeatureCache:
 
     @cached_property
     def codec(self) -> Codec:
-        """The codec of the mask features, with its fitted arrays."""
+        """The codec of the mask features, with its fitted arrays. Raises CacheError for those of no codec."""
         arrays = self.store.arrays(CODEC)
-        return select_codec(self.root.codec_name, self.root.codec_parameters, arrays)
+        try:
+            return select_codec(self.root.codec_name, self.root.codec_parameters, arrays)
+        except CacheError as error:
+            raise type(error)(str(error), where=self.path / CODEC, hint=_RESTORE_HINT) from error
 
     @cached_property
     def heads(self) -> DetectorHeads:
@@ -225,7 +230,11 @@ class FeatureCache:
         names = attributes.get("category_names", [])
         if not isinstance(names, list):
             raise CorruptData("unreadable category names", where=self.path / DETECTOR, expected="a list", got=names)
-        return DetectorHeads(arrays=self.store.arrays(DETECTOR), category_names=tuple(names))
+        arrays = self.store.arrays(DETECTOR)
+        try:
+            return DetectorHeads(arrays=arrays, category_names=tuple(names))
+        except VitaCacheError as error:
+            raise type(error)(str(error), where=self.path / DETECTOR, hint=_RESTORE_HINT) from error
 
     def labels_json(self) -> bytes:
         """The data set's label file, byte for byte. Raises CacheError where the cache has none."""

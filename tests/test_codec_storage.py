@@ -20,7 +20,7 @@ from cache.errors import CacheError, CorruptData
 from cache.reader import FeatureCache
 from cache.storage.frames import open_frames
 from cache.storage.shards import ShardedFrames
-from cache.upkeep.verification import verify_root
+from cache.upkeep.verification import verify_root, verify_video
 from cache.writer import CacheWriter
 from tests.cache_samples import (
     FINGERPRINT,
@@ -110,6 +110,16 @@ def test_a_damaged_codec_is_found(tmp_path: Path) -> None:
     array[0] = 5.0
     findings = list(verify_root(FeatureCache.open(path)))
     assert [finding.rule for finding in findings] == ["codec"] and "disagree" in findings[0].message
+
+
+@pytest.mark.parametrize(("array", "rule"), [("codec/mean", "codec"), ("detector/class_embed.bias", "detector")])
+def test_what_is_lost_is_told_once_with_its_place(tmp_path: Path, array: str, rule: str) -> None:
+    path = write_cache(tmp_path / "features", fitted_codec("logit"))
+    shutil.rmtree(path / array)
+    feature_cache = FeatureCache.open(path)
+    findings = [*verify_root(feature_cache), *verify_video(feature_cache, feature_cache.video_names()[0])]
+    assert [finding.rule for finding in findings] == [rule]
+    assert findings[0].message.startswith(f"{path / array.partition('/')[0]}: ") and "restore" in findings[0].message
 
 
 FIT = {"projection": (3, 6), "basis": (6, 3), "mean": (6,)}

@@ -28,7 +28,7 @@ class FolderStore:
 
     def attributes(self, group: str) -> dict[str, Any] | None:
         """See Store."""
-        return read_group_attributes(f"{self.path}/{group}")
+        return read_group_attributes(f"{self.path}/{group}".rstrip("/"))
 
     def arrays(self, group: str) -> dict[str, NDArray[Any]]:
         """See Store."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from cache.codecs import codec_identity
+from cache.codecs import codec_class, codec_identity
 from cache.errors import CorruptData, VitaCacheError, shown, some
 from cache.labels.annotations import parse_labels
 from cache.layout import ANNOTATIONS, AXES, CHECKSUMS, FRAME_QUERIES, MASK_FEATURES, shard_ranges
@@ -136,7 +136,7 @@ def verify_video(feature_cache: FeatureCache, name: str) -> Iterator[Finding]:
 
 def _defect(feature_cache: FeatureCache, video: CachedVideo, field: str) -> str | None:
     array = video.queries if field == FRAME_QUERIES else video.maps
-    dtype = np.dtype("<f2") if field == FRAME_QUERIES else feature_cache.codec.dtype
+    dtype = np.dtype("<f2") if field == FRAME_QUERIES else codec_class(feature_cache.root.codec_name).dtype
     if array.dtype != dtype:
         return f"dtype {array.dtype} instead of {dtype}"
     for axis, size in _expected_sizes(feature_cache, field).items():
