@@ -18,8 +18,10 @@ from cache.command import INTERRUPTED, run_command
 from cache.errors import ConfigError
 from tests.conftest import tiny_settings
 from tests.train_until import ROOT
-from train_head.checkpoint import CHECKPOINT, load_checkpoint
+from train_head import trainer
+from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
 from train_head.run_folder import METRICS_LOG, read_metrics_log
+from train_head.stopping import StopRequest
 from train_head.trainer import train
 
 STEPS = 40
@@ -69,6 +71,36 @@ def test_a_stopped_command_goes_on_to_the_bytes_of_an_undisturbed_run(
     assert all(torch.equal(whole.head[key], resumed.head[key]) for key in whole.head)
     losses = [[entry["loss"] for entry in read_metrics_log(tmp_path / name)] for name in ("whole", "stopped")]
     assert losses[0] == losses[1]
+
+
+def test_a_signal_within_the_handler_of_another_is_no_second_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sweep passes on what its runs have got already; a call is where Python may take the next signal up."""
+    stop, clock = StopRequest(), time.monotonic
+
+    def interrupted() -> float:
+        monkeypatch.setattr(time, "monotonic", clock)
+        signal.raise_signal(signal.SIGTERM)
+        return clock()
+
+    with stop:
+        monkeypatch.setattr(time, "monotonic", interrupted)
+        signal.raise_signal(signal.SIGINT)
+    assert stop.requested and capsys.readouterr().out.count("stopping after this step") == 1
+
+
+def test_a_signal_during_the_last_checkpoint_loses_nothing(
+    tiny_data: Path, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def signalled(path: Path, checkpoint: Checkpoint) -> None:
+        signal.raise_signal(signal.SIGINT)
+        save_checkpoint(path, checkpoint)
+
+    monkeypatch.setattr(trainer, "save_checkpoint", signalled)
+    words = ("name=last", "train.workers=0", "train.iterations=2", "train.checkpoint_every=2")
+    train(tiny_settings(tiny_data, tiny_cache, tmp_path, *words))
+    assert load_checkpoint(tmp_path / "last" / CHECKPOINT).step == 2
 
 
 def test_data_workers_outlive_a_sigterm_to_all() -> None:

@@ -27,6 +27,16 @@ BEST = "best.pt"  # the one of the highest AP among those evaluated while traini
 _VERSION = 1
 
 
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run is: what a checkpoint stores beside weights."""
+
+    step: int = 0
+    seconds: float = 0.0
+    best_ap: float = -1.0
+    evaluated: int = 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """State after `step` training steps; `head` has the release's names without their prefix.

@@ -18,7 +18,8 @@ class StopRequest:
     """Notes the first signal instead of ending the process; a later one raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
-        self.requested, self._since = False, 0.0
+        self.requested = False
+        self._since: float | None = None
 
     def __enter__(self) -> StopRequest:
         self._before = {}
@@ -33,13 +34,13 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            if time.monotonic() < self._since + _ONE_REQUEST:
-                return
+        requested, self.requested = self.requested, True  # without a call in between, where another signal may come
+        if not requested:
+            self._since = time.monotonic()
+            if is_main():
+                say("stopping after this step, with a checkpoint; once more to stop at once")
+        elif self._since is not None and time.monotonic() >= self._since + _ONE_REQUEST:
             raise KeyboardInterrupt
-        self.requested, self._since = True, time.monotonic()
-        if is_main():
-            say("stopping after this step, with a checkpoint; once more to stop at once")
 
 
 def ignore_interrupts(_: int) -> None:

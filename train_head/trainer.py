@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Generic
@@ -24,7 +24,7 @@ from configs.schema import Settings
 from train_head.allocation import keep_freed_memory
 from train_head.batch_errors import explained_errors
 from train_head.build import TrainedPart, build_optimizer, head_config, learning_rate, trained_parameters
-from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, load_checkpoint, save_checkpoint
+from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, Progress, load_checkpoint, save_checkpoint
 from train_head.data.clip_loader import load_clips, num_workers
 from train_head.data.sources import AnyClip, CachedSource, FeatureSource
 from train_head.data.upload import place_batches
@@ -81,16 +81,6 @@ def run_training(
         Trainer(settings, source, folder, group, torch_device, evaluator).run()
         group.leave()
     return folder
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """How far a run is: what a checkpoint stores beside weights."""
-
-    step: int = 0
-    seconds: float = 0.0
-    best_ap: float = -1.0
-    evaluated: int = 0
 
 
 class Trainer(Generic[AnyClip]):
@@ -166,12 +156,27 @@ class Trainer(Generic[AnyClip]):
         if self.group.is_main:
             _log.info(self._in_words())
         log = MetricsLog(self.folder, done.step, done.evaluated) if self.group.is_main else None
-        pace = Pace(done.seconds)
+        with StopRequest() as stop:  # to the last checkpoint: a sweep or torchrun passes on what all have got
+            self._take_steps(stop, log)
+            if log is not None:
+                log.close()
+            stopped = done.step < train.iterations and self._any(stop.requested)
+            if self.group.is_main and not stopped:
+                if done.step < train.iterations:
+                    print(f"train: the time budget of {train.time_budget:g} s is spent at step {done.step}")
+                print(self.source.finish(self.folder), end="")
+            self.save()  # of the last step only now: a run that is killed in `finish` has to come here again
+        if stopped:
+            raise KeyboardInterrupt
+
+    def _take_steps(self, stop: StopRequest, log: MetricsLog | None) -> None:
+        """Train until the last iteration, a request to stop, or the end of the time budget."""
+        train, done, pace = self.settings.train, self.progress, Pace(self.progress.seconds)
         if train.workers != 0:
             start_worker_server()
         batches = self._batches()
         bar = StageProgress("train", unit="step", total=train.iterations, done=done.step, shown=self.group.is_main)
-        with StopRequest() as stop, bar:
+        with bar:
             if self._is_evaluation_due:  # the run was killed between a checkpoint and its evaluation
                 self._evaluate(log)
             while done.step < train.iterations and not self._any(stop.requested or pace.spent(train.time_budget)):
@@ -189,16 +194,6 @@ class Trainer(Generic[AnyClip]):
                     self._evaluate(log)
                 elif done.step % train.checkpoint_every == 0 and done.step < train.iterations:
                     self.save()
-        if log is not None:
-            log.close()
-        if done.step < train.iterations and self._any(stop.requested):
-            self.save()
-            raise KeyboardInterrupt
-        if self.group.is_main:
-            if done.step < train.iterations:
-                print(f"train: the time budget of {train.time_budget:g} s is spent at step {done.step}")
-            print(self.source.finish(self.folder), end="")
-        self.save()  # of the last step only now: a run that is killed in `finish` has to come here again
 
     def _in_words(self) -> str:
         """What runs where, from which step on."""
@@ -239,8 +234,7 @@ class Trainer(Generic[AnyClip]):
         terms = self.compute.gradients(self.head, clips)
         parameters = trained_parameters(self.parts)
         self.group.sum_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, self.settings.train.clip_norm)
-        losses = StepLosses.read(terms, norm)
+        losses = StepLosses.read(terms, nn.utils.clip_grad_norm_(parameters, self.settings.train.clip_norm))
         self.optimizer.step()
         if self.average:
             state = self.head.state_dict()
