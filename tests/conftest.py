@@ -6,6 +6,7 @@ PyTorch is imported where it is used: before pytest-xdist starts its processes, 
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,9 @@ from configs.schema import Settings
 
 # `make test` started this process: a command that is stopped here would name that as the one that goes on.
 os.environ.pop("MAKE_TYPED", None)
+# A shell that started this in the background has it ignore Ctrl-C, and so would what is started here.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONG = {"test_readme", "test_processes", "test_workers", "test_torture", "test_stopping", "test_sweep"}
