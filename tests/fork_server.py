@@ -44,7 +44,6 @@ def served_interpreter(folder: Path, root: Path = ROOT) -> Iterator[Path]:
 def _write_interpreter(path: Path, address: Path) -> None:
     own = f"{shlex.quote(sys.executable)}"
     ask = f"{own} -IS {shlex.quote(__file__)} {shlex.quote(str(address))}"
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         f'#!/bin/sh\n[ "$1" != -u ] || shift\n[ "$1" = -m ] || exec {own} "$@"\nshift\nexec {ask} "$0" "$@"\n'
     )

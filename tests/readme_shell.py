@@ -23,10 +23,8 @@ from omegaconf import OmegaConf
 from extract.demo.clip import write_clip
 from extract.demo.stills import write_stills
 from tests.detector_samples import checkpoint_bytes, official_state
-from tests.fork_server import served_interpreter
+from tests.fork_server import ROOT, served_interpreter
 from tests.test_release import golden_head_state
-
-ROOT = Path(__file__).parent.parent
 
 # Patterns of what stands for the reader's own files or for much work, and what is here instead.
 STAND_INS = {

@@ -55,7 +55,7 @@ def open_run(settings: Settings, split: Split) -> Path:
                 where=folder,
                 hint="choose another name=..., or delete the folder to train anew",
             )
-        _require_same_videos(folder / SPLIT, split)
+        _require_same_videos(folder, split)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         provenance = Provenance.gather({"cache": settings.cache.path, "data": settings.data.root})
@@ -87,15 +87,15 @@ def read_train_ids(folder: Path) -> tuple[int, ...] | None:
     return tuple(json.loads(path.read_text())["train_ids"]) if path.exists() else None
 
 
-def _require_same_videos(path: Path, split: Split) -> None:
+def _require_same_videos(folder: Path, split: Split) -> None:
     """Other videos are other clips: such as those that extraction left out, and could read since."""
-    began = read_train_ids(path.parent)
+    began = read_train_ids(folder)
     if began is not None and began != split.train_ids:
         changes = {"new": set(split.train_ids).difference(began), "gone": set(began).difference(split.train_ids)}
         told = [f"{word} {some(sorted(ids))}" for word, ids in changes.items() if ids] or ["another order"]
         raise ConfigError(
             f"a run of this name trains on other videos: {'; '.join(told)}",
-            where=path,
+            where=folder / SPLIT,
             hint="choose another name=..., or delete this file to go on with other videos",
         )
 

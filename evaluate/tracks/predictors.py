@@ -140,8 +140,9 @@ def head_predictor(settings: Settings, videos: VideoSet) -> HeadPredictor:
 
 def _require_unseen(run: Path, videos: VideoSet) -> None:
     """Raise ConfigError where the run trained on videos that these settings hold out."""
-    seen = sorted(set(read_train_ids(run) or ()).intersection(videos.video_ids))
-    if videos.split == SplitName.holdout.value and seen:
+    if videos.split != SplitName.holdout.value:
+        return
+    if seen := sorted(set(read_train_ids(run) or ()).intersection(videos.video_ids)):
         raise ConfigError(
             f"{len(seen)} of {len(videos.video_ids)} videos to evaluate on were trained on: {some(seen)}",
             where=run / SPLIT,
