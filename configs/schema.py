@@ -140,7 +140,7 @@ class DetectorSettings:
     num_layers: int = 3  # cached decoder layers, the last ones: training uses all, inference the last
     short_edge: int | None = 360  # pixels; null keeps the native size
     decoder: Decoder = Decoder.pillow  # of frames
-    batch_frames: int = 8  # that go through the detector at once; halved where memory is short
+    batch_frames: int | None = None  # at once; null: 8, on CPU fewer of large ones; halved where memory is short
     precision: Precision = Precision.auto  # of its forward pass
 
 

@@ -58,8 +58,9 @@ def print_estimate(settings: Settings) -> None:
 def seconds_per_pixel(runner: BatchRunner, jobs: Sequence[VideoJob]) -> float:
     """Time for TIMED_FRAMES or more of the longest video in full batches, by pixels of the padded input."""
     job = max(jobs, key=lambda candidate: len(candidate.files))
-    count = -(-TIMED_FRAMES // runner.batch_frames) * runner.batch_frames
-    warm_up = islice(cycle(job.files), count + runner.batch_frames)
+    batch_frames = runner.batch_frames(job.attributes.image_hw)
+    count = -(-TIMED_FRAMES // batch_frames) * batch_frames
+    warm_up = islice(cycle(job.files), count + batch_frames)
     with ThreadPoolExecutor(max_workers=1) as pool:
         batches = decoded_batches(warm_up, runner.batch_frames, pool, runner.decode)
         runner.features(next(batches)[1])

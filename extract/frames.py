@@ -20,7 +20,7 @@ from cache.layout import Size
 from cache.media.geometry import Transform
 from cache.media.image_files import open_rgb
 
-_AHEAD = 4  # decoded batches that may wait for the detector
+_AHEAD = 4  # decoded batches of the first one's size that may wait for the detector
 
 
 def require_frames(videos: Sequence[Video], folder: Path) -> None:
@@ -76,23 +76,27 @@ class FrameFile:
 
 def decoded_batches(
     files: Iterable[FrameFile],
-    batch_frames: int,
+    batch_frames: Callable[[Size], int],
     pool: ThreadPoolExecutor,
     decode: Callable[[FrameFile], Tensor] = FrameFile.load,
 ) -> Iterator[tuple[list[FrameFile], Tensor]]:
     """Yield frames in order as (b, 3, H, W) uint8, decoded ahead in the pool's threads.
 
-    A batch holds frames of one size, of several videos where they follow each other: b is `batch_frames` but at
-    the end, where the size changes, and before an unreadable frame, whose FrameError is raised by the next batch.
+    A batch holds frames of one size, of several videos where they follow each other: b is `batch_frames` of that
+    (height, width), but fewer at the end, where the size changes, and before an unreadable frame, whose FrameError is
+    raised by the next batch.
     """
-    coming = iter(files)
-    waiting = deque((file, pool.submit(decode, file)) for file in islice(coming, _AHEAD * batch_frames))
+    coming = ((file, pool.submit(decode, file)) for file in files)
+    waiting = deque(islice(coming, 1))
+    if waiting:
+        waiting.extend(islice(coming, _AHEAD * batch_frames(waiting[0][0].transform.size) - 1))
     while waiting:
         batch = [waiting.popleft()]
-        waiting.extend((file, pool.submit(decode, file)) for file in islice(coming, 1))
-        while waiting and len(batch) < batch_frames and _together(batch[0][0], *waiting[0]):
+        waiting.extend(islice(coming, 1))
+        count = batch_frames(batch[0][0].transform.size)
+        while waiting and len(batch) < count and _together(batch[0][0], *waiting[0]):
             batch.append(waiting.popleft())
-            waiting.extend((file, pool.submit(decode, file)) for file in islice(coming, 1))
+            waiting.extend(islice(coming, 1))
         yield [file for file, _ in batch], torch.stack([decoded.result() for _, decoded in batch])
 
 

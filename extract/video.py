@@ -28,7 +28,7 @@ from cache.storage.locks import locked
 from cache.writer import CacheWriter
 from configs.cards import write_cache_card
 from configs.load import load_settings
-from configs.schema import Decoder, DetectorSettings, Precision, Settings
+from configs.schema import Decoder, Precision, Settings
 from extract.batches import BatchRunner
 from extract.decoding import on_tensor
 from extract.detector.checkpoints import weights_sha256
@@ -139,7 +139,7 @@ def _extract(settings: Settings, detector: FrameDetector, writer: CacheWriter, w
     ):
         for name, piece in work.items():
             attributes = _attributes(settings, piece)
-            batches = _batches(piece, attributes.image_hw, settings.detector)
+            batches = _batches(piece, attributes.image_hw, runner, settings.detector.decoder)
             with background.video(name, attributes) as sink:
                 for images in _ahead(batches, decoder):
                     features = runner.features(images)
@@ -153,17 +153,17 @@ def _attributes(settings: Settings, piece: Footage) -> VideoAttributes:
     return attributes_of(len(piece.seconds), (piece.height, piece.width), settings.detector.short_edge)
 
 
-def _batches(piece: Footage, image_hw: Size, chosen: DetectorSettings) -> Iterator[Tensor]:
+def _batches(piece: Footage, image_hw: Size, runner: BatchRunner, decoder: Decoder) -> Iterator[Tensor]:
     """Frames in order as (b, 3, H, W) uint8, resized as those of a data set are."""
     transform = Transform.resize((piece.height, piece.width), image_hw)
 
     def resized(frame: NDArray[np.uint8]) -> Tensor:
-        if chosen.decoder is Decoder.torchvision:
+        if decoder is Decoder.torchvision:
             return on_tensor(torch.from_numpy(frame).permute(2, 0, 1), transform)
         return torch.from_numpy(np.array(transform.on_image(Image.fromarray(frame)))).permute(2, 0, 1)
 
     frames = map(resized, piece.frames())
-    while batch := list(islice(frames, chosen.batch_frames)):
+    while batch := list(islice(frames, runner.batch_frames(image_hw))):
         yield torch.stack(batch)
 
 

@@ -11,18 +11,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from cache.codecs.float16 import Float16
 from cache.errors import FrameError, VideoBusy
 from cache.labels.tracks import Video
-from cache.layout import View
+from cache.layout import Size, View
 from cache.media.geometry import Transform
 from cache.reader import FeatureCache
 from cache.writer import CacheWriter
 from configs.schema import Settings
 from extract.batches import BatchRunner
+from extract.detector import engines
 from extract.detector.engines import open_detector
-from extract.detector.frozen import FrameDetector
+from extract.detector.frozen import FrameDetector, FrameFeatures, TransformersDetector
 from extract.fingerprint import fingerprint
 from extract.frames import load_frame
 from extract.jobs import video_job
@@ -79,6 +82,57 @@ def test_features_are_those_of_single_frames(settings: Settings, detector: Frame
             np.testing.assert_allclose(stored.frame_queries[frame], alone.frame_queries_BLQC[0], rtol=1e-3, atol=1e-3)
             expected = alone.mask_features_BCHW[0, :, :height, :width]
             np.testing.assert_allclose(stored.mask_features[frame], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "threads", "image_hw", "expected"),
+    [
+        ("cpu", None, 1, (96, 160), 8),
+        ("cpu", None, 1, (360, 640), 2),
+        ("cpu", None, 2, (360, 640), 4),
+        ("cpu", None, 1, (480, 640), 1),
+        ("cpu", None, 2, (1080, 1920), 1),
+        ("cpu", None, 16, (360, 640), 8),
+        ("cpu", 6, 1, (360, 640), 6),
+        ("cuda", None, 1, (1080, 1920), 8),
+        ("cuda", 3, 1, (96, 160), 3),
+    ],
+)
+def test_large_frames_go_through_a_cpu_in_smaller_batches(
+    device: str, asked: int | None, threads: int, image_hw: Size, expected: int
+) -> None:
+    class Counting:
+        def __init__(self) -> None:
+            self.device, self.seen = torch.device(device), list[int]()
+
+        def features(self, images_BCHW: Tensor) -> FrameFeatures:
+            self.seen.append(len(images_BCHW))
+            images = images_BCHW[..., :1, :1]
+            return FrameFeatures(frame_queries_BLQC=images, mask_features_BCHW=images)
+
+    counting, before = Counting(), torch.get_num_threads()
+    images = torch.arange(9)[:, None, None, None].expand(-1, 3, *image_hw)
+    try:
+        torch.set_num_threads(threads)
+        runner = BatchRunner(counting, asked)  # type: ignore[arg-type]
+        assert runner.batch_frames(image_hw) == expected
+        features = runner.features(images)
+    finally:
+        torch.set_num_threads(before)
+    assert set(counting.seen) == {expected} and len(counting.seen) == -(-9 // expected)
+    assert features.frame_queries_BLQC[:, 0, 0, 0].tolist() == list(range(9)), "and none twice"
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 1), ("cuda", 0)])
+def test_a_detector_on_a_cpu_keeps_freed_memory(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch, device: str, expected: int
+) -> None:
+    """What that does: tests/test_step_options.py."""
+    calls = list[None]()
+    monkeypatch.setattr(engines, "keep_freed_memory", lambda: calls.append(None))
+    monkeypatch.setattr(TransformersDetector, "__init__", lambda *words, **named: None)
+    open_detector(settings.detector, precision="float32", device=device)
+    assert len(calls) == expected
 
 
 def test_a_video_has_the_same_bits_alone_and_among_others(

@@ -170,7 +170,7 @@ def test_batches_keep_the_order_and_lose_nothing(tmp_path: Path) -> None:
         Image.fromarray(np.full((4, 5, 3), index, dtype=np.uint8)).save(path)
         files.append(frame_file(path, "1", 4, 5))
     with ThreadPoolExecutor(2) as pool:
-        batches = [images for _, images in decoded_batches(files, 3, pool)]
+        batches = [images for _, images in decoded_batches(files, lambda hw: 3, pool)]
     assert [len(batch) for batch in batches] == [3, 3, 1]
     assert torch.cat(batches)[:, 0, 0, 0].tolist() == list(range(7))
 
@@ -182,6 +182,11 @@ def test_a_batch_holds_frames_of_several_videos_but_of_one_size(tmp_path: Path) 
             path = save_jpeg(tmp_path / f"{number}" / f"{frame}.png", 4, width)
             files.append(frame_file(path, str(number), 4, width))
     with ThreadPoolExecutor(2) as pool:
-        batches = list(decoded_batches(files, 4, pool))
-    assert [[file.group for file in owners] for owners, _ in batches] == [["0", "0", "0", "1"], ["1"], ["2", "2", "3"]]
-    assert [tuple(images.shape) for _, images in batches] == [(4, 3, 4, 5), (1, 3, 4, 5), (3, 3, 4, 6)]
+        batches = list(decoded_batches(files, lambda hw: 4 if hw == (4, 5) else 2, pool))
+    assert [[file.group for file in owners] for owners, _ in batches] == [
+        ["0", "0", "0", "1"],
+        ["1"],
+        ["2", "2"],
+        ["3"],
+    ]
+    assert [tuple(images.shape) for _, images in batches] == [(4, 3, 4, 5), (1, 3, 4, 5), (2, 3, 4, 6), (1, 3, 4, 6)]

@@ -200,11 +200,11 @@ def test_freed_memory_is_used_again_without_asking_the_system() -> None:
     """Pages that come anew from the system are counted as minor faults."""
     code = """if True:
         import resource, sys, numpy as np
-        from train_head.allocation import keep_freed_memory
+        from cache.allocation import keep_freed_memory
         if sys.argv[1] == "keep":
             keep_freed_memory()
         def faults():
-            arrays = [np.ones(1 << 19) for _ in range(8)]  # 32 MB, 8,192 pages
+            arrays = [np.ones(1 << 19) for _ in range(8)] + [np.ones(5 << 20)]  # 32 MB, and one of 40: 18,432 pages
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         first = faults()
         print(faults() - first)

@@ -17,11 +17,11 @@ from typing import Generic
 import torch
 from torch import Tensor, nn
 
+from cache.allocation import keep_freed_memory
 from cache.errors import ConfigError
 from cache.progress import StageProgress, is_main, say
 from configs.command import device_name, precision_name
 from configs.schema import Settings
-from train_head.allocation import keep_freed_memory
 from train_head.batch_errors import explained_errors
 from train_head.build import TrainedPart, build_optimizer, head_config, learning_rate, trained_parameters
 from train_head.checkpoint import BEST, CHECKPOINT, Checkpoint, Progress, load_checkpoint, save_checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from cache.allocation import keep_freed_memory
 from configs.command import device_name, precision_name
 from configs.schema import DetectorEngine, DetectorSettings, Settings
 from extract.detector.frozen import FrameDetector, load_detector
@@ -18,7 +19,12 @@ def configured_detector(settings: Settings) -> FrameDetector:
 
 
 def open_detector(chosen: DetectorSettings, *, precision: str, device: str) -> FrameDetector:
-    """Load the frozen detector of a config with its engine; errors are those of the engine's loader."""
+    """Load the frozen detector of a config with its engine; errors are those of the engine's loader.
+
+    On a CPU, this process keeps freed memory from then on.
+    """
+    if device == "cpu":
+        keep_freed_memory()
     return _ENGINES[chosen.engine](chosen, precision, device)
 
 

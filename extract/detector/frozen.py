@@ -51,12 +51,13 @@ class FrameFeatures:
 class FrameDetector(Protocol):
     """A frozen image detector that extraction can run; engines differ, features do not.
 
-    architecture: what, beside the weights, decides the features; part of the cache's fingerprint. num_layers: L, how
-    many of the last decoder layers `features` returns.
+    device: where `features` computes. architecture: what, beside the weights, decides the features; part of the
+    cache's fingerprint. num_layers: L, how many of the last decoder layers `features` returns.
     precision: what the forward pass really uses. pixel_mean, pixel_std: RGB, in 0..255, applied by `features`.
     category_names: of the classes, in order, or empty. report: how the weights were matched, if they were loaded.
     """
 
+    device: torch.device
     architecture: str
     num_layers: int
     precision: str

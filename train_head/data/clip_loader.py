@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from cache.allocation import keep_freed_memory
 from cache.errors import ConfigError, VitaCacheError, is_out_of_memory
 from cache.progress import say
-from train_head.allocation import keep_freed_memory
 from train_head.stopping import ignore_interrupts
 
 Empty = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
