@@ -17,7 +17,7 @@ from extract.frames import FrameFile
 
 BATCH_FRAMES = 8
 """That go through the detector at once where the settings do not say."""
-_PIXELS_OF_A_THREAD = 500_000  # More at once makes a CPU no faster (R50, 360x640: .84 s a frame among 2, 4 and 8).
+_PIXELS_OF_A_THREAD = 250_000  # More at once makes a CPU no faster (R50, 360x640: .84 s a frame among 2, 4 and 8).
 
 
 class BatchRunner:
@@ -38,7 +38,7 @@ class BatchRunner:
         """How many images of this (height, width) go through the detector at once."""
         if not self._on_cpu:
             return self._most
-        fitting = max(1, _PIXELS_OF_A_THREAD * torch.get_num_threads() // math.prod(image_hw))
+        fitting = max(1, _PIXELS_OF_A_THREAD * max(2, torch.get_num_threads()) // math.prod(image_hw))
         return min(self._most, 1 << int(math.log2(fitting)))
 
     def features(self, images_BCHW: Tensor) -> FrameFeatures:

@@ -89,7 +89,8 @@ def test_features_are_those_of_single_frames(settings: Settings, detector: Frame
     [
         ("cpu", None, 1, (96, 160), 8),
         ("cpu", None, 1, (360, 640), 2),
-        ("cpu", None, 2, (360, 640), 4),
+        ("cpu", None, 2, (360, 640), 2),
+        ("cpu", None, 4, (360, 640), 4),
         ("cpu", None, 1, (480, 640), 1),
         ("cpu", None, 2, (1080, 1920), 1),
         ("cpu", None, 16, (360, 640), 8),
