@@ -24,7 +24,7 @@ def open_detector(chosen: DetectorSettings, *, precision: str, device: str) -> F
     On a CPU, this process keeps freed memory from then on.
     """
     if device == "cpu":
-        keep_freed_memory()
+        keep_freed_memory(however_large=True)
     return _ENGINES[chosen.engine](chosen, precision, device)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from cache.allocation import keep_freed_memory
 from train_head.bench.dense import PlainPoints, dense_losses
 from train_head.bench.measuring import Memory, Stopwatch, product_rate
 from train_head.bench.problem import FixedPoints, Problem
@@ -123,6 +124,8 @@ class Live(Ours):
         from extract.detector.architectures import official_config  # noqa: TID251  # the benchmark is where the stages meet
         from extract.detector.frozen import TransformersDetector  # noqa: TID251
 
+        if problem.device == "cpu":
+            keep_freed_memory(however_large=True)  # as extraction does
         config = official_config("r50")
         config.hidden_dim = config.feature_size = config.mask_feature_size = problem.channels
         config.num_queries = problem.queries
