@@ -13,8 +13,9 @@ def keep_freed_memory(*, however_large: bool = False) -> None:
     """Keep freed memory for the next step or frame: each page that comes anew from the system has to be faulted in.
 
     By default glibc returns what is free at the end of its heap, and the next step asks for it again: 5 % of a training
-    step at real size, a quarter of the demo's detector. It always returns what is beyond 32 MB, unless `however_large`:
-    up to a third of R50's time; training has hardly any such tensors. The process stays as large as at its peak.
+    step at real size, up to a quarter of the demo's detector. What is beyond 32 MB it always returns, unless
+    `however_large`: up to a third of R50's time; training has few such tensors. The process stays as large as at its
+    peak.
     Does nothing without glibc.
     """
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):

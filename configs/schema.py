@@ -129,6 +129,10 @@ class PseudoSettings:
     flip: bool = True  # half of them, left to right
 
 
+BATCH_FRAMES = 8
+"""That go through the detector at once where `detector.batch_frames` does not say, on a CPU at most."""
+
+
 @dataclass
 class DetectorSettings:
     """The frozen Mask2Former of stage one."""

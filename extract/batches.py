@@ -11,12 +11,11 @@ from torch import Tensor
 
 from cache.errors import ConfigError, is_out_of_memory
 from cache.layout import Size
+from configs.schema import BATCH_FRAMES
 from extract.decoding import Decode
 from extract.detector.frozen import FrameDetector, FrameFeatures
 from extract.frames import FrameFile
 
-BATCH_FRAMES = 8
-"""That go through the detector at once where the settings do not say."""
 _PIXELS_OF_A_THREAD = 250_000  # More at once makes a CPU no faster (R50, 360x640: .84 s a frame among 2, 4 and 8).
 
 

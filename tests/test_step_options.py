@@ -199,12 +199,13 @@ def test_every_path_of_attention(
 def test_freed_memory_is_used_again_without_asking_the_system() -> None:
     """Pages that come anew from the system are counted as minor faults."""
     code = """if True:
-        import resource, sys
+        import ctypes, resource, sys
         from cache.allocation import keep_freed_memory
+        ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: huge pages would be few
         if sys.argv[1] != "return":
             keep_freed_memory(however_large=sys.argv[1] == "all")
         def faults(*sizes):
-            arrays = [b"x" * (size << 20) for size in sizes]  # not NumPy's, which asks for huge pages
+            pieces = [b"x" * (size << 20) for size in sizes]
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         for sizes in ([4] * 8, [40]):  # MB: 8,192 pages in eight pieces, 10,240 in one
             first = faults(*sizes)

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cache.layout import FRAMES_PER_SHARD
+from configs.schema import BATCH_FRAMES
 
-BATCH_FRAMES = 8
 LENGTHS = {"ytvis2019": (27.6, 0.3, 36), "ytvis2021": (30.0, 0.4, 84), "ovis": (69.0, 0.6, 500)}
 """Mean of the frames, spread (of their logarithm), longest video."""
 METADATA_FILES = 3
