@@ -129,13 +129,18 @@ def test_what_never_varies_cannot_be_fitted() -> None:
 # Encoding
 
 
-def test_every_kept_plane_is_rounded_to_half_a_step() -> None:
-    codec, maps = Spectral.fit(statistics(), relative_step=STEP, identity_share=0.01), features(7)[:, :, :8, :16]
+@pytest.mark.parametrize("most_are_kept", [False, True])
+@pytest.mark.parametrize("repeated", [1, 64])  # few blocks, and many
+def test_every_kept_plane_is_rounded_to_half_a_step(most_are_kept: bool, repeated: int) -> None:
+    fitted, step = (statistics(), STEP) if most_are_kept else (smooth_statistics(), 4 * STEP)
+    codec = Spectral.fit(fitted, relative_step=step, identity_share=0.01)
+    maps = np.tile(features(7)[:, :, :8, :16], (1, 1, 1, repeated))
+    assert (len(codec.plane_N) > len(codec.projection_KC) * FREQUENCIES / 2) == most_are_kept
     channels = np.einsum("kc,tchw->tkhw", codec.projection_KC, maps - codec.mean_C[:, None, None])
     for stored_Rhw, channels_KHW in zip(codec.encode(maps), channels, strict=True):
-        wanted_NS = cosine_coefficients(channels_KHW).reshape(-1, 2)[codec.planes.number_N]
-        found_NS = stored_Rhw[: len(wanted_NS)].reshape(-1, 2).astype(float)
-        found_NS[: codec.num_wide] += 256.0 * stored_Rhw[len(wanted_NS) :].reshape(-1, 2)
+        wanted_NS = cosine_coefficients(channels_KHW).reshape(-1, 2 * repeated)[codec.planes.number_N]
+        found_NS = stored_Rhw[: len(wanted_NS)].reshape(wanted_NS.shape).astype(float)
+        found_NS[: codec.num_wide] += 256.0 * stored_Rhw[len(wanted_NS) :].reshape(-1, 2 * repeated)
         assert codec.num_wide > 0 and np.abs(found_NS - wanted_NS).max() <= 0.501
 
 

@@ -20,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache.codecs.arrays import checked_arrays
-from cache.codecs.blocks import BLOCK, FREQUENCIES, Planes, block_grid, to_blocks
+from cache.codecs.blocks import BLOCK, FREQUENCIES, Planes, block_grid
 from cache.codecs.digits import LEVELS, WIDE_DEVIATIONS, two_digits
 from cache.codecs.fit import Statistics
 from cache.codecs.logit import logit_metric, rounding_step
+from cache.codecs.plane_products import Products
 from cache.errors import CorruptData
 from cache.layout import Size
 
@@ -118,8 +119,8 @@ class Spectral:
         )
 
     @cached_property
-    def _products(self) -> _Products:
-        return _Products.of(self)
+    def _products(self) -> Products:
+        return Products.of(self.projection_KC, self.mean_C, self.planes)
 
     def stored_channels(self, num_channels: int) -> int:
         """R; independent of C, which the arrays fix."""
@@ -133,7 +134,7 @@ class Spectral:
         stored = np.empty((num_frames, kept + wide, h * w), self.dtype)
         # Frame by frame: the last bits of products depend on their sizes, and may tip what is rounded.
         for row_RS, features_CHW in zip(stored, mask_features_TCHW, strict=True):
-            steps_NS = self._products.planes(features_CHW.astype(np.float32, copy=False))
+            steps_NS = self._products.steps(features_CHW.astype(np.float32, copy=False))
             np.rint(steps_NS, out=steps_NS)
             row_RS[:wide], row_RS[kept:] = two_digits(steps_NS[:wide])
             row_RS[wide:kept] = np.clip(steps_NS[wide:], -LEVELS, LEVELS, out=steps_NS[wide:])
@@ -150,38 +151,3 @@ class Spectral:
     ) -> tuple[NDArray[np.floating[Any]], NDArray[np.floating[Any]]]:
         """Mask embeddings (..., C) -> ((..., K), constant (...)): logits = embedding · `planes.expand` + constant."""
         return mask_embeddings @ self.basis_CK, mask_embeddings @ self.mean_C
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Products:
-    """Features to planes, frequency by frequency: few products, of what is kept alone."""
-
-    frequencies: NDArray[np.int64]
-    projections: tuple[NDArray[np.float32], ...]
-    """(n, C) of the n planes of each of these frequencies."""
-    order_N: NDArray[np.int64]
-    """Where each plane's row is among the planes by frequency."""
-    offset_N1: NDArray[np.float32]
-    """What the mean, which is the same in all pixels, makes of the planes by frequency."""
-
-    @classmethod
-    def of(cls, codec: Spectral) -> _Products:
-        channel_N, frequency_N = np.divmod(codec.planes.number_N, FREQUENCIES)
-        by_frequency_N = np.argsort(frequency_N, kind="stable")
-        frequencies, starts = np.unique(frequency_N[by_frequency_N], return_index=True)
-        constant_K = BLOCK * (codec.projection_KC @ codec.mean_C)
-        offset_N = np.where(frequency_N == 0, constant_K[channel_N], np.float32(0))
-        return cls(
-            frequencies=frequencies,
-            projections=tuple(np.split(codec.projection_KC[channel_N[by_frequency_N]], starts[1:])),
-            order_N=np.argsort(by_frequency_N),
-            offset_N1=offset_N[by_frequency_N, None],
-        )
-
-    def planes(self, features_CHW: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(C, H, W) -> (N, h·w), in steps."""
-        coefficients_CFS = to_blocks(features_CHW, self.frequencies)
-        rows = enumerate(self.projections)
-        planes_NS = np.concatenate([projection_nC @ coefficients_CFS[:, row] for row, projection_nC in rows])
-        planes_NS -= self.offset_N1
-        return np.asarray(planes_NS[self.order_N], np.float32)
