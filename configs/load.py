@@ -53,7 +53,7 @@ def load_settings(config: str, overrides: Sequence[str] = ()) -> Settings:
             raise ConfigError("not a mapping of settings", where=where)
         _refuse_unknown_keys(part, known, where)
         try:
-            merged = OmegaConf.merge(merged, part)
+            merged = OmegaConf.merge(merged, _at_home(OmegaConf.to_container(part)))
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(reason, where=f"{where}, setting {error.full_key or '?'}") from error
@@ -88,10 +88,18 @@ def _parse_overrides(overrides: Sequence[str]) -> DictConfig:
         if "=" not in override:
             raise ConfigError(f"'{override}' is not key=value", where=COMMAND_LINE)
     try:
-        # Shells leave the ~ within a word, and make does.
-        return OmegaConf.from_dotlist([word.replace("=~/", f"={Path.home()}/", 1) for word in overrides])
+        return OmegaConf.from_dotlist(list(overrides))
     except YAMLError as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}", where=COMMAND_LINE) from error
+
+
+def _at_home(given: Any) -> Any:
+    """What begins with ~/, in the user's home: neither YAML nor a shell, within a word, replaces that."""
+    if isinstance(given, dict):
+        return {key: _at_home(value) for key, value in given.items()}
+    if isinstance(given, list):
+        return [_at_home(value) for value in given]
+    return str(Path.home() / given[2:]) if isinstance(given, str) and given.startswith("~/") else given
 
 
 def _refuse_unknown_keys(given: DictConfig, known: Sequence[str], where: str, prefix: str = "") -> None:

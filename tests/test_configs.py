@@ -46,9 +46,14 @@ def test_overrides_reach_nested_values_with_their_types() -> None:
     assert settings.train.decay_steps == [5, 7]
 
 
-def test_a_path_may_begin_at_home() -> None:
-    settings = load_settings("demo", ["cache.path=~/a", "cache.stage_to=~", "runs=b~/c"])
-    assert (settings.cache.path, settings.cache.stage_to, settings.runs) == (str(Path.home() / "a"), None, "b~/c")
+def test_a_path_may_begin_at_home(tmp_path: Path) -> None:
+    """`~` alone is YAML's null."""
+    overrides = ["cache.path=~/a", "cache.stage_to=~", "runs=b~/c", "train.mix=[{cache: ~/d}]"]
+    file = tmp_path / "own.yaml"
+    file.write_text("cache: {path: ~/a, stage_to: ~}\nruns: b~/c\ntrain: {mix: [{cache: ~/d}]}\n")
+    for settings in (load_settings("demo", overrides), load_settings(str(file))):
+        assert (settings.cache.path, settings.cache.stage_to) == (str(Path.home() / "a"), None)
+        assert (settings.runs, settings.train.mix[0].cache) == ("b~/c", str(Path.home() / "d"))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,7 @@ from tests.conftest import tiny_settings
 from tests.naive_video_ap import Object
 from tests.report_run import HOSTILE, hostile_run
 from tests.track_samples import as_files_have_it
+from train_head.checkpoint import CHECKPOINT, load_checkpoint, save_checkpoint
 from train_head.data.video_sets import open_evaluation_set
 from train_head.losses.matcher import ClipMatch
 
@@ -277,9 +278,13 @@ def test_without_labels_and_log_the_page_is_written_and_old_scores_go(
     path.write_text(json.dumps({key: value for key, value in labels.items() if key != "annotations"}))
     (tmp_path / "tiny" / "metrics.jsonl").unlink()  # as of an imported release
     evaluate(settings)
+    assert "what is shown" not in write_report(settings).read_text()
     stored = load_metrics(tmp_path / "tiny", "head")
     assert stored["AP"] is None and "per_category" not in stored and stored["split"] == "valid"
+    path = tmp_path / "tiny" / CHECKPOINT
+    save_checkpoint(path, replace(load_checkpoint(path), step=9))  # trained on since
     page = write_report(settings).read_text()
+    assert "what is shown is of step 6, `make evaluate` renews it" in page
     assert "labels of this split are not public" in page and "no log of the training" in page
     assert page.count("<section class=") == 2 and "What the similarity loss did" not in page
 

@@ -18,7 +18,7 @@ from cache.fingerprint import Provenance
 from cache.labels.tracks import Labels, Video
 from cache.layout import write_file_atomically
 from configs.changes import changed_settings, in_yaml
-from configs.schema import Settings
+from configs.schema import CheckpointChoice, Settings
 from evaluate.compare.runs import detector_in_words, num_parameters
 from evaluate.metrics.weighted import HEADLINE, precision_curves
 from evaluate.pictures.charts import COLOURS
@@ -28,9 +28,9 @@ from evaluate.report import figures, numbers
 from evaluate.report.scrubber import ScrubbedVideo, scrub_video, within_budget
 from evaluate.report.sides import Scored, Side, read_sides, score_sides
 from evaluate.report.similarity import SimilarityMatrix, similarity_matrix, video_of_many_objects
-from evaluate.stored import HEAD, as_evaluated, methods_left_out
+from evaluate.stored import HEAD, as_evaluated, load_metrics, methods_left_out
 from evaluate.tables import stage_costs
-from train_head.checkpoint import CHECKPOINT, load_checkpoint
+from train_head.checkpoint import CHECKPOINT, Checkpoint, load_checkpoint
 from train_head.data.video_sets import VideoSet, evaluation_split, open_evaluation_set
 from train_head.run_folder import PROVENANCE, read_metrics_log
 
@@ -93,10 +93,19 @@ def _facts(settings: Settings, videos: VideoSet, run: Path) -> dict[str, str]:
         "evaluated on": f"{videos.split}: {len(labels.videos)} videos{skipped}{objects}, "
         f"{len(labels.categories)} categories",
         "head": f"{num_parameters(checkpoint) / 1e6:.2f} M parameters, {checkpoint.step} steps "
-        f"in {checkpoint.seconds:.0f} s, seed {settings.seed}",
+        f"in {checkpoint.seconds:.0f} s, seed {settings.seed}{_of_another_step(settings, run, checkpoint)}",
         "detector": f"{'fine-tuned' if checkpoint.detector else 'frozen'}: {detector_in_words(held)}",
         "features": f"{shown(videos.feature_cache.path)}, codec {videos.feature_cache.root.codec_name}",
     }
+
+
+def _of_another_step(settings: Settings, run: Path, checkpoint: Checkpoint) -> str:
+    """Which step the predictions are of, where that is not the one the head has been trained to."""
+    evaluated = load_metrics(run, HEAD).get("step", checkpoint.step)
+    if evaluated == checkpoint.step:
+        return ""
+    late = settings.evaluate.checkpoint is CheckpointChoice.last
+    return f"; what is shown is of step {evaluated}{', `make evaluate` renews it' if late else ', the best'}"
 
 
 def _figures(
