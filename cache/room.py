@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,17 @@ def existing_folder(path: Path) -> Path:
     while not path.exists():
         path = path.parent
     return path
+
+
+def require_possible(folder: Path) -> None:
+    """Raise CacheError where a folder that is not there yet cannot be made: a file is in the way, or a permission."""
+    above = existing_folder(folder)
+    if not above.is_dir():
+        what, hint = "a file is where a folder is to be made", "choose another cache.path"
+        raise CacheError(what, where=folder, got=f"file {above}", hint=hint)
+    if above != folder.absolute() and not os.access(above, os.W_OK | os.X_OK):
+        what, hint = "the folder cannot be made", "choose another cache.path, or make that writable"
+        raise CacheError(what, where=folder, got=f"{above} cannot be written", hint=hint)
 
 
 def free_bytes(path: Path) -> int:

@@ -15,6 +15,8 @@ from cache.fingerprint import Fingerprint, Provenance
 from cache.layout import ANNOTATIONS
 from cache.reader import FeatureCache
 from cache.remote_writer import opened_writer
+from cache.room import require_possible
+from cache.storage.connection import remote_url
 from cache.storage.contract import Store
 from cache.storage.folder import FolderStore
 from cache.storage.hdf5 import Hdf5Store
@@ -31,7 +33,7 @@ from extract.fill import Extractor, fill, opened_extractor, require_workers
 from extract.fingerprint import fingerprint
 from extract.jobs import SplitJobs, open_jobs
 from extract.record import write_skipped
-from extract.room import Workload, require_room_for
+from extract.room import Workload, local_folder, require_room_for
 from extract.streaming import Outcome
 
 
@@ -46,6 +48,7 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
     if settings.extract.threads is not None:
         torch.set_num_threads(settings.extract.threads)
     asked = open_jobs(settings, only)
+    _require_places(settings, asked)
     detector = _open_detector(settings)
     chosen = choose_codec(settings, detector)
     print(chosen.reason)
@@ -72,6 +75,16 @@ def extract(settings: Settings, only: Sequence[str] = (), *, clear_dead_locks: b
         hint = "training and evaluation do without them; extract.allow_skipped=true takes this for success"
         raise FrameError(f"{len(skipped)} videos were skipped, such as {skipped[0]}", hint=hint)
     _require_none_busy(settings, asked, outcomes)
+
+
+def _require_places(settings: Settings, asked: Sequence[SplitJobs]) -> None:
+    """Raise CacheError where what is to be written can have no folder; an HDF5 file has its own refusal."""
+    if remote_url(settings.cache.path) is not None:
+        require_possible(local_folder(settings))
+        return
+    for jobs in asked:
+        if not jobs.split.features.is_file():
+            require_possible(jobs.split.features)
 
 
 def _require_none_busy(settings: Settings, asked: Sequence[SplitJobs], outcomes: Sequence[Outcome]) -> None:

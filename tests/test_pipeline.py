@@ -252,6 +252,28 @@ def damage_labels(root: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("place", "words"), [("file/a", "file is where a folder"), ("shut/a", "shut cannot be written")]
+)
+def test_a_cache_that_can_have_no_folder_is_refused_before_the_detector_is_read(
+    tiny_data: Path,
+    tmp_path: Path,
+    place: str,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "file").write_text("not a cache")
+    (tmp_path / "shut").mkdir()
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path).name != "shut" and access(path, mode)
+    )  # not of root
+    given = f"data.root={tiny_data}", "detector.weights=not/there.pkl"
+    status, message = run_extract(monkeypatch, capsys, *given, f"cache.path={tmp_path / place}")
+    assert status == 2 and words in message and str(tmp_path / place) in message
+
+
+@pytest.mark.parametrize(
     ("damage", "words"),
     [
         ("missing field", ["file_names", "train.json"]),

@@ -184,7 +184,7 @@ def test_a_complete_cache_on_a_read_only_disk_needs_no_extraction(
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     extract(tiny_settings(tiny_data, small_disk, small_disk), only=["valid"])
     assert "all 2 videos are in" in capsys.readouterr().out
-    with pytest.raises(OSError, match="Read-only"):
+    with pytest.raises(CacheError, match="disk cannot be written"):
         extract(tiny_settings(tiny_data, small_disk, small_disk), only=["train"])
 
 
