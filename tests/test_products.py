@@ -27,6 +27,17 @@ def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(products, "_MKL_AHEAD", request.param)
 
 
+def test_the_library_that_uses_the_full_width_is_taken() -> None:
+    """As measured; see the module's head."""
+    xeon, zen_3, zen_5, arm = (
+        "vendor_id : GenuineIntel\nflags : avx2 avx512f",
+        "vendor_id : AuthenticAMD\nflags : fma avx2",
+        "vendor_id : AuthenticAMD\nflags : fma avx2 avx512f",
+        "Features : asimd",
+    )
+    assert [products._is_mkl_ahead(info) for info in (xeon, zen_3, zen_5, arm)] == [True, True, False, False]
+
+
 @pytest.mark.parametrize(("leading", "sizes"), [((2, 3, 50), (64, 128)), ((300,), (257, 90)), ((2, 3), (4, 5))])
 def test_linear_and_its_gradients(leading: tuple[int, ...], sizes: tuple[int, int]) -> None:
     """Above and below the size where oneDNN is taken; the reference is float64."""
