@@ -264,10 +264,8 @@ def test_a_cache_that_can_have_no_folder_is_refused_before_the_detector_is_read(
 ) -> None:
     (tmp_path / "file").write_text("not a cache")
     (tmp_path / "shut").mkdir()
-    access = os.access
-    monkeypatch.setattr(
-        os, "access", lambda path, mode: Path(path).name != "shut" and access(path, mode)
-    )  # not of root
+    access = os.access  # nothing is shut to root
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "shut" and access(path, mode))
     given = f"data.root={tiny_data}", "detector.weights=not/there.pkl"
     status, message = run_extract(monkeypatch, capsys, *given, f"cache.path={tmp_path / place}")
     assert status == 2 and words in message and str(tmp_path / place) in message
