@@ -256,7 +256,7 @@ def test_a_full_and_a_read_only_disk_keep_what_was_committed(
         stored = {file: content for file, content in stored_files(features).items() if f"/{name}/" in file}
         assert stored and stored.items() <= expected.items()
     remount(small_disk, "size=64m,ro")
-    with pytest.raises(OSError, match="Read-only file system"):
+    with pytest.raises(CacheError, match="features cannot be written"):
         extract(settings)
     remount(small_disk, "size=64m,rw")
     extract(settings)
