@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml
 	@if command -v uv >/dev/null 2>&1; then uv pip install -q --python $(PY) -e '.[dev]'; else $(PY) -m pip install -q -e '.[dev]'; fi
 	@touch $@
 
-demo: demo-data extract train evaluate report  ## the whole pipeline on generated videos: 3 to 6 minutes on 2 cores after the installation
+demo: demo-data extract train evaluate report  ## the whole pipeline on generated videos: 3 to 8 minutes on 2 cores after the installation
 
 demo-data: $(STAMP)  ## generate the demo's videos
 	@$(PY) -m extract demo-data $(CONFIG) $(OVERRIDES)
