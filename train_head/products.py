@@ -1,8 +1,8 @@
 """Matrix products of float32 on CPU through the library that uses a processor's full vector width.
 
 PyTorch's own `linear` and `matmul` go to MKL, which on AMD processors with AVX-512 runs at half the width: 90 GFLOP/s
-against oneDNN's 200 on one Zen 5 core. On those without AVX-512 it is some 15 % ahead of oneDNN (90 against 76 on Zen 3), on Intel's 6 %
-(185 against 170 on a Xeon with AMX), but only oneDNN has a ReLU within the product.
+against oneDNN's 200 on one Zen 5 core. On those without AVX-512 it is some 15 % ahead of oneDNN (90 against 76 on
+Zen 3), on Intel's 6 % (185 against 170 on a Xeon with AMX), but only oneDNN has a ReLU within the product.
 
 Shapes: S rows (tokens), I inputs, O outputs of a linear map.
 """
